@@ -1,0 +1,72 @@
+"""One tree of errors.
+
+Each class carries the errno a FUSE reply gives and the exit code a command ends with.  The text is one line that says
+what was expected, what was found and, as a hint, what to do next.
+"""
+
+import errno as _errno
+import os
+
+
+class PkernfsError(Exception):
+    """An error that a user can act on: one line, no traceback.
+
+    ``errno`` goes to FUSE, ``exit_code`` to the shell, ``hint`` is what to do next.
+    """
+
+    errno: int = _errno.EIO
+    exit_code: int = 1
+
+    def __init__(self, text: str, *, hint: str = "") -> None:
+        super().__init__(text)
+        self.text = text
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.text}: {self.hint}" if self.hint else self.text
+
+
+class UsageError(PkernfsError):
+    """The words of a command are wrong."""
+
+    errno = _errno.EINVAL
+    exit_code = 2
+
+
+class RegionError(PkernfsError):
+    """The region cannot be used: missing, of the wrong kind or size, or the operating system refuses it."""
+
+    exit_code = 1
+
+
+class RegionBusyError(RegionError):
+    """Somebody else holds the lock of the region."""
+
+    errno = _errno.EBUSY
+
+
+class FormatError(RegionError):
+    """The bytes at the start of the region are not a pkernfs region that this version can use."""
+
+    errno = _errno.EINVAL
+
+
+class CorruptError(PkernfsError):
+    """A structure in the region is damaged.  ``offset`` is where it begins in the region, in bytes."""
+
+    errno = _errno.EUCLEAN
+
+    def __init__(self, what: str, offset: int, found: str) -> None:
+        super().__init__(f"{what} at region offset {offset:#x} is damaged: {found}", hint="run fsck.pkernfs")
+        self.what = what
+        self.offset = offset
+        self.found = found
+
+
+class FsError(PkernfsError):
+    """The POSIX result of a filesystem call: any errno, named as in the manual pages."""
+
+    def __init__(self, errno: int, what: str = "") -> None:
+        text = f"{what}: {os.strerror(errno)}" if what else os.strerror(errno)
+        super().__init__(text)
+        self.errno = errno

@@ -1,0 +1,338 @@
+"""The format of a region: every structure, magic, kind and flag.  THE reference; all values are little-endian.
+
+A region is an array of 2 MiB blocks, and of 4 KiB pages.
+
+    offset 0                superblock (256 bytes), then 15 reserved inode slots of 256 bytes
+    4 KiB                   block table: one byte for each block, in checksummed pages
+    next multiple of 2 MiB  page 0: copy of the superblock; page 1: journal header; then the journal's body
+    first_block             blocks for everybody: data blocks, and slabs (blocks cut into 4 KiB pages)
+
+Block table.  The kind of block b is byte b % TABLE_FANOUT of table page b // TABLE_FANOUT (after the page header).
+
+Slabs.  Page 0 of a slab is its header: a kind for each of its 512 pages and, for pages of inodes, a bitmap of the 16
+slots in use.
+
+Inodes.  Inode i is the 256-byte slot at region offset i * 256; the number is the address.  A slot is in use when its
+bit in the slab header is set (reserved slots: when mode is not 0).  The first 32 bytes are words that are stored in
+place, each with one 8-byte store, and are not covered by the checksum.
+
+Trees.  Directories, extents, extended attributes and the list of orphans are B+trees of 4 KiB nodes with u64 keys.
+A leaf holds count keys, count value lengths (u16) and the values one after the other; an inner node holds count keys
+and count page numbers, key k being the least key below child k (the first key is not looked at).
+
+    directory   key = name_key(name), value = Dirent + name; the keys are the readdir cookies
+    extents     key = first page of the file, value = ExtentValue
+    attributes  key = name_key(name), value = XattrHead + name + (value | ExtentValue[] of its pages)
+    orphans     key = inode number, empty value: inodes without a name that are still open, freed at the next mount
+
+A file with up to INLINE_EXTENTS extents keeps them in its inode instead (root == 0); a symbolic link of up to
+INLINE_SIZE bytes keeps its target there.
+
+Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's header names the page's own offset and its
+owner, an inode's checksum starts from its number, so that a misplaced copy is found.
+
+Journal.  One transaction at a time: body and header are written, then one 8-byte store of ``seal`` = 2 * sequence + 1
+makes it valid, the records are applied, and ``seal`` = 2 * sequence retires it.  A record is JournalRecord + data padded
+to 8 bytes; a record with kind DISCARD says that a range is free now and its memory is to be given back.
+"""
+
+import hashlib
+from typing import Final, NamedTuple, NewType
+
+from crc32c import crc32c
+
+from pkernfs.layout import bytes16, bytes64, bytes120, i64, layout, u8, u16, u32, u64
+
+Ino = NewType("Ino", int)  #: inode number: region offset / 256
+BlockNo = NewType("BlockNo", int)  #: region offset / 2 MiB
+PageNo = NewType("PageNo", int)  #: region offset / 4 KiB
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+GiB: Final = 1024 * MiB
+TiB: Final = 1024 * GiB
+
+PAGE: Final = 4 * KiB
+BLOCK: Final = 2 * MiB
+PAGES_PER_BLOCK: Final = BLOCK // PAGE
+INODE_SIZE: Final = 256
+INODES_PER_PAGE: Final = PAGE // INODE_SIZE
+MIN_BLOCKS: Final = 4
+MAX_BLOCKS: Final = 1 << 31  #: 4 PiB
+MAX_FILE_SIZE: Final = 1 << 48  #: bytes; a larger offset is EFBIG
+NAME_MAX: Final = 255
+LINK_MAX: Final = 65000  #: names of one file, as ext4 has it
+SYMLINK_MAX: Final = 4095
+XATTR_SIZE_MAX: Final = 65536
+
+MAGIC: Final = 0x706B65726E6673  #: "pkernfs", the magic of the RFC
+VERSION: Final = 1
+TABLE_MAGIC: Final = 0x6C627462  #: "btbl"
+SLAB_MAGIC: Final = 0x62616C73  #: "slab"
+NODE_MAGIC: Final = 0x65646F6E  #: "node"
+JOURNAL_MAGIC: Final = 0x6C6E726A  #: "jrnl"
+
+# Features, as ext4 has them: an unknown compat bit is ignored, an unknown ro_compat bit allows a read-only mount only,
+# an unknown incompat bit refuses the region.  None is defined yet.
+COMPAT_KNOWN: Final = 0
+RO_COMPAT_KNOWN: Final = 0
+INCOMPAT_KNOWN: Final = 0
+
+# Kinds of blocks, in the block table.
+BLOCK_FREE: Final = 0
+BLOCK_META: Final = 1  #: superblocks, block table, journal
+BLOCK_DATA: Final = 2
+BLOCK_SLAB: Final = 3
+BLOCK_KINDS: Final = {BLOCK_FREE: "free", BLOCK_META: "metadata", BLOCK_DATA: "data", BLOCK_SLAB: "slab"}
+
+# Kinds of pages, in a slab header.
+PAGE_FREE: Final = 0
+PAGE_HEADER: Final = 1
+PAGE_INODES: Final = 2
+PAGE_NODE: Final = 3
+PAGE_DATA: Final = 4
+PAGE_XATTR: Final = 5
+PAGE_KINDS: Final = {
+    PAGE_FREE: "free",
+    PAGE_HEADER: "slab header",
+    PAGE_INODES: "inodes",
+    PAGE_NODE: "tree node",
+    PAGE_DATA: "data",
+    PAGE_XATTR: "attribute value",
+}
+
+# Reserved inodes.
+ROOT_INO: Final = Ino(1)
+ORPHANS_INO: Final = Ino(2)
+IOMMU_INO: Final = Ino(3)
+ROOT_PGTABLES_INO: Final = Ino(4)
+FIRST_FREE_SLOT: Final = 16
+
+# Inode flags: the RFC's, then ours.
+FLAG_FILE: Final = 1
+FLAG_DIR: Final = 2
+FLAG_IOMMU_DIR: Final = 4
+FLAG_IOMMU_ROOT_PGTABLES: Final = 8
+FLAG_IOMMU_DOMAIN_PGTABLES: Final = 16
+FLAG_DIRECT: Final = 32  #: the file's memory is mapped directly from the region: its blocks do not move
+FLAG_NAMES: Final = {
+    FLAG_FILE: "file",
+    FLAG_DIR: "dir",
+    FLAG_IOMMU_DIR: "iommu-dir",
+    FLAG_IOMMU_ROOT_PGTABLES: "iommu-root-pgtables",
+    FLAG_IOMMU_DOMAIN_PGTABLES: "iommu-domain-pgtables",
+    FLAG_DIRECT: "direct",
+}
+
+
+class Superblock(NamedTuple):
+    """The first 256 bytes of a region; a copy stands in the first page of the block that the journal begins in.
+
+    Nothing changes it after mkfs but the words at the end, which are stored in place in the first copy only and are
+    outside the checksum.
+    """
+
+    magic: u64
+    version: u32
+    checksum: u32  #: of bytes 0..191
+    compat: u32
+    ro_compat: u32
+    incompat: u32
+    block_size: u32  #: bytes, always 2 MiB
+    page_size: u32  #: bytes, always 4 KiB
+    inode_size: u32  #: bytes, always 256
+    uuid: bytes16
+    label: bytes64  #: UTF-8, padded with NUL
+    hash_seed: bytes16  #: key of name_key
+    blocks: u64  #: blocks of the region
+    phys_base: u64  #: physical address of offset 0
+    table_pages: u64  #: pages of the block table, from offset 4096
+    journal_offset: u64  #: bytes: the copy of the superblock, then the journal
+    first_block: u64  #: first block that is not metadata
+    created: i64  #: time of mkfs, ns since the epoch
+    reserved_checked: u64
+    mounts: u64  #: word: how often the region was mounted read-write
+    mounted: i64  #: word: time of the last read-write mount, ns since the epoch
+    unmounted: i64  #: word: time of the last orderly end; less than ``mounted`` after a crash
+    reserved0: u64
+    reserved1: u64
+    reserved2: u64
+    reserved3: u64
+    reserved4: u64
+
+
+SUPERBLOCK = layout(Superblock, size=256)
+SUPERBLOCK_CHECKED: Final = 192  #: bytes that the checksum covers
+
+
+class PageHeader(NamedTuple):
+    """The first 32 bytes of a page of the block table, a slab header and a tree node."""
+
+    magic: u32
+    checksum: u32  #: of the whole page
+    offset: u64  #: of this page in the region, bytes
+    owner: u64  #: inode of a node; index of a page of the block table; block of a slab
+    keys: u16  #: of a node
+    level: u16  #: 0 for a leaf
+    reserved: u32
+
+
+PAGE_HEADER_LAYOUT = layout(PageHeader, size=32)
+PAGE_BODY: Final = PAGE - PAGE_HEADER_LAYOUT.size
+TABLE_FANOUT: Final = PAGE_BODY  #: blocks of one page of the block table
+SLAB_KINDS_AT: Final = PAGE_HEADER_LAYOUT.size  #: u8[512]
+SLAB_SLOTS_AT: Final = SLAB_KINDS_AT + PAGES_PER_BLOCK  #: u16[512]
+
+
+class Inode(NamedTuple):
+    """One 256-byte slot.  ``nlink`` is 0 for an orphan: a file without a name that is still open."""
+
+    size: u64  #: word: bytes of content; for a directory the number of its entries
+    atime: i64  #: word: ns since the epoch
+    mtime: i64  #: word
+    ctime: i64  #: word
+    checksum: u32  #: of bytes 32..255, starting from the inode number
+    mode: u32  #: S_IFMT | permission bits, as st_mode; 0 in a free slot
+    nlink: u32
+    generation: u32  #: distinguishes the users of a slot over time; kept while it is free
+    uid: u32
+    gid: u32
+    rdev: u32  #: as the kernel's new_encode_dev
+    flags: u32
+    btime: i64  #: birth, ns since the epoch
+    parent: u64  #: a directory's parent; for others 0
+    pages: u64  #: 4 KiB pages of content, trees and attributes that belong to this inode
+    root: u64  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
+    xattrs: u64  #: page number of the root of the attributes' tree, or 0
+    quota: u64  #: pages that may be used below this directory; 0: no limit
+    reserved0: u64
+    reserved1: u64
+    reserved2: u64
+    inline: bytes120  #: extents (Extent[5]), or the target of a short symbolic link
+
+
+INODE = layout(Inode, size=INODE_SIZE)
+INODE_CHECKED_AT: Final = 32
+INODE_SIZE_AT, INODE_ATIME_AT, INODE_MTIME_AT, INODE_CTIME_AT = 0, 8, 16, 24
+INLINE_SIZE: Final = 120
+
+
+class Extent(NamedTuple):
+    """A run of a file's pages.  Inline in an inode; unused ones are zero and stand at the end."""
+
+    start: u64  #: first page of the file
+    page: u64  #: page number in the region
+    length: u64  #: pages, not 0
+
+
+EXTENT = layout(Extent, size=24)
+INLINE_EXTENTS: Final = INLINE_SIZE // EXTENT.size
+
+
+class ExtentValue(NamedTuple):
+    """The value of an extent in a tree, whose key is ``start``."""
+
+    page: u64
+    length: u64  #: pages
+
+
+EXTENT_VALUE = layout(ExtentValue, size=16)
+
+
+class Dirent(NamedTuple):
+    """A directory entry; the name (1 to 255 bytes, no '/' and no NUL) follows."""
+
+    ino: u64
+    mode: u32  #: the S_IFMT bits of the inode's mode
+    length: u32  #: bytes of the name
+
+
+DIRENT = layout(Dirent, size=16)
+
+
+class XattrHead(NamedTuple):
+    """An extended attribute; the name follows, then the value or, when it is larger than XATTR_INLINE, its pages."""
+
+    name_length: u8
+    external: u8  #: 1: ExtentValue[] of the pages that hold the value
+    reserved: u16
+    size: u32  #: bytes of the value
+    checksum: u32  #: of an external value, else 0
+    reserved2: u32
+
+
+XATTR_HEAD = layout(XattrHead, size=16)
+XATTR_INLINE: Final = 512
+
+
+class JournalHeader(NamedTuple):
+    """The first page of the journal; the body begins at the next page."""
+
+    seal: u64  #: word: 2 * sequence + 1 while the transaction must be applied, else 2 * sequence
+    magic: u32
+    checksum: u32  #: of this header from ``sequence`` on, and then the body
+    sequence: u64
+    length: u64  #: bytes of the body
+    records: u64
+
+
+JOURNAL_HEADER = layout(JournalHeader, size=40)
+JOURNAL_CHECKED_AT: Final = 16
+
+
+class JournalRecord(NamedTuple):
+    """``length`` bytes for the region's ``offset``, both multiples of 8; the data follow (STORE only)."""
+
+    offset: u64
+    length: u32
+    kind: u32  #: STORE: the data follow.  DISCARD: no data, the length counts pages
+
+
+JOURNAL_RECORD = layout(JournalRecord, size=16)
+STORE: Final = 0
+DISCARD: Final = 1
+
+
+def checksum(data: bytes | bytearray | memoryview, start: int = 0) -> int:
+    """crc32c of ``data``, continuing from ``start``."""
+    return crc32c(data, start)
+
+
+KEY_SLOTS: Final = 64  #: names with equal hashes that one tree can hold
+
+
+def name_key(seed: bytes, name: bytes) -> int:
+    """The first of the KEY_SLOTS keys under which ``name`` can stand: a multiple of 64 below 2**62.
+
+    BLAKE2b keyed by the region's seed, so that nobody can prepare names that collide.
+    """
+    digest = hashlib.blake2b(name, digest_size=8, key=seed).digest()
+    return int.from_bytes(digest, "little") & 0x3FFFFFFFFFFFFFC0
+
+
+class Geometry(NamedTuple):
+    """Where the parts of a region with ``blocks`` blocks stand."""
+
+    blocks: int
+    table_pages: int
+    journal_offset: int
+    journal_size: int  #: bytes of the journal's body
+    first_block: int
+
+
+def geometry(blocks: int) -> Geometry:
+    """The geometry that mkfs gives a region of ``blocks`` blocks.
+
+    The journal's body must hold the whole block table (a transaction may touch all of it) and, beside it, what any
+    single operation changes: less than 1 MiB.
+    """
+    table_pages = -(-blocks // TABLE_FANOUT)
+    journal_block = -(-(PAGE + table_pages * PAGE) // BLOCK)
+    journal_blocks = -(-(2 * PAGE + table_pages * (PAGE + JOURNAL_RECORD.size) + MiB) // BLOCK)
+    return Geometry(
+        blocks=blocks,
+        table_pages=table_pages,
+        journal_offset=journal_block * BLOCK,
+        journal_size=journal_blocks * BLOCK - 2 * PAGE,
+        first_block=journal_block + journal_blocks,
+    )

@@ -1,0 +1,346 @@
+"""B+trees of 4 KiB nodes: u64 keys, values of up to 1000 bytes.  The one ordered map of the format.
+
+A Tree is a short-lived handle: (volume, owner inode, root page).  Changes happen in the open transaction; afterwards
+the caller stores ``tree.root`` and ``tree.pages`` in its inode.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import KEY_SLOTS, NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT, PAGE_NODE
+from pkernfs.fs.pages import check_page, seal_page
+
+if TYPE_CHECKING:
+    from pkernfs.fs.volume import Volume
+
+MAX_LEVEL = 12
+LEAF_ITEM = 10  #: bytes of a key and a value's length
+INNER_ITEM = 16  #: bytes of a key and a child
+INNER_MAX = PAGE_BODY // INNER_ITEM
+BODY_AT = PAGE_HEADER_LAYOUT.size
+
+
+class Node:
+    """One node.  A leaf (level 0) has ``values``, an inner node ``children`` (page numbers), each beside ``keys``."""
+
+    __slots__ = ("children", "fresh", "keys", "level", "offset", "owner", "used", "values")
+
+    def __init__(self, page: int, owner: int, level: int, *, fresh: bool) -> None:
+        self.offset = page * PAGE
+        self.owner = owner
+        self.level = level
+        self.fresh = fresh
+        self.keys: list[int] = []
+        self.values: list[bytes] = []
+        self.children: list[int] = []
+        self.used = 0  #: bytes of the body that a leaf's items take
+
+    @property
+    def page(self) -> int:
+        """Page number."""
+        return self.offset // PAGE
+
+    def encode(self) -> bytes:
+        """The page as it goes to the region."""
+        n = len(self.keys)
+        if self.level:
+            body = struct.pack(f"<{n}Q{n}Q", *self.keys, *self.children)
+        else:
+            body = struct.pack(f"<{n}Q{n}H", *self.keys, *map(len, self.values)) + b"".join(self.values)
+        return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, body)
+
+    @classmethod
+    def decode(cls, raw: bytes, page: int, owner: int) -> Node:
+        """Check and decode.  Raises CorruptError."""
+        what = f"a tree node of inode {owner}"
+        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what)
+        node = cls(page, owner, header.level, fresh=False)
+        n = header.keys
+        if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
+            raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}")
+        node.keys = list(struct.unpack_from(f"<{n}Q", raw, BODY_AT))
+        if any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
+            raise CorruptError(what, page * PAGE, "keys out of order")
+        at = BODY_AT + 8 * n
+        if header.level:
+            node.children = list(struct.unpack_from(f"<{n}Q", raw, at))
+            return node
+        lengths = struct.unpack_from(f"<{n}H", raw, at)
+        at += 2 * n
+        node.used = n * LEAF_ITEM + sum(lengths)
+        if node.used > PAGE_BODY:
+            raise CorruptError(what, page * PAGE, "values beyond its end")
+        for length in lengths:
+            node.values.append(raw[at : at + length])
+            at += length
+        return node
+
+
+class Tree:
+    """A handle on the tree of ``owner`` whose root is page ``root`` (0: empty).
+
+    ``pages`` counts the nodes that changes through this handle added (or, negative, gave back).
+    """
+
+    def __init__(self, volume: Volume, owner: int, root: int) -> None:
+        self.volume = volume
+        self.owner = owner
+        self.root = root
+        self.pages = 0
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _node(self, page: int, level: int | None = None) -> Node:
+        node = self.volume.nodes.get(page * PAGE)
+        if node is None:
+            what = f"a tree node of inode {self.owner}"
+            self.volume.allocator.check_page_kind(page, PAGE_NODE, what)
+            node = Node.decode(self.volume.region.read(page * PAGE, PAGE), page, self.owner)
+            self.volume.nodes[page * PAGE] = node
+        assert isinstance(node, Node)
+        if node.owner != self.owner or (level is not None and node.level != level):
+            raise CorruptError(
+                f"a tree node of inode {self.owner}",
+                page * PAGE,
+                f"owner {node.owner}, level {node.level}, wanted {level}",
+            )
+        return node
+
+    def _path(self, key: int) -> list[tuple[Node, int]]:
+        """From the root to the leaf where ``key`` belongs: each inner node with the index of the child taken."""
+        path = []
+        node = self._node(self.root)
+        while node.level:
+            index = max(bisect_right(node.keys, key) - 1, 0)
+            path.append((node, index))
+            node = self._node(node.children[index], node.level - 1)
+        path.append((node, -1))
+        return path
+
+    def get(self, key: int) -> bytes | None:
+        """The value of ``key``, or None."""
+        if not self.root:
+            return None
+        leaf = self._path(key)[-1][0]
+        index = bisect_left(leaf.keys, key)
+        return leaf.values[index] if index < len(leaf.keys) and leaf.keys[index] == key else None
+
+    def scan(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, bytes]]:
+        """(key, value) in ascending order from key ``first`` on, up to and with ``last``.
+
+        The tree must not change while the iterator is in use.
+        """
+        if not self.root:
+            return
+        path = self._path(first)
+        leaf = path.pop()[0]
+        index = bisect_left(leaf.keys, first)
+        while True:
+            for at in range(index, len(leaf.keys)):
+                key = leaf.keys[at]
+                if last is not None and key > last:
+                    return
+                yield key, leaf.values[at]
+            while path:
+                parent, taken = path.pop()
+                if taken + 1 < len(parent.children):
+                    path.append((parent, taken + 1))
+                    break
+            else:
+                return
+            parent, taken = path[-1]
+            node = self._node(parent.children[taken], parent.level - 1)
+            while node.level:
+                path.append((node, 0))
+                node = self._node(node.children[0], node.level - 1)
+            leaf, index = node, 0
+
+    def floor(self, key: int) -> tuple[int, bytes] | None:
+        """The item with the largest key that is not above ``key``, or None."""
+        if not self.root:
+            return None
+        path = self._path(key)
+        leaf = path.pop()[0]
+        index = bisect_right(leaf.keys, key) - 1
+        if index >= 0:
+            return leaf.keys[index], leaf.values[index]
+        while path:
+            parent, taken = path.pop()
+            if taken:
+                node = self._node(parent.children[taken - 1], parent.level - 1)
+                while node.level:
+                    node = self._node(node.children[-1], node.level - 1)
+                return node.keys[-1], node.values[-1]
+        return None
+
+    def all_pages(self) -> Iterator[int]:
+        """The page numbers of all nodes, the root first."""
+        if not self.root:
+            return
+        todo = [self._node(self.root)]
+        while todo:
+            node = todo.pop()
+            yield node.page
+            if node.level == 1:
+                yield from node.children
+            else:
+                todo += [self._node(child, node.level - 1) for child in node.children]
+
+    def free_key(self, first: int) -> int:
+        """The first of the KEY_SLOTS keys from ``first`` on that is not taken.  Raises FsError(ENOSPC)."""
+        taken = {key for key, _ in self.scan(first, first + KEY_SLOTS - 1)}
+        for key in range(first, first + KEY_SLOTS):
+            if key not in taken:
+                return key
+        raise FsError(errno.ENOSPC, f"{KEY_SLOTS} names with one hash")
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    def _new(self, level: int) -> Node:
+        page = self.volume.allocator.alloc_page(PAGE_NODE)
+        node = Node(page, self.owner, level, fresh=True)
+        self.volume.nodes[node.offset] = node
+        self.volume.change(node)
+        self.pages += 1
+        return node
+
+    def _drop(self, node: Node) -> None:
+        self.volume.nodes.pop(node.offset, None)
+        assert self.volume.tx is not None
+        self.volume.tx.pages.pop(node.offset, None)
+        self.volume.allocator.free_pages_later(node.page)
+        self.pages -= 1
+
+    def put(self, key: int, value: bytes) -> None:
+        """Insert, or replace the value of ``key``.  Raises FsError(ENOSPC)."""
+        if not self.root:
+            leaf = self._new(0)
+            self.root = leaf.page
+            path = [(leaf, -1)]
+        else:
+            path = self._path(key)
+        leaf = path.pop()[0]
+        self.volume.change(leaf)
+        keys = leaf.keys
+        index = bisect_left(keys, key)
+        if index < len(keys) and keys[index] == key:
+            leaf.used += len(value) - len(leaf.values[index])
+            leaf.values[index] = value
+        else:
+            keys.insert(index, key)
+            leaf.values.insert(index, value)
+            leaf.used += LEAF_ITEM + len(value)
+        if leaf.used > PAGE_BODY:
+            self._split_leaf(leaf, index, path)
+
+    def _split_leaf(self, leaf: Node, index: int, path: list[tuple[Node, int]]) -> None:
+        # An item appended at the end goes to a node of its own, so that ascending keys fill their nodes.
+        cut = index
+        if index != len(leaf.keys) - 1:
+            cut, half = 0, 0
+            while half < leaf.used // 2:
+                half += LEAF_ITEM + len(leaf.values[cut])
+                cut += 1
+        right = self._new(0)
+        right.keys, right.values = leaf.keys[cut:], leaf.values[cut:]
+        del leaf.keys[cut:], leaf.values[cut:]
+        right.used = len(right.keys) * LEAF_ITEM + sum(map(len, right.values))
+        leaf.used -= right.used
+        self._add_child(leaf, right, path)
+
+    def _add_child(self, left: Node, right: Node, path: list[tuple[Node, int]]) -> None:
+        if not path:
+            root = self._new(left.level + 1)
+            root.keys = [left.keys[0], right.keys[0]]
+            root.children = [left.page, right.page]
+            self.root = root.page
+            return
+        parent, taken = path.pop()
+        self.volume.change(parent)
+        if not taken:
+            # The first key is not looked at and may have become too large; next to a second one it must not.
+            parent.keys[0] = min(parent.keys[0], left.keys[0])
+        parent.keys.insert(taken + 1, right.keys[0])
+        parent.children.insert(taken + 1, right.page)
+        if len(parent.keys) > INNER_MAX:
+            cut = len(parent.keys) // 2 if taken + 2 < len(parent.keys) else len(parent.keys) - 1
+            sibling = self._new(parent.level)
+            sibling.keys, sibling.children = parent.keys[cut:], parent.children[cut:]
+            del parent.keys[cut:], parent.children[cut:]
+            self._add_child(parent, sibling, path)
+
+    def delete(self, key: int) -> None:
+        """Remove ``key``, which must be there (KeyError).  Never allocates."""
+        path = self._path(key) if self.root else []
+        leaf = path.pop()[0] if path else None
+        index = bisect_left(leaf.keys, key) if leaf else 0
+        if leaf is None or index == len(leaf.keys) or leaf.keys[index] != key:
+            raise KeyError(key)
+        self.volume.change(leaf)
+        leaf.used -= LEAF_ITEM + len(leaf.values[index])
+        del leaf.keys[index], leaf.values[index]
+        self._shrink(leaf, path)
+
+    def _shrink(self, node: Node, path: list[tuple[Node, int]]) -> None:
+        """Drop an empty node, merge a nearly empty one with a neighbour, take away roots with one child."""
+        if not path:
+            if not node.keys:
+                self._drop(node)
+                self.root = 0
+            while self.root and node.level and len(node.children) == 1:
+                self._drop(node)
+                node = self._node(node.children[0], node.level - 1)
+                self.root = node.page
+            return
+        parent, taken = path.pop()
+        if not node.keys:
+            self.volume.change(parent)
+            del parent.keys[taken], parent.children[taken]
+            self._drop(node)
+        else:
+            for left_at in (taken - 1, taken):
+                if 0 <= left_at < len(parent.children) - 1 and self._merge(parent, left_at, node):
+                    break
+            else:
+                return
+        self._shrink(parent, path)
+
+    def _merge(self, parent: Node, left_at: int, shrunk: Node) -> bool:
+        """Merge the children ``left_at`` and ``left_at + 1`` when ``shrunk``, one of them, is less than a quarter full
+        and both fit in three quarters of a node."""
+        size = len(shrunk.keys) * INNER_ITEM if shrunk.level else shrunk.used
+        if size > PAGE_BODY // 4:
+            return False
+        left = self._node(parent.children[left_at], parent.level - 1)
+        right = self._node(parent.children[left_at + 1], parent.level - 1)
+        both = (len(left.keys) + len(right.keys)) * INNER_ITEM if left.level else left.used + right.used
+        if both > PAGE_BODY * 3 // 4:
+            return False
+        self.volume.change(parent)
+        self.volume.change(left)
+        left.keys += right.keys
+        left.values += right.values
+        left.children += right.children
+        left.used += right.used
+        if left.level:
+            # The first key of an inner node may be above its least: what separates the two is the parent's key.
+            left.keys[len(left.keys) - len(right.keys)] = parent.keys[left_at + 1]
+        del parent.keys[left_at + 1], parent.children[left_at + 1]
+        self._drop(right)
+        return True
+
+    def free_all(self) -> None:
+        """Give back every node when the transaction commits."""
+        for page in list(self.all_pages()):
+            self.volume.nodes.pop(page * PAGE, None)
+            assert self.volume.tx is not None
+            self.volume.tx.pages.pop(page * PAGE, None)
+            self.volume.allocator.free_pages_later(page)
+            self.pages -= 1
+        self.root = 0

@@ -1,0 +1,211 @@
+"""What is in files: reading, writing, truncating, symbolic links; and the times of inodes."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+from pkernfs.errors import FsError
+from pkernfs.format import (
+    INLINE_SIZE,
+    INODE_ATIME_AT,
+    INODE_CTIME_AT,
+    INODE_MTIME_AT,
+    INODE_SIZE,
+    INODE_SIZE_AT,
+    MAX_FILE_SIZE,
+    PAGE,
+    Inode,
+)
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.volume import Volume
+
+DAY = 86400 * 10**9
+I64_MAX = (1 << 63) - 1
+
+
+def clamp_time(ns: int) -> int:
+    """A time as the format can hold it: 1677-09-21 to 2262-04-11, as other filesystems clamp to their own limits."""
+    return max(-I64_MAX - 1, min(ns, I64_MAX))
+
+
+class Content:
+    """The bytes of files.  Offsets and lengths are in bytes."""
+
+    #: "relatime" (as mount(8) has it), "strictatime" or "noatime"
+    atime_policy = "relatime"
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self.region = volume.region
+
+    def now(self) -> int:
+        """The time for time stamps, ns since the epoch."""
+        return self.volume.clock()
+
+    def read(self, ino: int, offset: int, length: int) -> bytes | memoryview:
+        """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.
+
+        The view is valid until the next change of the file.
+        """
+        volume = self.volume
+        inode = volume.inode(ino)
+        self.accessed(ino, inode)
+        length = min(length, inode.size - offset)
+        if length <= 0:
+            return b""
+        filemap = FileMap(volume, ino, inode)
+        first, skip = divmod(offset, PAGE)
+        page, run = filemap.find(first)
+        if run * PAGE - skip >= length:
+            if not page:
+                return bytes(length)
+            start = page * PAGE + skip
+            return self.region.view[start : start + length]
+        parts: list[bytes | memoryview] = []
+        left = length
+        while left:
+            page, run = filemap.find(first)
+            step = min(run * PAGE - skip, left)
+            start = page * PAGE + skip
+            parts.append(self.region.view[start : start + step] if page else bytes(step))
+            first += run
+            skip = 0
+            left -= step
+        return b"".join(parts)
+
+    def accessed(self, ino: int, inode: Inode) -> None:
+        """Store a new atime when the policy asks for it."""
+        if self.atime_policy == "noatime" or self.region.readonly:
+            return
+        now = self.now()
+        fresh = inode.atime > inode.mtime and inode.atime > inode.ctime and now - inode.atime < DAY
+        if not fresh or self.atime_policy == "strictatime":
+            self.volume.put_word(ino, inode._replace(atime=now), INODE_ATIME_AT, now)
+
+    def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
+        """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
+
+        ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC.
+        """
+        if offset >= MAX_FILE_SIZE and data:
+            raise FsError(errno.EFBIG, f"offset {offset}")
+        data = data[: MAX_FILE_SIZE - offset]
+        if not data:
+            return 0
+        volume = self.volume
+        inode = volume.inode(ino)
+        if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
+            inode = self._kill_priv(ino, inode)
+        end = offset + len(data)
+        first, last = offset // PAGE, -(-end // PAGE)
+        filemap = FileMap(volume, ino, inode)
+        page, run = filemap.find(first)
+        now = self.now()
+        if page and first + run >= last:
+            # Mapped already, in one piece: no metadata change but the words.
+            if offset > inode.size:
+                self._zero_mapped(filemap, inode.size, offset)
+            self.region.store(page * PAGE + offset % PAGE, data)
+            self._written(ino, inode, end, now)
+            return len(data)
+        try:
+            with volume.transaction():
+                filemap.allocate(first, last)
+                if offset > inode.size:
+                    self._zero_mapped(filemap, inode.size, offset)
+                self._store(filemap, offset, data)
+                volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=now, ctime=now))
+        except FsError as error:
+            if error.errno != errno.ENOSPC or last - first == 1:
+                raise
+            middle = (first + last) // 2 * PAGE
+            return self.write(ino, offset, data[: middle - offset])
+        return len(data)
+
+    def _written(self, ino: int, inode: Inode, end: int, now: int) -> None:
+        """Store the words that a write changes: the size last, when the bytes are there."""
+        base = ino * INODE_SIZE
+        store_word = self.region.store_word
+        store_word(base + INODE_MTIME_AT, now)
+        store_word(base + INODE_CTIME_AT, now)
+        if end > inode.size:
+            store_word(base + INODE_SIZE_AT, end)
+            self.volume.inodes[ino] = inode._replace(size=end, mtime=now, ctime=now)
+        else:
+            self.volume.inodes[ino] = inode._replace(mtime=now, ctime=now)
+
+    def _kill_priv(self, ino: int, inode: Inode) -> Inode:
+        mode = killed_mode(inode.mode)
+        if mode != inode.mode:
+            with self.volume.transaction():
+                inode = inode._replace(mode=mode)
+                self.volume.put_inode(ino, inode)
+        return inode
+
+    def _store(self, filemap: FileMap, offset: int, data: bytes | memoryview) -> None:
+        """Store into pages that are all mapped."""
+        first, skip = divmod(offset, PAGE)
+        view = memoryview(data)
+        at = 0
+        while at < len(view):
+            page, run = filemap.find(first)
+            step = min(run * PAGE - skip, len(view) - at)
+            self.region.store(page * PAGE + skip, view[at : at + step])
+            first += run
+            skip = 0
+            at += step
+
+    def _zero_mapped(self, filemap: FileMap, start: int, end: int) -> None:
+        """Zero what is mapped of [start, end): beyond the end of a file mapped memory may hold anything."""
+        while start < end:
+            first, skip = divmod(start, PAGE)
+            page, run = filemap.find(first)
+            step = min(run * PAGE - skip, end - start)
+            if page:
+                self.region.zero(page * PAGE + skip, step)
+            start += step
+
+    def resized(self, ino: int, inode: Inode, size: int) -> Inode:
+        """The inode with its content cut or grown to ``size``, within the open transaction; mtime is the caller's.
+
+        Growing maps all of the new range to memory: a promise that no later store into it fails.  Raises FsError:
+        EFBIG, ENOSPC.
+        """
+        if size > MAX_FILE_SIZE:
+            raise FsError(errno.EFBIG, f"size {size}")
+        filemap = FileMap(self.volume, ino, inode)
+        if size > inode.size:
+            first, last = inode.size // PAGE, -(-size // PAGE)
+            if last - first > self.volume.total_pages:
+                raise FsError(errno.ENOSPC, f"{size} bytes in a region of {self.volume.total_pages * PAGE}")
+            self._zero_mapped(filemap, inode.size, size)
+            filemap.allocate(first, last)
+        else:
+            filemap.truncate(-(-size // PAGE))
+        return filemap.finish()._replace(size=size)
+
+    def readlink(self, ino: int) -> bytes:
+        """The target of a symbolic link.  Raises FsError(EINVAL) for anything else."""
+        inode = self.volume.inode(ino)
+        if not stat.S_ISLNK(inode.mode):
+            raise FsError(errno.EINVAL, f"inode {ino} is not a symbolic link")
+        if inode.size <= INLINE_SIZE:
+            self.accessed(ino, inode)
+            return inode.inline[: inode.size]
+        return bytes(self.read(ino, 0, inode.size))
+
+    def file_map(self, ino: int) -> FileMap:
+        """The extents of a regular file, for reading.  Raises FsError(EINVAL) for anything else."""
+        inode = self.volume.inode(ino)
+        if not stat.S_ISREG(inode.mode):
+            raise FsError(errno.EINVAL, f"inode {ino} is not a regular file")
+        return FileMap(self.volume, ino, inode)
+
+
+def killed_mode(mode: int) -> int:
+    """``mode`` after a write by somebody who may not keep privileges: no set-user-ID, no set-group-ID if executable."""
+    if not stat.S_ISREG(mode):
+        return mode
+    mode &= ~stat.S_ISUID
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

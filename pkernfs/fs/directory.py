@@ -1,0 +1,85 @@
+"""Directories: names to inode numbers, in a tree keyed by the hash of the name; the keys are the readdir cookies."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkernfs.errors import CorruptError
+from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, Dirent, Ino, Inode, name_key
+from pkernfs.fs.btree import Tree
+
+if TYPE_CHECKING:
+    from pkernfs.fs.volume import Volume
+
+
+class Entry(NamedTuple):
+    """One name in a directory."""
+
+    key: int  #: readdir cookie
+    ino: Ino
+    mode: int  #: S_IFMT bits
+    name: bytes
+
+
+class Directory:
+    """The entries of directory ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode."""
+
+    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+        self.volume = volume
+        self.ino = ino
+        self.inode = inode
+        self.tree = Tree(volume, ino, inode.root)
+        self.entries = 0  #: added minus removed
+
+    def _entry(self, key: int, value: bytes) -> Entry:
+        if len(value) <= DIRENT.size:
+            raise CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, f"an entry of {len(value)} bytes")
+        dirent = DIRENT.unpack(value)
+        name = value[DIRENT.size :]
+        bad_name = len(name) != dirent.length or len(name) > NAME_MAX or b"/" in name or b"\0" in name
+        if bad_name or name in (b".", b".."):
+            raise CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, f"an entry with the name {name!r}")
+        return Entry(key, Ino(dirent.ino), dirent.mode, name)
+
+    def find(self, name: bytes) -> Entry | None:
+        """The entry with this name, or None."""
+        if not self.tree.root:
+            return None
+        first = name_key(self.volume.sb.hash_seed, name)
+        for key, value in self.tree.scan(first, first + KEY_SLOTS - 1):
+            if value[DIRENT.size :] == name:
+                return self._entry(key, value)
+        return None
+
+    def scan(self, first: int = 0) -> Iterator[Entry]:
+        """The entries from cookie ``first`` on."""
+        for key, value in self.tree.scan(first):
+            yield self._entry(key, value)
+
+    def add(self, name: bytes, ino: int, mode: int) -> None:
+        """Add a name that is not there.  Raises FsError(ENOSPC)."""
+        first = name_key(self.volume.sb.hash_seed, name)
+        key = self.tree.free_key(first)
+        self.tree.put(key, DIRENT.pack(Dirent(ino, stat.S_IFMT(mode), len(name))) + name)
+        self.entries += 1
+
+    def replace(self, entry: Entry, ino: int, mode: int) -> None:
+        """Let an existing name stand for another inode."""
+        self.tree.put(entry.key, DIRENT.pack(Dirent(ino, stat.S_IFMT(mode), len(entry.name))) + entry.name)
+
+    def remove(self, entry: Entry) -> None:
+        """Remove an entry that was found.  Never allocates."""
+        self.tree.delete(entry.key)
+        self.entries -= 1
+
+    def finish(self, now: int) -> Inode:
+        """The inode with the changes: tree, pages, number of entries, mtime and ctime."""
+        return self.inode._replace(
+            root=self.tree.root,
+            pages=self.inode.pages + self.tree.pages,
+            size=self.inode.size + self.entries,
+            mtime=now,
+            ctime=now,
+        )

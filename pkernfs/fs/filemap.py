@@ -1,0 +1,293 @@
+"""Where a file's pages are: extents, in the inode or in a tree, and the policy that picks pages or whole blocks.
+
+A chunk is a range of 512 pages of a file that begins at a multiple of 512: what one block can hold.  Small and sparse
+chunks are made of single pages from slabs; a chunk that is at least half full is one block.  So a one-byte file costs
+4 KiB, and a large file is made of blocks, in one piece where possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    BLOCK_DATA,
+    EXTENT,
+    EXTENT_VALUE,
+    FLAG_DIRECT,
+    INLINE_EXTENTS,
+    INLINE_SIZE,
+    PAGE,
+    PAGE_DATA,
+    PAGES_PER_BLOCK,
+    Extent,
+    ExtentValue,
+    Inode,
+)
+from pkernfs.fs.btree import Tree
+
+if TYPE_CHECKING:
+    from pkernfs.fs.volume import Volume
+
+HALF = PAGES_PER_BLOCK // 2
+PINNED = FLAG_DIRECT  #: flags of inodes whose pages must stay where they are
+
+
+class FileMap:
+    """The extents of inode ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode."""
+
+    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+        self.volume = volume
+        self.ino = ino
+        self.inode = inode
+        self.tree = Tree(volume, ino, inode.root)
+        self.inline: list[Extent] = [] if inode.root else self._decode_inline(inode.inline)
+        self.pages = inode.pages
+
+    def _decode_inline(self, raw: bytes) -> list[Extent]:
+        extents = []
+        end = 0
+        for at in range(0, INLINE_EXTENTS * EXTENT.size, EXTENT.size):
+            extent = EXTENT.unpack(raw, at)
+            if not extent.length:
+                break
+            self._check(extent)
+            if extent.start < end:
+                raise CorruptError(
+                    f"the extents of inode {self.ino}", self.ino * 256, f"{extent} overlaps the one before"
+                )
+            end = extent.start + extent.length
+            extents.append(extent)
+        return extents
+
+    def _check(self, extent: Extent) -> None:
+        first = self.volume.allocator.first_block * PAGES_PER_BLOCK
+        total = self.volume.total_pages
+        if not (first <= extent.page and 0 < extent.length <= total and extent.page + extent.length <= total):
+            raise CorruptError(f"the extents of inode {self.ino}", self.ino * 256, f"{extent} is outside the data")
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _tree_extent(self, item: tuple[int, bytes]) -> Extent:
+        if len(item[1]) != EXTENT_VALUE.size:
+            raise CorruptError(f"the extents of inode {self.ino}", self.ino * 256, f"a value of {len(item[1])} bytes")
+        extent = Extent(item[0], *EXTENT_VALUE.unpack(item[1]))
+        self._check(extent)
+        return extent
+
+    def extents(self, first: int = 0) -> Iterator[Extent]:
+        """The extents that end above page ``first``, in order."""
+        if not self.tree.root:
+            for extent in self.inline:
+                if extent.start + extent.length > first:
+                    yield extent
+            return
+        below = self.tree.floor(first)
+        end = 0
+        for item in self.tree.scan(below[0] if below else first):
+            extent = self._tree_extent(item)
+            if extent.start < end:
+                raise CorruptError(
+                    f"the extents of inode {self.ino}", self.ino * 256, f"{extent} overlaps the one before"
+                )
+            end = extent.start + extent.length
+            if end > first:
+                yield extent
+
+    def find(self, page: int) -> tuple[int, int]:
+        """(region page, run): what page ``page`` of the file is, and for how many pages it goes on like that.
+
+        Region page 0 means a hole; the run of the last hole is huge.
+        """
+        for extent in self.extents(page):
+            if extent.start > page:
+                return 0, extent.start - page
+            skip = page - extent.start
+            return extent.page + skip, extent.length - skip
+        return 0, 1 << 52
+
+    def is_block(self, page: int) -> bool:
+        """Whether region page ``page`` is in a data block (and not in a slab)."""
+        return self.volume.allocator.table[page // PAGES_PER_BLOCK] == BLOCK_DATA
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    def _put(self, extent: Extent) -> None:
+        if not self.tree.root:
+            self.inline.append(extent)
+            self.inline.sort()
+            if len(self.inline) <= INLINE_EXTENTS:
+                return
+            extents, self.inline = self.inline, []
+            for one in extents:
+                self.tree.put(one.start, EXTENT_VALUE.pack(ExtentValue(one.page, one.count)))
+        else:
+            self.tree.put(extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, extent.length)))
+
+    def _delete(self, extent: Extent) -> None:
+        if self.tree.root:
+            self.tree.delete(extent.start)
+        else:
+            self.inline.remove(extent)
+
+    def _add(self, start: int, page: int, count: int) -> None:
+        """Map a hole, merging with the extents before and behind where the pages go on."""
+        self.pages += count
+        for extent in list(self._around(start, count)):
+            if extent.start + extent.length == start and extent.page + extent.length == page:
+                self._delete(extent)
+                start, page, count = extent.start, extent.page, extent.length + count
+            elif extent.start == start + count and extent.page == page + count:
+                self._delete(extent)
+                count += extent.length
+        self._put(Extent(start, page, count))
+
+    def _around(self, start: int, count: int) -> Iterator[Extent]:
+        for extent in self.extents(max(start - 1, 0)):
+            if extent.start > start + count:
+                return
+            yield extent
+
+    def remove(self, first: int, end: int) -> None:
+        """Unmap pages [first, end) and free what they held when the transaction commits."""
+        for extent in [e for e in self._until(first, end)]:
+            cut_first, cut_end = max(first, extent.start), min(end, extent.start + extent.length)
+            self._delete(extent)
+            if extent.start < cut_first:
+                self._put(extent._replace(length=cut_first - extent.start))
+            if cut_end < extent.start + extent.length:
+                skip = cut_end - extent.start
+                self._put(Extent(cut_end, extent.page + skip, extent.length - skip))
+            self._free(extent.page + cut_first - extent.start, cut_end - cut_first)
+            self.pages -= cut_end - cut_first
+
+    def _until(self, first: int, end: int) -> Iterator[Extent]:
+        for extent in self.extents(first):
+            if extent.start >= end:
+                return
+            yield extent
+
+    def _free(self, page: int, count: int) -> None:
+        allocator = self.volume.allocator
+        while count:
+            block, index = divmod(page, PAGES_PER_BLOCK)
+            if self.is_block(page):
+                if index or count < PAGES_PER_BLOCK:
+                    raise CorruptError(f"the extents of inode {self.ino}", page * PAGE, "part of a data block")
+                blocks = 1
+                while (blocks + 1) * PAGES_PER_BLOCK <= count and self.is_block((block + blocks) * PAGES_PER_BLOCK):
+                    blocks += 1
+                allocator.free_blocks_later(block, blocks)
+                step = blocks * PAGES_PER_BLOCK
+            else:
+                step = min(count, PAGES_PER_BLOCK - index)
+                allocator.check_page_kind(page, PAGE_DATA, f"an extent of inode {self.ino}")
+                allocator.free_pages_later(page, step)
+            page += step
+            count -= step
+
+    def allocate(self, first: int, end: int) -> None:
+        """Map every hole in pages [first, end) to zeroed memory.  Raises FsError(ENOSPC)."""
+        page = first
+        while page < end:
+            found, run = self.find(page)
+            run = min(run, end - page)
+            if not found:
+                self._fill(page, page + run)
+            page += run
+
+    def _fill(self, first: int, end: int) -> None:
+        """Allocate the hole [first, end)."""
+        while first < end:
+            chunk = first - first % PAGES_PER_BLOCK
+            chunk_end = chunk + PAGES_PER_BLOCK
+            if first == chunk and self._wants_block(chunk, end):
+                # All whole chunks at once, and the rest of the last one with them: in one piece where possible.
+                last = self._last_chunk(chunk, end)
+                count = (last - chunk) // PAGES_PER_BLOCK
+                before = self.find(chunk - 1)[0] if chunk else 0
+                near = before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0
+                try:
+                    for block, blocks in self.volume.allocator.alloc_blocks(count, near):
+                        self._add(chunk, block * PAGES_PER_BLOCK, blocks * PAGES_PER_BLOCK)
+                        chunk += blocks * PAGES_PER_BLOCK
+                    first = last
+                    continue
+                except FsError:
+                    # No block is free: single pages may be, when few are wanted.
+                    if end - first >= PAGES_PER_BLOCK:
+                        raise
+            step = min(end, chunk_end)
+            if not self._make_block(chunk, step - first):
+                at = first
+                for page, count in self.volume.allocator.alloc_pages(step - first, PAGE_DATA):
+                    self._add(at, page, count)
+                    at += count
+            first = step
+
+    def _wants_block(self, chunk: int, end: int) -> bool:
+        """Whether the empty chunk, to be filled from its start to ``end``, is to be a block."""
+        if self.find(chunk)[1] < PAGES_PER_BLOCK:
+            return False
+        before = self.find(chunk - 1)[0] if chunk else 0
+        return end - chunk >= HALF or (before != 0 and self.is_block(before))
+
+    def _last_chunk(self, chunk: int, end: int) -> int:
+        """The end of the run of chunks from ``chunk`` on that are empty and begin below ``end``."""
+        hole = self.find(chunk)[1]
+        whole = min(-(-(end - chunk) // PAGES_PER_BLOCK), hole // PAGES_PER_BLOCK)
+        return chunk + whole * PAGES_PER_BLOCK
+
+    def _make_block(self, chunk: int, more: int) -> bool:
+        """Turn the pages of a chunk into one block when ``more`` pages make it half full; whether it is done.
+
+        Moves data: never done to pinned files.
+        """
+        old = list(self._until(chunk, chunk + PAGES_PER_BLOCK))
+        mapped = sum(min(e.start + e.length, chunk + PAGES_PER_BLOCK) - max(e.start, chunk) for e in old)
+        if mapped + more < HALF or self.inode.flags & PINNED or not self.volume.allocator.free_blocks:
+            return False
+        before = self.find(chunk - 1)[0] if chunk else 0
+        near = before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0
+        page = self.volume.allocator.alloc_blocks(1, near)[0][0] * PAGES_PER_BLOCK
+        self._move(chunk, chunk + PAGES_PER_BLOCK, [(page, PAGES_PER_BLOCK)])
+        return True
+
+    def truncate(self, end: int) -> None:
+        """Unmap what lies beyond ``end`` pages.  A block that is needed in part stays, unless it can become pages."""
+        chunk = end - end % PAGES_PER_BLOCK
+        page, _ = self.find(chunk)
+        if end == chunk or not page or not self.is_block(page):
+            self.remove(end, 1 << 52)
+            return
+        self.remove(chunk + PAGES_PER_BLOCK, 1 << 52)
+        left = end - chunk
+        allocator = self.volume.allocator
+        if left < HALF and not self.inode.flags & PINNED and allocator.has_pages(left):
+            self._move(chunk, chunk + PAGES_PER_BLOCK, allocator.alloc_pages(left, PAGE_DATA))
+
+    def _move(self, first: int, end: int, runs: list[tuple[int, int]]) -> None:
+        """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""
+        region = self.volume.region
+        at = first
+        copies = []
+        for page, count in runs:
+            copies.append((at, page, count))
+            for extent in self._until(at, at + count):
+                low, high = max(extent.start, at), min(extent.start + extent.length, at + count)
+                source = (extent.page + low - extent.start) * PAGE
+                region.store((page + low - at) * PAGE, region.view[source : source + (high - low) * PAGE])
+            at += count
+        self.remove(first, end)
+        for start, page, count in copies:
+            self._add(start, page, count)
+
+    def finish(self) -> Inode:
+        """The inode with the changes."""
+        inline = b"".join(map(EXTENT.pack, self.inline))
+        return self.inode._replace(
+            root=self.tree.root,
+            pages=self.pages + self.tree.pages,
+            inline=inline + bytes(INLINE_SIZE - len(inline)),
+        )

@@ -1,0 +1,172 @@
+"""The filesystem as the server, the tools and the tests use it: attributes, statistics, the end."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import Any, NamedTuple
+
+from pkernfs.errors import FsError
+from pkernfs.format import (
+    FLAG_DIRECT,
+    INODES_PER_PAGE,
+    PAGES_PER_BLOCK,
+    Extent,
+    Inode,
+)
+from pkernfs.fs.content import clamp_time, killed_mode
+from pkernfs.fs.names import Names
+from pkernfs.fs.volume import Volume
+from pkernfs.fs.xattrs import Xattrs
+from pkernfs.region import Region
+
+XATTR_LIST_MAX = 65536
+
+
+class Statfs(NamedTuple):
+    """Figures of statvfs(3); ``blocks`` and ``free`` in pages of 4 KiB."""
+
+    blocks: int
+    free: int
+    files: int
+    free_files: int
+
+
+class SetAttr(NamedTuple):
+    """What setattr is to change; None: leave it.  Times in ns since the epoch."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+
+
+class Filesystem(Names):
+    """All operations on one region.  Inode numbers in, FsError out; every call is complete when it returns."""
+
+    @classmethod
+    def open(cls, region: Region) -> Filesystem:
+        """Open the filesystem in ``region``: replay the journal and, when it may write, free the orphans.
+
+        Raises FormatError, CorruptError.
+        """
+        fs = cls(Volume(region))
+        if not region.readonly:
+            for ino in fs.orphans():
+                fs.reap(ino)
+        return fs
+
+    def close(self) -> None:
+        """Free what was kept for open files only, note the orderly end, release the region."""
+        if not self.region.readonly:
+            self.lookups.clear()
+            for ino in self.orphans():
+                self.reap(ino)
+            self.volume.mark_unmounted()
+        self.region.close()
+
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    def getattr(self, ino: int) -> Inode:
+        """The inode.  Raises FsError(ESTALE)."""
+        return self.volume.inode(ino)
+
+    def setattr(self, ino: int, change: SetAttr, *, privileged: bool = True) -> Inode:
+        """Change attributes and size together; the inode as it is then.
+
+        ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
+        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL.
+        """
+        inode = self.volume.inode(ino)
+        now = self.now()
+        changed: dict[str, Any] = {"ctime": now}
+        mode = inode.mode
+        if change.mode is not None:
+            mode = stat.S_IFMT(mode) | stat.S_IMODE(change.mode)
+        if change.uid is not None or change.gid is not None:
+            changed["uid"] = inode.uid if change.uid is None else change.uid
+            changed["gid"] = inode.gid if change.gid is None else change.gid
+            if change.mode is None:
+                mode = killed_mode(mode)
+        if change.size is not None and not privileged:
+            mode = killed_mode(mode)
+        changed["mode"] = mode
+        if change.size is not None:
+            changed["mtime"] = now
+        if change.atime is not None:
+            changed["atime"] = clamp_time(change.atime)
+        if change.mtime is not None:
+            changed["mtime"] = clamp_time(change.mtime)
+        if change.size is not None and not stat.S_ISREG(mode):
+            raise FsError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"inode {ino}")
+        with self.volume.transaction():
+            if change.size is not None:
+                inode = self.resized(ino, inode, change.size)
+            inode = inode._replace(**changed)
+            self.volume.put_inode(ino, inode)
+        return inode
+
+    def set_direct(self, ino: int, direct: bool) -> Inode:
+        """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place."""
+        self.file_map(ino)
+        inode = self.volume.inode(ino)
+        flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
+        if flags != inode.flags:
+            inode = inode._replace(flags=flags)
+            with self.volume.transaction():
+                self.volume.put_inode(ino, inode)
+        return inode
+
+    def extents(self, ino: int) -> list[Extent]:
+        """The extents of a regular file, in pages.  Raises FsError(EINVAL)."""
+        return list(self.file_map(ino).extents())
+
+    # -- extended attributes --------------------------------------------------------------------------------------
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """The value.  Raises FsError(ENODATA)."""
+        inode = self.volume.inode(ino)
+        attribute = Xattrs(self.volume, ino, inode).find(name) if inode.xattrs else None
+        if attribute is None:
+            raise FsError(errno.ENODATA, repr(name))
+        return Xattrs(self.volume, ino, inode).value(attribute)
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """The names of all attributes."""
+        return [attribute.name for attribute in Xattrs(self.volume, ino, self.volume.inode(ino)).all()]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Create or replace.  Raises FsError: ERANGE, E2BIG, ENOSPC (also when the names would not fit in a list)."""
+        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        if sum(len(a.name) + 1 for a in xattrs.all() if a.name != name) + len(name) + 1 > XATTR_LIST_MAX:
+            raise FsError(errno.ENOSPC, "the names of the attributes would take more than 64 KiB")
+        with self.volume.transaction():
+            xattrs.set(name, value)
+            self.volume.put_inode(ino, xattrs.finish(self.now()))
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove.  Raises FsError(ENODATA)."""
+        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        attribute = xattrs.find(name)
+        if attribute is None:
+            raise FsError(errno.ENODATA, repr(name))
+        with self.volume.transaction():
+            xattrs.remove(attribute)
+            self.volume.put_inode(ino, xattrs.finish(self.now()))
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    def statfs(self) -> Statfs:
+        """Space in pages of 4 KiB, and inodes: as many more as the free pages can hold."""
+        allocator = self.volume.allocator
+        free = allocator.free_pages()
+        used = allocator.inodes_in_use()
+        free_files = free * INODES_PER_PAGE
+        blocks = (allocator.blocks - allocator.first_block) * PAGES_PER_BLOCK
+        return Statfs(blocks, free, used + free_files, free_files)
+
+    def physical(self, offset: int) -> int:
+        """The physical address of a region offset, bytes."""
+        return self.volume.sb.phys_base + offset

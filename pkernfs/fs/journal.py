@@ -1,0 +1,127 @@
+"""The redo journal: one transaction at a time is logged, sealed with one 8-byte store, applied and retired."""
+
+from collections.abc import Iterable, Iterator
+
+from pkernfs.errors import CorruptError, RegionError
+from pkernfs.format import (
+    BLOCK,
+    DISCARD,
+    JOURNAL_CHECKED_AT,
+    JOURNAL_HEADER,
+    JOURNAL_MAGIC,
+    JOURNAL_RECORD,
+    PAGE,
+    STORE,
+    JournalHeader,
+    JournalRecord,
+    Superblock,
+    checksum,
+    geometry,
+)
+from pkernfs.region.base import Region
+
+
+class Journal:
+    """The journal of one region.  ``commit`` makes a set of stores happen together, ``recover`` finishes them."""
+
+    def __init__(self, region: Region, sb: Superblock) -> None:
+        self.region = region
+        self.header_at = sb.journal_offset + PAGE
+        self.body_at = sb.journal_offset + 2 * PAGE
+        self.capacity = geometry(sb.blocks).journal_size
+        self.sequence = region.word(self.header_at) >> 1
+
+    def commit(self, stores: Iterable[tuple[int, bytes]], discards: Iterable[tuple[int, int]]) -> None:
+        """Make all of ``stores`` (offset, data) durable at once, then give ``discards`` (offset, length) back.
+
+        Offsets and lengths of stores are multiples of 8, of discards multiples of the page size.
+        """
+        parts: list[bytes] = []
+        records = 0
+        pack = JOURNAL_RECORD.pack
+        stores = list(stores)
+        for offset, data in stores:
+            parts += (pack(JournalRecord(offset, len(data), STORE)), data)
+            records += 1
+        discards = list(discards)
+        for offset, length in discards:
+            parts.append(pack(JournalRecord(offset, length // PAGE, DISCARD)))
+            records += 1
+        body = b"".join(parts)
+        if len(body) > self.capacity:
+            raise AssertionError(f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
+        self.sequence += 1
+        seal = 2 * self.sequence
+        header = JOURNAL_HEADER.pack(JournalHeader(seal - 2, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
+        crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
+        region = self.region
+        region.store(self.body_at, body)
+        # The seal is left alone here: the word that is there says "retired" already.
+        region.store(self.header_at + 8, header[8:12] + crc.to_bytes(4, "little") + header[16:])
+        if region.barriers:
+            region.flush()
+        region.store_word(self.header_at, seal + 1)
+        if region.barriers:
+            region.flush()
+        for offset, data in stores:
+            region.store(offset, data)
+        for offset, length in discards:
+            region.discard(offset, length)
+        if region.barriers:
+            region.flush()
+        region.store_word(self.header_at, seal)
+
+    def recover(self) -> int:
+        """Finish the transaction that was sealed and not retired, if there is one; its number of records, else 0.
+
+        Raises CorruptError when a sealed transaction cannot be trusted: nothing has been applied then.
+        """
+        seal = self.region.word(self.header_at)
+        if not seal & 1:
+            return 0
+        records = list(self.records(seal >> 1))
+        if self.region.readonly and self.region.kind == "devdax":
+            raise RegionError(f"{self.region.path}: the journal must be replayed", hint="mount it read-write once")
+        for record, data in records:
+            if record.kind == STORE:
+                self.region.store(record.offset, data)
+            else:
+                self.region.discard(record.offset, record.length * PAGE)
+        if self.region.barriers:
+            self.region.flush()
+        self.region.store_word(self.header_at, seal - 1)
+        self.sequence = seal >> 1
+        return len(records)
+
+    def records(self, sequence: int) -> Iterator[tuple[JournalRecord, bytes]]:
+        """The checked records of the transaction ``sequence``.  Raises CorruptError."""
+        region = self.region
+        raw = region.read(self.header_at, JOURNAL_HEADER.size)
+        header = JOURNAL_HEADER.unpack(raw)
+        if header.magic != JOURNAL_MAGIC or header.sequence != sequence or header.length > self.capacity:
+            raise CorruptError("the journal header", self.header_at, f"{header}")
+        body = region.read(self.body_at, header.length)
+        crc = checksum(body, checksum(raw[JOURNAL_CHECKED_AT:]))
+        if crc != header.checksum:
+            raise CorruptError("the journal", self.header_at, f"checksum {header.checksum:#x}, expected {crc:#x}")
+        at = 0
+        for _ in range(header.records):
+            if at + JOURNAL_RECORD.size > len(body):
+                raise CorruptError("the journal", self.body_at + at, "a record beyond its end")
+            record = JOURNAL_RECORD.unpack(body, at)
+            at += JOURNAL_RECORD.size
+            length = record.length * PAGE if record.kind == DISCARD else record.length
+            inside = record.offset + length <= region.size and not record.offset & 7 and not length & 7
+            outside_journal = (
+                record.offset + length <= self.header_at - PAGE
+                or record.offset >= (self.body_at + self.capacity) // BLOCK * BLOCK
+            )
+            if not inside or not outside_journal or record.kind not in (STORE, DISCARD):
+                raise CorruptError("a journal record", self.body_at + at, f"{record}")
+            if record.kind == DISCARD:
+                yield record, b""
+            else:
+                if at + record.length > len(body):
+                    raise CorruptError("the journal", self.body_at + at, "data beyond its end")
+                yield record, body[at : at + record.length]
+                at += record.length

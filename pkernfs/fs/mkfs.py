@@ -1,0 +1,166 @@
+"""Making a filesystem in a region."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import uuid as uuid_module
+
+from pkernfs.errors import FormatError, UsageError
+from pkernfs.format import (
+    BLOCK,
+    BLOCK_FREE,
+    BLOCK_META,
+    FLAG_DIR,
+    FLAG_FILE,
+    FLAG_IOMMU_DIR,
+    FLAG_IOMMU_ROOT_PGTABLES,
+    INLINE_SIZE,
+    INODE_SIZE,
+    IOMMU_INO,
+    JOURNAL_HEADER,
+    JOURNAL_MAGIC,
+    MAGIC,
+    MAX_BLOCKS,
+    MIN_BLOCKS,
+    ORPHANS_INO,
+    PAGE,
+    ROOT_INO,
+    ROOT_PGTABLES_INO,
+    TABLE_FANOUT,
+    TABLE_MAGIC,
+    VERSION,
+    Inode,
+    JournalHeader,
+    Superblock,
+    geometry,
+)
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pages import seal_inode, seal_page
+from pkernfs.region import Region
+from pkernfs.region.superblock import seal_superblock
+
+
+def mkfs(
+    region: Region,
+    *,
+    label: str = "",
+    uuid: uuid_module.UUID | None = None,
+    phys_base: int = 0,
+    hash_seed: bytes | None = None,
+) -> Superblock:
+    """Make an empty filesystem: a root directory, ``iommu/`` and an empty ``iommu/root-pgtables``.
+
+    What the region held is lost.  The superblock is stored last, so that a half-made region is not taken for one.
+    ``phys_base``: physical address of offset 0, a multiple of 2 MiB.  Raises FormatError, UsageError, FsError(ENOSPC).
+    """
+    blocks = region.size // BLOCK
+    if region.size % BLOCK or not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
+        raise FormatError(f"expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK} bytes, found {region.size}")
+    if phys_base % BLOCK or phys_base + region.size > 1 << 64:
+        raise UsageError(f"--phys-base: expected a multiple of 2 MiB below 2^64, found {phys_base:#x}")
+    raw_label = label.encode()
+    if len(raw_label) > 64:
+        raise UsageError(f"--label: expected at most 64 bytes, found {len(raw_label)}")
+    geo = geometry(blocks)
+    if geo.first_block >= blocks:
+        raise FormatError(f"expected more than {geo.first_block} blocks of 2 MiB, found {blocks}")
+    now = time.time_ns()
+    sb = Superblock(
+        magic=MAGIC,
+        version=VERSION,
+        checksum=0,
+        compat=0,
+        ro_compat=0,
+        incompat=0,
+        block_size=BLOCK,
+        page_size=PAGE,
+        inode_size=INODE_SIZE,
+        uuid=(uuid or uuid_module.uuid4()).bytes,
+        label=raw_label,
+        hash_seed=os.urandom(16) if hash_seed is None else hash_seed,
+        blocks=blocks,
+        phys_base=phys_base,
+        table_pages=geo.table_pages,
+        journal_offset=geo.journal_offset,
+        first_block=geo.first_block,
+        created=now,
+        reserved_checked=0,
+        mounts=0,
+        mounted=0,
+        unmounted=0,
+        reserved0=0,
+        reserved1=0,
+        reserved2=0,
+        reserved3=0,
+        reserved4=0,
+    )
+    raw = seal_superblock(sb)
+    region.store_word(0, 0)
+    if geo.first_block < blocks:
+        region.discard(geo.first_block * BLOCK, (blocks - geo.first_block) * BLOCK)
+    region.reserve(0, geo.first_block * BLOCK)
+    for index in range(geo.table_pages):
+        first = index * TABLE_FANOUT
+        count = min(TABLE_FANOUT, blocks - first)
+        kinds = bytes(BLOCK_META if first + n < geo.first_block else BLOCK_FREE for n in range(count))
+        region.store(PAGE + index * PAGE, seal_page(TABLE_MAGIC, PAGE + index * PAGE, index, 0, 0, kinds))
+    region.store(geo.journal_offset + PAGE, JOURNAL_HEADER.pack(JournalHeader(0, JOURNAL_MAGIC, 0, 0, 0, 0)))
+    for ino, inode in _first_inodes(now).items():
+        region.store(ino * INODE_SIZE, seal_inode(ino, inode))
+    region.store(geo.journal_offset, raw)
+    region.flush()
+    region.store(8, raw[8:])
+    region.store_word(0, MAGIC)
+    region.flush()
+    _add_iommu(Filesystem.open(region))
+    region.flush()
+    return sb
+
+
+def _first_inodes(now: int) -> dict[int, Inode]:
+    """The root directory and the list of orphans."""
+    root = Inode(
+        size=0,
+        atime=now,
+        mtime=now,
+        ctime=now,
+        checksum=0,
+        mode=stat.S_IFDIR | 0o755,
+        nlink=2,
+        generation=0,
+        uid=os.getuid(),
+        gid=os.getgid(),
+        rdev=0,
+        flags=FLAG_DIR,
+        btime=now,
+        parent=ROOT_INO,
+        pages=0,
+        root=0,
+        xattrs=0,
+        quota=0,
+        reserved0=0,
+        reserved1=0,
+        reserved2=0,
+        inline=bytes(INLINE_SIZE),
+    )
+    orphans = root._replace(mode=stat.S_IFREG, nlink=1, flags=FLAG_FILE, parent=0)
+    return {ROOT_INO: root, ORPHANS_INO: orphans}
+
+
+def _add_iommu(fs: Filesystem) -> None:
+    """``iommu/`` and ``iommu/root-pgtables``: the RFC's names, in reserved slots."""
+    root = fs.getattr(ROOT_INO)
+    directory = fs.directory(ROOT_INO)
+    with fs.volume.transaction():
+        directory.add(b"iommu", IOMMU_INO, stat.S_IFDIR)
+        above = directory.finish(root.ctime)
+        fs.volume.put_inode(ROOT_INO, above._replace(nlink=above.nlink + 1))
+        fs.volume.put_inode(IOMMU_INO, root._replace(flags=FLAG_DIR | FLAG_IOMMU_DIR, nlink=2))
+    iommu = fs.directory(IOMMU_INO)
+    with fs.volume.transaction():
+        iommu.add(b"root-pgtables", ROOT_PGTABLES_INO, stat.S_IFREG)
+        fs.volume.put_inode(IOMMU_INO, iommu.finish(root.ctime))
+        inode = root._replace(mode=stat.S_IFREG | 0o600, nlink=1, parent=0, flags=FLAG_FILE | FLAG_IOMMU_ROOT_PGTABLES)
+        fs.volume.put_inode(ROOT_PGTABLES_INO, inode)

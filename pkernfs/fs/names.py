@@ -1,0 +1,358 @@
+"""What files are called: lookup, create, link, unlink, rename, and reading directories."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pkernfs.errors import FsError
+from pkernfs.format import (
+    FIRST_FREE_SLOT,
+    FLAG_DIR,
+    FLAG_FILE,
+    INLINE_SIZE,
+    LINK_MAX,
+    NAME_MAX,
+    ORPHANS_INO,
+    ROOT_INO,
+    SYMLINK_MAX,
+    Ino,
+    Inode,
+)
+from pkernfs.fs.btree import Tree
+from pkernfs.fs.content import Content
+from pkernfs.fs.directory import Directory, Entry
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.volume import Volume
+from pkernfs.fs.xattrs import Xattrs
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+
+class Caller(NamedTuple):
+    """Who asks: what new files belong to."""
+
+    uid: int
+    gid: int
+
+
+class Names(Content):
+    """The tree of names.  ``lookups`` counts who still refers to an inode, so that a removed file stays while open."""
+
+    def __init__(self, volume: Volume) -> None:
+        super().__init__(volume)
+        self.lookups: dict[int, int] = {}
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def directory(self, ino: int) -> Directory:
+        """The directory.  Raises FsError: ENOTDIR, ENOENT when it was removed."""
+        inode = self.volume.inode(ino)
+        if not stat.S_ISDIR(inode.mode):
+            raise FsError(errno.ENOTDIR, f"inode {ino}")
+        return Directory(self.volume, ino, inode)
+
+    def lookup(self, parent: int, name: bytes) -> Ino:
+        """The inode that ``name`` stands for.  Raises FsError: ENOENT, ENOTDIR, ENAMETOOLONG."""
+        if len(name) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG, repr(name))
+        if name in (b".", b".."):
+            directory = self.directory(parent)
+            return Ino(parent if name == b"." else directory.inode.parent)
+        return self._entry(self.directory(parent), name).ino
+
+    def _entry(self, directory: Directory, name: bytes) -> Entry:
+        entry = directory.find(name)
+        if entry is None:
+            raise FsError(errno.ENOENT, repr(name))
+        return entry
+
+    def readdir(self, ino: int, first: int = 0) -> Iterator[Entry]:
+        """The entries from cookie ``first`` on; "." and ".." are not among them.
+
+        The order is that of the cookies and never changes, so a reader that goes on from a cookie sees every entry
+        that was there throughout, once.  The directory must not change while the iterator is in use.
+        """
+        directory = self.directory(ino)
+        self.accessed(ino, directory.inode)
+        return directory.scan(first)
+
+    def resolve(self, path: bytes) -> Ino:
+        """The inode at ``path`` from the root on; symbolic links are not followed.  Raises FsError."""
+        ino = ROOT_INO
+        for name in path.split(b"/"):
+            if name:
+                ino = self.lookup(ino, name)
+        return ino
+
+    # -- creating -------------------------------------------------------------------------------------------------
+
+    def _new_name(self, parent: int, name: bytes) -> Directory:
+        """The directory that is to get ``name``.  Raises FsError: EEXIST, ENAMETOOLONG, EINVAL, ENOENT."""
+        if len(name) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG, repr(name))
+        if not name or b"/" in name or b"\0" in name:
+            raise FsError(errno.EINVAL, repr(name))
+        directory = self.directory(parent)
+        if not directory.inode.nlink:
+            raise FsError(errno.ENOENT, "the directory was removed")
+        if name in (b".", b"..") or directory.find(name):
+            raise FsError(errno.EEXIST, repr(name))
+        return directory
+
+    def create(self, parent: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b"") -> Ino:
+        """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
+
+        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC.
+        """
+        volume = self.volume
+        now = self.now()
+        directory = self._new_name(parent, name)
+        above = directory.inode
+        is_dir = stat.S_ISDIR(mode)
+        gid = caller.gid
+        if above.mode & stat.S_ISGID:
+            gid = above.gid
+            mode |= stat.S_ISGID if is_dir else 0
+        if len(target) > SYMLINK_MAX:
+            raise FsError(errno.ENAMETOOLONG, f"a target of {len(target)} bytes")
+        with volume.transaction():
+            ino = Ino(volume.allocator.alloc_inode())
+            inode = Inode(
+                size=0,
+                atime=now,
+                mtime=now,
+                ctime=now,
+                checksum=0,
+                mode=mode,
+                nlink=2 if is_dir else 1,
+                generation=(now >> 10) & 0xFFFFFFFF,
+                uid=caller.uid,
+                gid=gid,
+                rdev=rdev,
+                flags=FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0,
+                btime=now,
+                parent=parent if is_dir else 0,
+                pages=0,
+                root=0,
+                xattrs=0,
+                quota=0,
+                reserved0=0,
+                reserved1=0,
+                reserved2=0,
+                inline=bytes(INLINE_SIZE),
+            )
+            if target:
+                inode = self._with_target(ino, inode, target)
+            directory.add(name, ino, mode)
+            above = directory.finish(now)
+            volume.put_inode(parent, above._replace(nlink=above.nlink + 1) if is_dir else above)
+            volume.put_inode(ino, inode)
+        return ino
+
+    def _with_target(self, ino: int, inode: Inode, target: bytes) -> Inode:
+        if len(target) <= INLINE_SIZE:
+            return inode._replace(size=len(target), inline=target + bytes(INLINE_SIZE - len(target)))
+        filemap = FileMap(self.volume, ino, inode)
+        filemap.allocate(0, 1)
+        self._store(filemap, 0, target + bytes(-len(target) % 8))
+        return filemap.finish()._replace(size=len(target))
+
+    def link(self, ino: int, parent: int, name: bytes) -> None:
+        """Another name for a file.  Raises FsError: EPERM for directories, EMLINK, ENOENT when it has no name left."""
+        inode = self.volume.inode(ino)
+        if stat.S_ISDIR(inode.mode):
+            raise FsError(errno.EPERM, "a directory has one name")
+        if not inode.nlink:
+            raise FsError(errno.ENOENT, "the file was removed")
+        if inode.nlink >= LINK_MAX:
+            raise FsError(errno.EMLINK, f"{LINK_MAX} names")
+        now = self.now()
+        directory = self._new_name(parent, name)
+        with self.volume.transaction():
+            directory.add(name, ino, inode.mode)
+            self.volume.put_inode(parent, directory.finish(now))
+            self.volume.put_inode(ino, inode._replace(nlink=inode.nlink + 1, ctime=now))
+
+    # -- removing -------------------------------------------------------------------------------------------------
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove the name of a file.  Raises FsError: ENOENT, EISDIR, EPERM."""
+        directory = self.directory(parent)
+        entry = self._entry(directory, name)
+        inode = self.volume.inode(entry.ino)
+        if stat.S_ISDIR(inode.mode):
+            raise FsError(errno.EISDIR, repr(name))
+        self._check_removable(entry.ino, name)
+        now = self.now()
+        with self.volume.transaction():
+            directory.remove(entry)
+            self.volume.put_inode(parent, directory.finish(now))
+            self._drop_name(entry.ino, inode, now)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory.  Raises FsError: ENOENT, ENOTDIR, ENOTEMPTY, EPERM, EINVAL for "."."""
+        if name in (b".", b".."):
+            raise FsError(errno.EINVAL if name == b"." else errno.ENOTEMPTY, repr(name))
+        directory = self.directory(parent)
+        entry = self._entry(directory, name)
+        inode = self.directory(entry.ino).inode
+        if inode.root:
+            raise FsError(errno.ENOTEMPTY, repr(name))
+        self._check_removable(entry.ino, name)
+        now = self.now()
+        with self.volume.transaction():
+            directory.remove(entry)
+            above = directory.finish(now)
+            self.volume.put_inode(parent, above._replace(nlink=above.nlink - 1))
+            self._drop_name(entry.ino, inode, now)
+
+    def _check_removable(self, ino: int, name: bytes) -> None:
+        if ino < FIRST_FREE_SLOT:
+            raise FsError(errno.EPERM, f"{name!r} is part of every pkernfs region")
+
+    def _drop_name(self, ino: int, inode: Inode, now: int) -> None:
+        """Take one name from an inode, within a transaction: without one it goes, or is an orphan while open."""
+        left = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        inode = inode._replace(nlink=left, ctime=now)
+        if not left and not self.lookups.get(ino):
+            self._free(ino, inode)
+            return
+        self.volume.put_inode(ino, inode)
+        if not left:
+            self._list_orphan(ino, True)
+
+    def _list_orphan(self, ino: int, present: bool) -> None:
+        orphans = self.volume.inode(ORPHANS_INO)
+        tree = Tree(self.volume, ORPHANS_INO, orphans.root)
+        if present:
+            tree.put(ino, b"")
+        else:
+            tree.delete(ino)
+        if tree.root != orphans.root or tree.pages:
+            self.volume.put_inode(ORPHANS_INO, orphans._replace(root=tree.root, pages=orphans.pages + tree.pages))
+
+    def orphans(self) -> list[int]:
+        """The inodes without a name that are still open, or were when the last mount ended."""
+        return [key for key, _ in Tree(self.volume, ORPHANS_INO, self.volume.inode(ORPHANS_INO).root).scan()]
+
+    def _free(self, ino: int, inode: Inode) -> None:
+        """Give back an inode and all that belongs to it, within a transaction."""
+        if inode.xattrs:
+            Xattrs(self.volume, ino, inode).free_all()
+        if stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE):
+            filemap = FileMap(self.volume, ino, inode)
+            filemap.remove(0, 1 << 52)
+        self.volume.free_inode(ino, inode)
+
+    def reap(self, ino: int) -> None:
+        """Free an orphan that nobody refers to any more."""
+        inode = self.volume.inode(ino)
+        with self.volume.transaction():
+            self._list_orphan(ino, False)
+            self._free(ino, inode)
+
+    def remember(self, ino: int) -> None:
+        """Somebody refers to the inode (FUSE: the kernel looked it up)."""
+        self.lookups[ino] = self.lookups.get(ino, 0) + 1
+
+    def forget(self, ino: int, count: int) -> None:
+        """``count`` references are gone; with the last one an orphan is freed."""
+        left = self.lookups.get(ino, 0) - count
+        if left > 0:
+            self.lookups[ino] = left
+            return
+        self.lookups.pop(ino, None)
+        if ino != ROOT_INO and self.volume.allocator.inode_in_use(ino) and not self.volume.inode(ino).nlink:
+            self.reap(ino)
+
+    # -- renaming -------------------------------------------------------------------------------------------------
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM,
+        ENOSPC.
+        """
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise FsError(errno.EINVAL, f"flags {flags:#x}")
+        if len(new_name) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG, repr(new_name))
+        source = self.directory(parent)
+        target = source if new_parent == parent else self.directory(new_parent)
+        old = self._entry(source, name)
+        new = target.find(new_name)
+        self._check_removable(old.ino, name)
+        if flags == RENAME_EXCHANGE and new is None:
+            raise FsError(errno.ENOENT, repr(new_name))
+        if flags == RENAME_NOREPLACE and new is not None:
+            raise FsError(errno.EEXIST, repr(new_name))
+        moved = self.volume.inode(old.ino)
+        if stat.S_ISDIR(moved.mode):
+            self._check_not_below(old.ino, new_parent)
+        if new is None:
+            self._check_new_place(target, new_name)
+        elif new.ino == old.ino:
+            return
+        else:
+            self._check_removable(new.ino, new_name)
+        now = self.now()
+        with self.volume.transaction():
+            if flags == RENAME_EXCHANGE and new is not None:
+                other = self.volume.inode(new.ino)
+                if stat.S_ISDIR(other.mode):
+                    self._check_not_below(new.ino, parent)
+                source.replace(old, new.ino, other.mode)
+                target.replace(new, old.ino, moved.mode)
+                self._moved(new.ino, other, parent, now)
+                links = stat.S_ISDIR(moved.mode) - stat.S_ISDIR(other.mode)
+            else:
+                links = stat.S_ISDIR(moved.mode) + 0
+                if new is not None:
+                    self._replace_target(new, moved, now)
+                    target.replace(new, old.ino, moved.mode)
+                else:
+                    target.add(new_name, old.ino, moved.mode)
+                source.remove(old)
+            self._moved(old.ino, moved, new_parent, now)
+            lost = stat.S_ISDIR(new.mode) + 0 if new is not None and flags != RENAME_EXCHANGE else 0
+            if source is target:
+                inode = source.finish(now)
+                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - lost))
+            else:
+                inode = source.finish(now)
+                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - links))
+                inode = target.finish(now)
+                self.volume.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
+
+    def _check_new_place(self, target: Directory, name: bytes) -> None:
+        if not name or b"/" in name or b"\0" in name:
+            raise FsError(errno.EINVAL, repr(name))
+        if not target.inode.nlink:
+            raise FsError(errno.ENOENT, "the directory was removed")
+
+    def _check_not_below(self, ino: int, place: int) -> None:
+        """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""
+        at = place
+        for _ in range(1 << 20):
+            if at == ino:
+                raise FsError(errno.EINVAL, "a directory cannot move below itself")
+            if at == ROOT_INO:
+                return
+            at = self.volume.inode(at).parent
+        raise FsError(errno.ELOOP, f"the parents of inode {place} do not end at the root")
+
+    def _replace_target(self, new: Entry, moved: Inode, now: int) -> None:
+        inode = self.volume.inode(new.ino)
+        if stat.S_ISDIR(moved.mode) != stat.S_ISDIR(inode.mode):
+            raise FsError(errno.ENOTDIR if stat.S_ISDIR(moved.mode) else errno.EISDIR, repr(new.name))
+        if stat.S_ISDIR(inode.mode) and inode.root:
+            raise FsError(errno.ENOTEMPTY, repr(new.name))
+        self._drop_name(new.ino, inode, now)
+
+    def _moved(self, ino: int, inode: Inode, parent: int, now: int) -> None:
+        is_dir = stat.S_ISDIR(inode.mode)
+        self.volume.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else 0))

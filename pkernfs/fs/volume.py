@@ -1,0 +1,150 @@
+"""A volume: the open region with its decoded objects, and the transactions that change them."""
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pkernfs.errors import FsError
+from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode
+from pkernfs.fs.allocator import Allocator
+from pkernfs.fs.journal import Journal
+from pkernfs.fs.pages import Page, read_inode, seal_inode
+from pkernfs.region import Region, read_superblock
+
+CACHED_INODES = 65536  #: decoded inodes kept
+CACHED_NODES = 8192  #: decoded tree nodes kept
+
+
+class Transaction:
+    """What one transaction has changed so far."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, Page] = {}  #: by offset
+        self.inodes: dict[int, Inode] = {}
+        self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
+        self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
+        self.freed_inodes: list[int] = []
+        self.undo: list[Callable[[], None]] = []
+
+
+class Volume:
+    """An open region: superblock, journal, allocator, inodes.
+
+    Opening replays the journal.  Raises FormatError, CorruptError.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.sb = read_superblock(region, readonly=region.readonly)
+        self.journal = Journal(region, self.sb)
+        self.recovered = self.journal.recover()
+        self.inodes: dict[int, Inode] = {}
+        self.nodes: dict[int, Page] = {}
+        self.tx: Transaction | None = None
+        self.total_pages = self.sb.blocks * BLOCK // PAGE
+        self.allocator = Allocator(self)
+        self.clock: Callable[[], int] = time.time_ns
+
+    # -- transactions ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Everything that is changed inside happens at once at the end, or not at all when an exception leaves."""
+        if self.tx is not None:
+            raise AssertionError("a transaction inside a transaction")
+        if self.region.readonly:
+            raise FsError(errno.EROFS, "the region is open for reading only")
+        tx = self.tx = Transaction()
+        try:
+            yield tx
+            self._commit(tx)
+        except BaseException:
+            self._abort(tx)
+            raise
+        finally:
+            self.tx = None
+
+    def _commit(self, tx: Transaction) -> None:
+        discards = self.allocator.apply_frees(tx)
+        stores = []
+        for offset, page in tx.pages.items():
+            if page.fresh:
+                self.region.store(offset, page.encode())
+            else:
+                stores.append((offset, page.encode()))
+        stores += [(ino * INODE_SIZE, seal_inode(ino, inode)) for ino, inode in tx.inodes.items()]
+        if stores:
+            self.journal.commit(stores, discards)
+        for page in tx.pages.values():
+            page.fresh = False
+        if len(self.inodes) > CACHED_INODES:
+            self.inodes.clear()
+        if len(self.nodes) > CACHED_NODES:
+            self.nodes.clear()
+
+    def _abort(self, tx: Transaction) -> None:
+        """Forget what was decoded and changed: the region still holds the state before."""
+        for offset in tx.pages:
+            self.nodes.pop(offset, None)
+        for ino in tx.inodes:
+            self.inodes.pop(ino, None)
+        self.allocator.forget(tx)
+        for undo in reversed(tx.undo):
+            undo()
+
+    def change(self, page: Page) -> None:
+        """Note that the open transaction changes ``page``: to be called before it is changed."""
+        assert self.tx is not None
+        self.tx.pages[page.offset] = page
+
+    # -- inodes ---------------------------------------------------------------------------------------------------
+
+    def inode(self, ino: int) -> Inode:
+        """The inode, which must be in use.  Raises FsError(ESTALE) when it is not, CorruptError when it is damaged."""
+        inode = self.inodes.get(ino)
+        if inode is None:
+            if not self.allocator.inode_in_use(ino):
+                raise FsError(errno.ESTALE, f"inode {ino}")
+            inode = self.inodes[ino] = read_inode(self.region, ino)
+            if not inode.mode:
+                del self.inodes[ino]
+                raise FsError(errno.ESTALE, f"inode {ino}")
+        return inode
+
+    def put_inode(self, ino: int, inode: Inode) -> None:
+        """Change an inode within the open transaction."""
+        assert self.tx is not None
+        self.inodes[ino] = inode
+        self.tx.inodes[ino] = inode
+
+    def free_inode(self, ino: int, inode: Inode) -> None:
+        """Empty the slot and free it when the open transaction commits."""
+        assert self.tx is not None
+        self.inodes.pop(ino, None)
+        self.tx.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=0, xattrs=0, inline=b"")
+        self.allocator.free_inode_later(ino)
+
+    def put_word(self, ino: int, inode: Inode, at: int, value: int) -> None:
+        """Store one of the words at the start of a slot in place; ``inode`` is the record that has it already.
+
+        Inside a transaction that changes the inode too, the transaction carries it.
+        """
+        self.inodes[ino] = inode
+        if self.tx is not None and ino in self.tx.inodes:
+            self.tx.inodes[ino] = inode
+        else:
+            self.region.store_word(ino * INODE_SIZE + at, value & 0xFFFFFFFFFFFFFFFF)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def mark_mounted(self) -> None:
+        """Count a read-write mount in the superblock's words."""
+        at = SUPERBLOCK.offsets
+        self.region.store_word(at["mounts"], self.region.word(at["mounts"]) + 1)
+        self.region.store_word(at["mounted"], self.clock())
+
+    def mark_unmounted(self) -> None:
+        """Note an orderly end in the superblock's words, and flush."""
+        self.region.store_word(SUPERBLOCK.offsets["unmounted"], self.clock())
+        self.region.flush()

@@ -1,0 +1,155 @@
+"""Extended attributes: small values in a tree, larger ones (up to 64 KiB) in pages of their own."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    EXTENT_VALUE,
+    INODE_SIZE,
+    KEY_SLOTS,
+    NAME_MAX,
+    PAGE,
+    PAGE_XATTR,
+    XATTR_HEAD,
+    XATTR_INLINE,
+    XATTR_SIZE_MAX,
+    ExtentValue,
+    Inode,
+    XattrHead,
+    checksum,
+    name_key,
+)
+from pkernfs.fs.btree import Tree
+
+if TYPE_CHECKING:
+    from pkernfs.fs.volume import Volume
+
+
+class Attribute(NamedTuple):
+    """One attribute as it stands in the tree."""
+
+    key: int
+    name: bytes
+    head: XattrHead
+    payload: bytes  #: the value, or its runs of pages
+
+
+class Xattrs:
+    """The extended attributes of inode ``ino``.  Changes need an open transaction; ``finish`` gives the inode."""
+
+    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+        self.volume = volume
+        self.ino = ino
+        self.inode = inode
+        self.tree = Tree(volume, ino, inode.xattrs)
+        self.value_pages = 0  #: added minus given back
+
+    def _bad(self, found: str) -> CorruptError:
+        return CorruptError(f"the attributes of inode {self.ino}", self.ino * INODE_SIZE, found)
+
+    def _attribute(self, key: int, item: bytes) -> Attribute:
+        if len(item) < XATTR_HEAD.size:
+            raise self._bad(f"an item of {len(item)} bytes")
+        head = XATTR_HEAD.unpack(item)
+        end = XATTR_HEAD.size + head.name_length
+        name, payload = item[XATTR_HEAD.size : end], item[end:]
+        size_ok = len(payload) % EXTENT_VALUE.size == 0 if head.external else len(payload) == head.size
+        if len(name) != head.name_length or not name or head.size > XATTR_SIZE_MAX or not size_ok:
+            raise self._bad(f"{head} with {len(payload)} bytes")
+        return Attribute(key, name, head, payload)
+
+    def runs(self, attribute: Attribute) -> list[ExtentValue]:
+        """The runs of pages of an external value.  Raises CorruptError when they cannot be."""
+        if not attribute.head.external:
+            return []
+        payload = attribute.payload
+        runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
+        total = self.volume.total_pages
+        if any(not 0 < r.length <= 17 or r.page + r.length > total for r in runs) or (
+            sum(r.length for r in runs) != -(-attribute.head.size // PAGE)
+        ):
+            raise self._bad(f"a value of {attribute.head.size} bytes in {runs}")
+        for run in runs:
+            for page in range(run.page, run.page + run.length):
+                self.volume.allocator.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}")
+        return runs
+
+    def find(self, name: bytes) -> Attribute | None:
+        """The attribute with this name, or None."""
+        if not self.tree.root:
+            return None
+        first = name_key(self.volume.sb.hash_seed, name)
+        for key, item in self.tree.scan(first, first + KEY_SLOTS - 1):
+            attribute = self._attribute(key, item)
+            if attribute.name == name:
+                return attribute
+        return None
+
+    def all(self) -> Iterator[Attribute]:
+        """All attributes."""
+        for key, item in self.tree.scan():
+            yield self._attribute(key, item)
+
+    def value(self, attribute: Attribute) -> bytes:
+        """The value.  Raises CorruptError when its checksum does not fit."""
+        if not attribute.head.external:
+            return attribute.payload
+        region = self.volume.region
+        raw = b"".join(region.read(run.page * PAGE, run.length * PAGE) for run in self.runs(attribute))
+        value = raw[: attribute.head.size]
+        if checksum(value) != attribute.head.checksum:
+            raise self._bad(f"the value of {attribute.name!r} has checksum {checksum(value):#x}")
+        return value
+
+    def set(self, name: bytes, value: bytes) -> None:
+        """Create or replace.  Raises FsError: ERANGE (name), E2BIG (value), ENOSPC."""
+        if not 0 < len(name) <= NAME_MAX:
+            raise FsError(errno.ERANGE, f"attribute name of {len(name)} bytes")
+        if len(value) > XATTR_SIZE_MAX:
+            raise FsError(errno.E2BIG, f"attribute value of {len(value)} bytes")
+        old = self.find(name)
+        if old:
+            self._free_value(old)
+            key = old.key
+        else:
+            key = self.tree.free_key(name_key(self.volume.sb.hash_seed, name))
+        if len(value) <= XATTR_INLINE:
+            item = XATTR_HEAD.pack(XattrHead(len(name), 0, 0, len(value), 0, 0)) + name + value
+        else:
+            pages = -(-len(value) // PAGE)
+            at = 0
+            runs = b""
+            for page, count in self.volume.allocator.alloc_pages(pages, PAGE_XATTR):
+                part = value[at : at + count * PAGE]
+                self.volume.region.store(page * PAGE, part + bytes(-len(part) % 8))
+                runs += EXTENT_VALUE.pack(ExtentValue(page, count))
+                at += count * PAGE
+            item = XATTR_HEAD.pack(XattrHead(len(name), 1, 0, len(value), checksum(value), 0)) + name + runs
+            self.value_pages += pages
+        self.tree.put(key, item)
+
+    def remove(self, attribute: Attribute) -> None:
+        """Remove an attribute that was found.  Never allocates."""
+        self._free_value(attribute)
+        self.tree.delete(attribute.key)
+
+    def _free_value(self, attribute: Attribute) -> None:
+        for run in self.runs(attribute):
+            self.volume.allocator.free_pages_later(run.page, run.length)
+            self.value_pages -= run.length
+
+    def free_all(self) -> None:
+        """Give back all attributes."""
+        for attribute in self.all():
+            self._free_value(attribute)
+        self.tree.free_all()
+
+    def finish(self, now: int) -> Inode:
+        """The inode with the changes."""
+        return self.inode._replace(
+            xattrs=self.tree.root, pages=self.inode.pages + self.tree.pages + self.value_pages, ctime=now
+        )

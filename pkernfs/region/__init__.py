@@ -1,0 +1,25 @@
+"""The memory itself: open, check, lock and map a region; read and store in it.
+
+May import: format, layout, errors.  Invariants: nobody but a Region object writes the region, and only through
+``store``, ``store_word``, ``zero``, ``reserve`` and ``discard``; a writable Region of a file or device holds the
+exclusive lock; a read-only one maps privately, so that recovery can run in memory and nothing is written.
+"""
+
+from pkernfs.region.base import MemoryRegion, Region
+from pkernfs.region.file import DaxRegion, FileRegion, create_region_file, lock_holder, open_region
+from pkernfs.region.recording import RecordingRegion, Store
+from pkernfs.region.superblock import check_superblock, read_superblock
+
+__all__ = [
+    "DaxRegion",
+    "FileRegion",
+    "MemoryRegion",
+    "RecordingRegion",
+    "Region",
+    "Store",
+    "check_superblock",
+    "create_region_file",
+    "lock_holder",
+    "open_region",
+    "read_superblock",
+]

@@ -1,0 +1,91 @@
+"""The interface of a region, and its twin in ordinary memory."""
+
+import mmap
+from types import TracebackType
+from typing import Self
+
+ZERO_CHUNK = bytes(1 << 20)
+
+
+class Region:
+    """``size`` bytes of memory that outlives its users.
+
+    ``view`` gives the bytes for reading; whoever changes them calls a method, so that a twin can see every store.
+    Offsets and lengths are in bytes.  ``zero``, ``reserve`` and ``discard`` work on whole pages.
+    """
+
+    path: str = ""
+    kind: str = "memory"
+    #: True where the medium may lose or reorder what was not flushed (a file on a disk, when its machine dies).
+    volatile: bool = False
+    #: True: every commit flushes around its seal.  What a process or a kexec leaves behind needs no barrier.
+    barriers: bool = False
+    readonly: bool = False
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.words = view.cast("Q")
+        self.size = len(view)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of ``length`` bytes."""
+        return bytes(self.view[offset : offset + length])
+
+    def word(self, offset: int) -> int:
+        """The aligned 8-byte word at ``offset``."""
+        return self.words[offset >> 3]
+
+    def store(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` into the region: atomic in each aligned word of 8 bytes, in no order that may be relied on."""
+        self.view[offset : offset + len(data)] = data
+
+    def store_word(self, offset: int, value: int) -> None:
+        """One store of an aligned 8-byte word.
+
+        Through the cast view and not with struct.pack_into, which zeroes its target first and so lets a concurrent
+        reader (an IOMMU, for one) see a zero that nobody wrote.
+        """
+        self.words[offset >> 3] = value
+
+    def zero(self, offset: int, length: int) -> None:
+        """Store zeros."""
+        for at in range(offset, offset + length, len(ZERO_CHUNK)):
+            self.store(at, ZERO_CHUNK[: min(len(ZERO_CHUNK), offset + length - at)])
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Make sure that the range is zero and has memory behind it, so that no store into it can fail later.
+
+        Raises FsError(ENOSPC) when the host has no memory left for it.
+        """
+        self.zero(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the memory of a range that nobody uses back to the host, where that is possible."""
+
+    def flush(self) -> None:
+        """Return when all stores so far are on the medium."""
+
+    def close(self) -> None:
+        """Release the mapping and the lock."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class MemoryRegion(Region):
+    """A region in anonymous memory, for tests: starts as zeros, or as a copy of ``image``."""
+
+    def __init__(self, size: int = 0, image: bytes | bytearray | memoryview = b"") -> None:
+        self._map = mmap.mmap(-1, size or len(image))
+        super().__init__(memoryview(self._map))
+        if image:
+            self.view[: len(image)] = image
+
+    def discard(self, offset: int, length: int) -> None:
+        """Back to the host; reads zero afterwards."""
+        self._map.madvise(mmap.MADV_DONTNEED, offset, length)

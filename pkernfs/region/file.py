@@ -1,0 +1,241 @@
+"""Regions that other processes can map too: a file (on a disk, tmpfs, hugetlbfs) or a device-DAX character device."""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
+from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, MiB
+from pkernfs.region.base import Region
+
+MAP_NORESERVE = 0x4000  #: mmap(2); the mmap module has it from Python 3.13 on
+
+
+class Holder(NamedTuple):
+    """The process that holds a region's lock."""
+
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} ({self.command})"
+
+
+def _filesystem_of(path: str) -> str:
+    """The type of the filesystem that ``path`` is on, from /proc/self/mountinfo ("" when it is not found)."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split()
+            if fields[2] == wanted:
+                return fields[fields.index("-") + 1]
+    return ""
+
+
+def _open_elsewhere(device: int, inode: int) -> Iterator[tuple[int, str]]:
+    """(pid, text of its fdinfo) for every descriptor of the file that this process may look at."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):
+                    status = os.stat(f"/proc/{pid}/fd/{fd}")
+                    if (status.st_dev, status.st_ino) == (device, inode):
+                        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as info:
+                            yield int(pid), info.read()
+
+
+def lock_holder(path: str) -> Holder | None:
+    """Who holds the exclusive lock of the region at ``path``; None when nobody does, or nobody that may be seen.
+
+    From the lock lines of /proc/PID/fdinfo and not from /proc/locks, which names the process that took the lock: it may
+    have handed it to a child since.
+    """
+    status = os.stat(path)
+    for pid, info in _open_elsewhere(status.st_dev, status.st_ino):
+        if "FLOCK" in info and "WRITE" in info and pid != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as cmdline:
+                words = cmdline.read().rstrip(b"\0").decode(errors="replace").split("\0")
+                return Holder(pid, " ".join(os.path.basename(word) if n < 2 else word for n, word in enumerate(words)))
+    return None
+
+
+def mountpoints_of(path: str) -> list[str]:
+    """Where the region at ``path`` is mounted, as this process sees it."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split()
+            kind, source = fields[fields.index("-") + 1 :][:2]
+            if kind == "fuse.pkernfs" and unescape(source) == path:
+                found.append(unescape(fields[4]))
+    return found
+
+
+def unescape(field: str) -> str:
+    """A field of mountinfo, with its octal escapes (\\040 for a space) undone."""
+    for code in ("\\040", "\\011", "\\012", "\\043"):
+        field = field.replace(code, chr(int(code[1:], 8)))
+    return field.replace("\\134", "\\")
+
+
+class FileRegion(Region):
+    """A region in a regular file.
+
+    ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock, waiting up to
+    ``wait`` seconds for a server that is on its way out.  Read-only: maps privately, without a lock.
+    """
+
+    def __init__(self, path: str, *, readonly: bool = False, wait: float = 0.0) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            if not readonly:
+                self._lock(wait)
+            size = self._find_size()
+            if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
+                raise FormatError(
+                    f"{path}: expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK // MiB} MiB, "
+                    f"found {size} bytes",
+                    hint="mkfs.pkernfs --size makes a region of the right size",
+                )
+            self._map = self._mmap(size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        super().__init__(memoryview(self._map))
+
+    def _find_size(self) -> int:
+        filesystem = _filesystem_of(self.path)
+        self.kind = filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
+        self.volatile = self.kind == "file"
+        return os.fstat(self.fd).st_size
+
+    def _mmap(self, size: int) -> mmap.mmap:
+        if self.readonly:
+            # Private, so that recovery can run in it.  NORESERVE: hugetlbfs would set pages aside for all of it.
+            return mmap.mmap(
+                self.fd, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+            )
+        return mmap.mmap(self.fd, size)
+
+    def _lock(self, wait: float) -> None:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline or mountpoints_of(self.path):
+                    break
+            time.sleep(0.01)
+        holder = lock_holder(self.path)
+        mounted = mountpoints_of(self.path)
+        raise RegionBusyError(
+            f"{self.path}: the region is in use by {holder or 'another process'}"
+            + (f", mounted on {mounted[0]}" if mounted else ""),
+            hint=f"umount {mounted[0]} first" if mounted else "end it first",
+        )
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Punch a hole (zeros at once, whatever the range held), then allocate its memory."""
+        self.discard(offset, length)
+        if self.readonly:
+            return
+        try:
+            os.posix_fallocate(self.fd, offset, length)
+        except OSError as error:
+            # What was allocated before the host ran out goes back at once.
+            self.discard(offset, length)
+            if error.errno == errno.ENOSPC:
+                raise FsError(errno.ENOSPC, f"{self.path}: no memory on the host for {length} bytes more") from None
+            raise
+
+    def discard(self, offset: int, length: int) -> None:
+        """Punch a hole.  In a read-only (private) mapping, store zeros instead."""
+        if self.readonly:
+            self.zero(offset, length)
+        else:
+            self._map.madvise(mmap.MADV_REMOVE, offset, length)
+
+    def flush(self) -> None:
+        """msync: matters on a disk only."""
+        if self.volatile and not self.readonly:
+            self._map.flush()
+
+    def close(self) -> None:
+        """Unmap and unlock.  Views of the region that are still held keep the mapping, but not the lock."""
+        self.words.release()
+        self.view.release()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        os.close(self.fd)
+
+
+class DaxRegion(FileRegion):
+    """A region on a device-DAX character device: mmap only, its size from sysfs, nothing to punch."""
+
+    def _find_size(self) -> int:
+        self.kind = "devdax"
+        status = os.fstat(self.fd)
+        sysfs = f"/sys/dev/char/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        try:
+            with open(f"{sysfs}/size", encoding="ascii") as file:
+                size = int(file.read())
+        except (OSError, ValueError) as error:
+            raise RegionError(
+                f"{self.path}: expected a device-DAX device with a size in {sysfs}, found {error}"
+            ) from None
+        return size - size % BLOCK
+
+    def _mmap(self, size: int) -> mmap.mmap:
+        # Device DAX knows shared mappings only: a read-only one cannot be recovered in memory.
+        return mmap.mmap(self.fd, size, prot=mmap.PROT_READ if self.readonly else mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def reserve(self, offset: int, length: int) -> None:
+        """The memory is there; store zeros."""
+        self.zero(offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Nothing to give back."""
+
+
+def open_region(path: str, *, readonly: bool = False, wait: float = 0.0) -> FileRegion:
+    """Open the region at ``path``, whatever its kind.
+
+    Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
+    """
+    path = os.path.realpath(path)
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            return FileRegion(path, readonly=readonly, wait=wait)
+        if stat.S_ISCHR(mode):
+            return DaxRegion(path, readonly=readonly, wait=wait)
+    except FileNotFoundError:
+        raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
+    except OSError as error:
+        raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
+    raise RegionError(f"{path}: expected a file or a device-DAX device, found {stat.filemode(mode)}")
+
+
+def create_region_file(path: str, size: int) -> None:
+    """Make the file of a new region, or resize an existing one, sparse, readable for its owner only.
+
+    Raises RegionError when the host refuses.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise RegionError(f"{path}: cannot make a file of {size} bytes: {error.strerror}") from None
