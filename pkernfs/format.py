@@ -32,8 +32,8 @@ Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's hea
 owner, an inode's checksum starts from its number, so that a misplaced copy is found.
 
 Journal.  One transaction at a time: body and header are written, then one 8-byte store of ``seal`` = 2 * sequence + 1
-makes it valid, the records are applied, and ``seal`` = 2 * sequence retires it.  A record is JournalRecord + data padded
-to 8 bytes; a record with kind DISCARD says that a range is free now and its memory is to be given back.
+makes it valid, the records are applied, and ``seal`` = 2 * sequence retires it.  A record is JournalRecord + data (a
+multiple of 8 bytes); one of kind DISCARD says that a range is free now and its memory is to be given back.
 """
 
 import hashlib

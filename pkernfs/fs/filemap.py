@@ -121,7 +121,7 @@ class FileMap:
                 return
             extents, self.inline = self.inline, []
             for one in extents:
-                self.tree.put(one.start, EXTENT_VALUE.pack(ExtentValue(one.page, one.count)))
+                self.tree.put(one.start, EXTENT_VALUE.pack(ExtentValue(one.page, one.length)))
         else:
             self.tree.put(extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, extent.length)))
 
@@ -151,7 +151,7 @@ class FileMap:
 
     def remove(self, first: int, end: int) -> None:
         """Unmap pages [first, end) and free what they held when the transaction commits."""
-        for extent in [e for e in self._until(first, end)]:
+        for extent in list(self._until(first, end)):
             cut_first, cut_end = max(first, extent.start), min(end, extent.start + extent.length)
             self._delete(extent)
             if extent.start < cut_first:

@@ -138,13 +138,19 @@ class Volume:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
+    def superblock_word(self, name: str) -> int:
+        """The current value of one of the words at the end of the superblock."""
+        return self.region.word(SUPERBLOCK.offsets[name])
+
+    def _set_superblock_word(self, name: str, value: int) -> None:
+        self.region.store_word(SUPERBLOCK.offsets[name], value)
+
     def mark_mounted(self) -> None:
         """Count a read-write mount in the superblock's words."""
-        at = SUPERBLOCK.offsets
-        self.region.store_word(at["mounts"], self.region.word(at["mounts"]) + 1)
-        self.region.store_word(at["mounted"], self.clock())
+        self._set_superblock_word("mounts", self.superblock_word("mounts") + 1)
+        self._set_superblock_word("mounted", self.clock())
 
     def mark_unmounted(self) -> None:
         """Note an orderly end in the superblock's words, and flush."""
-        self.region.store_word(SUPERBLOCK.offsets["unmounted"], self.clock())
+        self._set_superblock_word("unmounted", self.clock())
         self.region.flush()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
 from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, MiB
+from pkernfs.mounts import mountpoints_of, mounts
 from pkernfs.region.base import Region
 
 MAP_NORESERVE = 0x4000  #: mmap(2); the mmap module has it from Python 3.13 on
@@ -28,15 +29,10 @@ class Holder(NamedTuple):
 
 
 def _filesystem_of(path: str) -> str:
-    """The type of the filesystem that ``path`` is on, from /proc/self/mountinfo ("" when it is not found)."""
+    """The type of the filesystem that ``path`` is on ("" when it is not found)."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split()
-            if fields[2] == wanted:
-                return fields[fields.index("-") + 1]
-    return ""
+    return next((mount.fstype for mount in mounts() if mount.device == wanted), "")
 
 
 def _open_elsewhere(device: int, inode: int) -> Iterator[tuple[int, str]]:
@@ -66,23 +62,15 @@ def lock_holder(path: str) -> Holder | None:
     return None
 
 
-def mountpoints_of(path: str) -> list[str]:
-    """Where the region at ``path`` is mounted, as this process sees it."""
-    found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split()
-            kind, source = fields[fields.index("-") + 1 :][:2]
-            if kind == "fuse.pkernfs" and unescape(source) == path:
-                found.append(unescape(fields[4]))
-    return found
-
-
-def unescape(field: str) -> str:
-    """A field of mountinfo, with its octal escapes (\\040 for a space) undone."""
-    for code in ("\\040", "\\011", "\\012", "\\043"):
-        field = field.replace(code, chr(int(code[1:], 8)))
-    return field.replace("\\134", "\\")
+def busy(path: str) -> RegionBusyError:
+    """The error that says who has the region at ``path``."""
+    holder = lock_holder(path)
+    mounted = mountpoints_of(path)
+    return RegionBusyError(
+        f"{path}: the region is in use by {holder or 'another process'}"
+        + (f", mounted on {mounted[0]}" if mounted else ""),
+        hint=f"umount {mounted[0]} first" if mounted else "end it first",
+    )
 
 
 class FileRegion(Region):
@@ -136,13 +124,7 @@ class FileRegion(Region):
                 if time.monotonic() >= deadline or mountpoints_of(self.path):
                     break
             time.sleep(0.01)
-        holder = lock_holder(self.path)
-        mounted = mountpoints_of(self.path)
-        raise RegionBusyError(
-            f"{self.path}: the region is in use by {holder or 'another process'}"
-            + (f", mounted on {mounted[0]}" if mounted else ""),
-            hint=f"umount {mounted[0]} first" if mounted else "end it first",
-        )
+        raise busy(self.path)
 
     def reserve(self, offset: int, length: int) -> None:
         """Punch a hole (zeros at once, whatever the range held), then allocate its memory."""
@@ -227,15 +209,28 @@ def open_region(path: str, *, readonly: bool = False, wait: float = 0.0) -> File
 
 
 def create_region_file(path: str, size: int) -> None:
-    """Make the file of a new region, or resize an existing one, sparse, readable for its owner only.
+    """Make the sparse file of a new region, readable for its owner only, or give an existing one a new size.
 
-    Raises RegionError when the host refuses.
+    Raises RegionBusyError when it is in use, RegionError when the host refuses.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(fd, size)
         finally:
             os.close(fd)
+    except BlockingIOError:
+        raise busy(path) from None
     except OSError as error:
         raise RegionError(f"{path}: cannot make a file of {size} bytes: {error.strerror}") from None
+
+
+def dax_address(path: str) -> int:
+    """The physical address at which a device-DAX device begins, from sysfs; 0 when the kernel hides it."""
+    device = os.stat(path).st_rdev
+    try:
+        with open(f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/resource", encoding="ascii") as file:
+            return int(file.read(), 0)
+    except (OSError, ValueError):
+        return 0

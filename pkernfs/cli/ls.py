@@ -1,0 +1,122 @@
+"""pkernfs ls: list files in a region, without a mount."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import time
+from typing import TYPE_CHECKING, Any
+
+from pkernfs.cli.words import region_and_path
+
+if TYPE_CHECKING:
+    from pkernfs.fs.filesystem import Filesystem
+
+DESCRIPTION = """\
+List a directory (or a file) of a region that need not be mounted.  Nothing is written; a journal that was not retired
+is replayed in memory.
+
+  pkernfs ls -l /dev/shm/pkernfs.img
+  pkernfs ls -lR /dev/shm/pkernfs.img:/vms
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """REGION[:PATH]."""
+    parser.add_argument("target", metavar="REGION[:PATH]")
+    parser.add_argument("-l", "--long", action="store_true", help="mode, links, owner, size, time of change")
+    parser.add_argument("-i", "--inode", action="store_true", help="print inode numbers")
+    parser.add_argument("-n", "--numeric", action="store_true", help="-l with numbers for owner and group")
+    parser.add_argument("-R", "--recursive", action="store_true", help="directories below as well")
+    parser.add_argument("--json", action="store_true", help="for programs; times in ns since the epoch")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List.  Raises PkernfsError (no such path, damage)."""
+    from pkernfs.cli.offline import with_filesystem
+
+    region, path = region_and_path(arguments.target)
+    rows = with_filesystem(region, lambda fs: _collect(fs, path, arguments.recursive))
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    folder = None
+    for row in rows:
+        if arguments.recursive and row["folder"] != folder:
+            print(f"{'' if folder is None else chr(10)}{row['folder']}:")
+            folder = row["folder"]
+        print(_line(row, arguments))
+    return 0
+
+
+def _collect(fs: Filesystem, path: str, recursive: bool) -> list[dict[str, Any]]:
+    raw = os.fsencode(path)
+    ino = fs.resolve(raw)
+    if not stat.S_ISDIR(fs.getattr(ino).mode):
+        return [_row(fs, ino, raw.rstrip(b"/").rpartition(b"/")[2], os.path.dirname(path) or "/")]
+    rows = []
+    todo = [("/" + path.strip("/"), ino)]
+    while todo:
+        folder, ino = todo.pop()
+        entries = sorted(fs.readdir(ino), key=lambda entry: entry.name)
+        for entry in entries:
+            rows.append(_row(fs, entry.ino, entry.name, folder))
+        if recursive:
+            below = [e for e in reversed(entries) if stat.S_ISDIR(e.mode)]
+            todo += [(f"{folder.rstrip('/')}/{os.fsdecode(e.name)}", e.ino) for e in below]
+    return rows
+
+
+def _row(fs: Filesystem, ino: int, name: bytes, folder: str) -> dict[str, Any]:
+    inode = fs.getattr(ino)
+    return {
+        "folder": folder,
+        "name": os.fsdecode(name),
+        "ino": ino,
+        "mode": inode.mode,
+        "nlink": inode.nlink,
+        "uid": inode.uid,
+        "gid": inode.gid,
+        "size": inode.size,
+        "rdev": inode.rdev,
+        "allocated": inode.pages * 4096,
+        "atime": inode.atime,
+        "mtime": inode.mtime,
+        "ctime": inode.ctime,
+        "target": os.fsdecode(fs.readlink(ino)) if stat.S_ISLNK(inode.mode) else None,
+    }
+
+
+def _line(row: dict[str, Any], arguments: argparse.Namespace) -> str:
+    name = row["name"].encode(errors="surrogateescape").decode(errors="replace")
+    prefix = f"{row['ino']:>10} " if arguments.inode else ""
+    if not (arguments.long or arguments.numeric):
+        return prefix + name
+    target = f" -> {row['target']}" if row["target"] is not None else ""
+    device = stat.S_ISBLK(row["mode"]) or stat.S_ISCHR(row["mode"])
+    size = f"{os.major(row['rdev'])}, {os.minor(row['rdev'])}" if device else row["size"]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["mtime"] / 1e9))
+    owner, group = (row["uid"], row["gid"]) if arguments.numeric else (_user(row["uid"]), _group(row["gid"]))
+    return (
+        f"{prefix}{stat.filemode(row['mode'])} {row['nlink']:>4} {owner:<8} {group:<8} {size:>12} {when} {name}{target}"
+    )
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _group(gid: int) -> str:
+    import grp
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

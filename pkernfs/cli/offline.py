@@ -1,0 +1,35 @@
+"""Reading a region without a mount: read-only, the journal replayed in memory, nothing written."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from pkernfs.errors import CorruptError
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.mounts import mountpoints_of
+from pkernfs.region import lock_holder, open_region
+
+T = TypeVar("T")
+TRIES = 5
+
+
+def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: str = "pkernfs") -> T:
+    """Open the region for reading and give what ``use`` makes of it.
+
+    A region that is mounted changes while it is read: that is said, and a reader that stumbles over a change half made
+    begins again.  Raises PkernfsError.
+    """
+    for attempt in range(TRIES):
+        with open_region(region_path, readonly=True) as region:
+            holder = lock_holder(region.path)
+            try:
+                fs = Filesystem.open(region)
+                if holder and attempt == 0:
+                    mounted = mountpoints_of(region.path)
+                    where = f"is mounted on {mounted[0]}" if mounted else f"is in use by {holder}"
+                    print(f"{program}: {region_path} {where}: what is shown may be changing", file=sys.stderr)
+                return use(fs)
+            except CorruptError:
+                if holder is None or attempt == TRIES - 1:
+                    raise
+    raise AssertionError("not reached")

@@ -1,0 +1,79 @@
+"""Facts about a region and about a file's memory, as `pkernfs info --json` prints them.  All sizes in bytes."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
+from pkernfs.fs.filesystem import Filesystem
+
+
+def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
+    """The memory of a regular file.  Raises FsError(EINVAL) for anything else, CorruptError."""
+    inode = fs.getattr(ino)
+    extents = [
+        {
+            "file_offset": extent.start * PAGE,
+            "region_offset": extent.page * PAGE,
+            "physical": fs.physical(extent.page * PAGE),
+            "length": extent.length * PAGE,
+        }
+        for extent in fs.extents(ino)
+    ]
+    contiguous = bool(extents) and extents[0]["file_offset"] == 0 and extents[0]["length"] >= inode.size > 0
+    return {
+        "ino": ino,
+        "size": inode.size,
+        "allocated": inode.pages * PAGE,
+        "flags": [name for bit, name in FLAG_NAMES.items() if inode.flags & bit],
+        "contiguous": contiguous,
+        "direct": bool(inode.flags & FLAG_DIRECT),
+        "extents": extents,
+    }
+
+
+def region_facts(fs: Filesystem) -> dict[str, Any]:
+    """Geometry, use and features of the region."""
+    volume = fs.volume
+    sb = volume.sb
+    figures = fs.statfs()
+    return {
+        "region": fs.region.path,
+        "kind": fs.region.kind,
+        "version": sb.version,
+        "uuid": str(uuid.UUID(bytes=sb.uuid)),
+        "label": sb.label.rstrip(b"\0").decode(errors="replace"),
+        "features": {"compat": sb.compat, "ro_compat": sb.ro_compat, "incompat": sb.incompat},
+        "size": sb.blocks * BLOCK,
+        "block_size": BLOCK,
+        "page_size": PAGE,
+        "blocks": sb.blocks,
+        "blocks_free": volume.allocator.free_blocks,
+        "blocks_largest_free_run": _largest_free_run(fs),
+        "slabs": len(volume.allocator.slab_blocks()),
+        "space": figures.blocks * PAGE,
+        "space_free": figures.free * PAGE,
+        "inodes": figures.files - figures.free_files,
+        "orphans": len(fs.orphans()),
+        "phys_base": sb.phys_base,
+        "journal": {
+            "offset": sb.journal_offset,
+            "size": geometry(sb.blocks).journal_size,
+            "sequence": volume.journal.sequence,
+            "replayed_records": volume.recovered,
+        },
+        "first_block": sb.first_block,
+        "pages_per_block": PAGES_PER_BLOCK,
+        "created": sb.created,
+        "mounts": volume.superblock_word("mounts"),
+        "last_mounted": volume.superblock_word("mounted"),
+        "last_unmounted": volume.superblock_word("unmounted"),
+    }
+
+
+def _largest_free_run(fs: Filesystem) -> int:
+    """Blocks of the largest free piece: what a contiguous file can have."""
+    allocator = fs.volume.allocator
+    used_or_not = bytes(allocator.table[allocator.first_block :]).translate(b"\0" + b"\1" * 255)
+    return max(map(len, used_or_not.split(b"\1")))

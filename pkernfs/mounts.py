@@ -1,0 +1,45 @@
+"""What is mounted where: /proc/self/mountinfo, as proc_pid_mountinfo(5) describes it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+FSTYPE = "fuse.pkernfs"
+
+
+class Mount(NamedTuple):
+    """One line of mountinfo.  ``device`` is MAJOR:MINOR; names are unescaped."""
+
+    device: str
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+def unescape(field: str) -> str:
+    """Undo the octal escapes of mountinfo (\\040 is a space)."""
+    for code in ("\\040", "\\011", "\\012", "\\043"):
+        field = field.replace(code, chr(int(code[1:], 8)))
+    return field.replace("\\134", "\\")
+
+
+def mounts() -> Iterator[Mount]:
+    """All mounts that this process sees, in the order in which they were made."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            fields = line.split()
+            fstype, source = fields[fields.index("-") + 1 :][:2]
+            yield Mount(fields[2], unescape(fields[4]), fstype, unescape(source))
+
+
+def mountpoints_of(region: str) -> list[str]:
+    """Where the region at the real path ``region`` is mounted."""
+    return [mount.mountpoint for mount in mounts() if mount.fstype == FSTYPE and mount.source == region]
+
+
+def mount_at(mountpoint: str) -> Mount | None:
+    """The topmost mount at the real path ``mountpoint``, of whatever type."""
+    found = None
+    for mount in mounts():
+        if mount.mountpoint == mountpoint:
+            found = mount
+    return found

@@ -1,0 +1,156 @@
+"""Mounting: from a region and a directory to a served mount, and to its end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import logging.handlers
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pkernfs.errors import RegionBusyError, RegionError
+from pkernfs.format import ROOT_INO
+from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.mounts import FSTYPE, mount_at
+from pkernfs.region import open_region
+from pkernfs.server.options import MountOptions
+
+log = logging.getLogger("pkernfs")
+
+#: Seconds that a mount waits for the server of an earlier one to end: umount(8) returns before it has.
+LOCK_WAIT = 20.0
+
+
+def check_mountpoint(path: str) -> str:
+    """The real path of the directory to mount on; a dead pkernfs mount that is left there is taken away first.
+
+    Raises RegionError, RegionBusyError when a living pkernfs is mounted there.
+    """
+    real = os.path.realpath(path)
+    mounted = mount_at(real)
+    try:
+        mode = os.stat(real).st_mode
+    except OSError as error:
+        if error.errno != errno.ENOTCONN or mounted is None or mounted.fstype != FSTYPE:
+            raise RegionError(f"{path}: cannot mount there: {error.strerror}", hint="mkdir makes it") from None
+        print(f"pkernfs: {path}: the server of an earlier mount is gone; taking that mount away", file=sys.stderr)
+        subprocess.run(["umount", "-i", "-l", real], check=False)
+        return check_mountpoint(path) if mount_at(real) != mounted else real
+    if not stat.S_ISDIR(mode):
+        raise RegionError(f"{path}: expected a directory to mount on, found {stat.filemode(mode)}")
+    if mounted is not None and mounted.fstype == FSTYPE:
+        raise RegionBusyError(f"{path}: {mounted.source} is mounted there", hint=f"umount {path} first")
+    return real
+
+
+def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:
+    """Open, lock and recover the region, and apply the options that change its root.  Raises PkernfsError."""
+    region = open_region(region_path, readonly=options.readonly, wait=LOCK_WAIT)
+    try:
+        fs = Filesystem.open(region)
+        fs.atime_policy = options.atime
+        if not options.readonly:
+            fs.volume.mark_mounted()
+            if (options.uid, options.gid, options.mode) != (None, None, None):
+                fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
+    except BaseException:
+        region.close()
+        raise
+    return fs
+
+
+def start_logging(path: str) -> None:
+    """Log to a file, or to the journal (syslog's socket); warnings of Python itself too.  Raises RegionError."""
+    handler: logging.Handler
+    if path:
+        try:
+            handler = logging.FileHandler(path)
+        except OSError as error:
+            raise RegionError(f"{path}: cannot write the log: {error.strerror}") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s pkernfs[%(process)d]: %(levelname)s: %(message)s"))
+    elif os.path.exists("/dev/log"):
+        handler = logging.handlers.SysLogHandler("/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON)
+        handler.setFormatter(logging.Formatter("pkernfs[%(process)d]: %(levelname)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("pkernfs: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.captureWarnings(True)
+
+
+def fuse_options(region_path: str, options: MountOptions) -> set[str]:
+    """What libfuse is told; commas and backslashes in the region's path escaped as libfuse wants."""
+    root = os.geteuid() == 0
+    escaped = region_path.replace("\\", "\\\\").replace(",", "\\,")
+    words = {"default_permissions", f"fsname={escaped}", "subtype=pkernfs"}
+    if options.allow_other or (options.allow_other is None and root):
+        words.add("allow_other")
+    if options.readonly:
+        words.add("ro")
+    if root:
+        # libfuse's defaults are nosuid and nodev; a filesystem of root's own has both unless told otherwise.
+        words |= {"suid", "dev"} - {word.removeprefix("no") for word in options.kernel}
+    return words | set(options.kernel)
+
+
+def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callable[[str], None]) -> None:
+    """Mount, serve until the mount ends, and close the filesystem.
+
+    ``ready`` is called once the mount is usable, with a warning or "".  Raises RegionError when mounting fails.
+    """
+    import pyfuse3
+    import trio
+
+    from pkernfs.server.bdi import tune
+    from pkernfs.server.control import ControlSocket
+    from pkernfs.server.operations import Operations
+    from pkernfs.server.verbs import verbs
+
+    control = ControlSocket(verbs(fs, pyfuse3.invalidate_inode))
+
+    def facts() -> dict[str, Any]:
+        return {"control": control.path, "region": fs.region.path, "pid": os.getpid()}
+
+    try:
+        pyfuse3.init(Operations(fs, facts), mountpoint, fuse_options(fs.region.path, options))
+    except RuntimeError as error:
+        control.close()
+        fs.close()
+        raise RegionError(
+            f"{mountpoint}: mounting failed: {error}", hint="is /dev/fuse there and are you root?"
+        ) from None
+
+    async def announce() -> None:
+        def settle() -> str:
+            os.stat(mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
+            return tune(mountpoint) if options.tune else ""
+
+        ready(await trio.to_thread.run_sync(settle))
+
+    async def watch_signals() -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
+                pyfuse3.terminate()
+                return
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(control.serve)
+            nursery.start_soon(watch_signals)
+            nursery.start_soon(announce)
+            await pyfuse3.main()
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(run)
+    finally:
+        pyfuse3.close(unmount=True)
+        control.close()
+        fs.close()
+        log.info("%s: unmounted %s", fs.region.path, mountpoint)

@@ -1,0 +1,322 @@
+"""The FUSE adapter: translates each request to one call of Filesystem, and its answer back.  It decides nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode
+from pkernfs.fs.facts import file_facts
+from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.names import Caller
+
+log = logging.getLogger("pkernfs")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Seconds.  Nothing changes attributes or names behind the kernel's back, but for files that are mapped directly.
+TIMEOUT = 86400.0
+#: Bit of a file handle, beside the inode number: the opener may not keep set-user-ID bits when it writes.
+KILL_PRIV = 1 << 62
+FACTS = b"user.pkernfs."
+
+
+def handler(
+    function: Callable[Concatenate[Operations, P], R],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
+    """Make a FUSE handler of a plain method: errors become errnos, a bug becomes EIO and a traceback in the log."""
+
+    async def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(self, *args, **kwargs)
+        except PkernfsError as error:
+            if isinstance(error, CorruptError):
+                self.report_damage(error)
+            raise FUSEError(error.errno) from None
+        except FUSEError:
+            raise
+        except Exception:
+            log.exception("a bug: %s%r failed", function.__name__, args)
+            raise FUSEError(errno.EIO) from None
+
+    call.__name__ = function.__name__
+    call.__doc__ = function.__doc__
+    return call
+
+
+class Operations(pyfuse3.Operations):
+    """pyfuse3's handlers over one Filesystem.  A file handle is the inode number (and KILL_PRIV)."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, fs: Filesystem, facts: Callable[[], dict[str, Any]]) -> None:
+        super().__init__()
+        self.fs = fs
+        self.facts = facts
+        self.damaged: dict[int, CorruptError] = {}
+
+    def report_damage(self, error: CorruptError) -> None:
+        """Log a damaged structure, once."""
+        if error.offset not in self.damaged:
+            self.damaged[error.offset] = error
+            log.error("%s", error)
+
+    # -- attributes -----------------------------------------------------------------------------------------------
+
+    def attributes(self, ino: int, inode: Inode) -> EntryAttributes:
+        """The one place that turns our attributes into pyfuse3's."""
+        entry = EntryAttributes()
+        entry.st_ino = ino
+        entry.generation = inode.generation
+        entry.st_mode = inode.mode
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        # A directory's size is 20 bytes an entry, as tmpfs has it, with "." and "..".
+        entry.st_size = inode.size if not stat.S_ISDIR(inode.mode) else (inode.size + 2) * 20
+        entry.st_blocks = inode.pages * (PAGE // 512)
+        entry.st_blksize = PAGE
+        entry.st_atime_ns = inode.atime
+        entry.st_ctime_ns = inode.ctime
+        entry.entry_timeout = TIMEOUT
+        if inode.flags & FLAG_DIRECT:
+            # Somebody may be storing into the file's memory at any moment.  Attributes that are asked for at every
+            # read and an mtime that is never the same make the kernel (AUTO_INVAL_DATA) drop its cached pages.
+            entry.attr_timeout = 0
+            entry.st_mtime_ns = max(inode.mtime, self.fs.now())
+        else:
+            entry.attr_timeout = TIMEOUT
+            entry.st_mtime_ns = inode.mtime
+        return entry
+
+    def _found(self, ino: int) -> EntryAttributes:
+        """Attributes for a reply by which the kernel comes to know the inode."""
+        entry = self.attributes(ino, self.fs.getattr(ino))
+        self.fs.remember(ino)
+        return entry
+
+    @handler
+    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        try:
+            return self._found(self.fs.lookup(parent_inode, name))
+        except PkernfsError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            missing = EntryAttributes()
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = TIMEOUT
+            return missing
+
+    @handler
+    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self.attributes(inode, self.fs.getattr(inode))
+
+    @handler
+    def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        change = SetAttr(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self.attributes(inode, self.fs.setattr(inode, change, privileged=ctx.uid == 0))
+
+    async def forget(self, inode_list: Any) -> None:
+        for ino, count in inode_list:
+            try:
+                self.fs.forget(ino, count)
+            except PkernfsError as error:
+                log.error("forgetting inode %d: %s", ino, error)
+            except Exception:
+                log.exception("a bug: forgetting inode %d failed", ino)
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    @handler
+    def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._found(self.fs.create(parent_inode, name, mode, Caller(ctx.uid, ctx.gid), rdev=rdev))
+
+    @handler
+    def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._found(self.fs.create(parent_inode, name, stat.S_IFDIR | mode, Caller(ctx.uid, ctx.gid)))
+
+    @handler
+    def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        mode = stat.S_IFLNK | 0o777
+        return self._found(self.fs.create(parent_inode, name, mode, Caller(ctx.uid, ctx.gid), target=target))
+
+    @handler
+    def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        ino = self.fs.create(parent_inode, name, stat.S_IFREG | mode, Caller(ctx.uid, ctx.gid))
+        return self._opened(ino, ctx), self._found(ino)
+
+    @handler
+    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return self.fs.readlink(inode)
+
+    @handler
+    def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        self.fs.link(inode, new_parent_inode, new_name)
+        return self._found(inode)
+
+    @handler
+    def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.fs.unlink(parent_inode, name)
+
+    @handler
+    def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        self.fs.rmdir(parent_inode, name)
+
+    @handler
+    def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @handler
+    def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return inode
+
+    @handler
+    def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        # Cookies 1 and 2 stand for "." and "..", the cookie of an entry is its key + 3.
+        reply = pyfuse3.readdir_reply
+        directory = self.fs.directory(fh).inode
+        if start_id == 0 and not reply(token, b".", self.attributes(fh, directory), 1):
+            return
+        if start_id <= 1:
+            above = directory.parent
+            if not reply(token, b"..", self.attributes(above, self.fs.getattr(above)), 2):
+                return
+        for entry in self.fs.readdir(fh, max(start_id - 2, 0)):
+            try:
+                attributes = self.attributes(entry.ino, self.fs.getattr(entry.ino))
+            except CorruptError as error:
+                # The name is there and can be removed; a look-up of it reports the damage.
+                self.report_damage(error)
+                continue
+            if not reply(token, entry.name, attributes, entry.key + 3):
+                return
+            self.fs.remember(entry.ino)
+
+    @handler
+    def releasedir(self, fh: int) -> None:
+        pass
+
+    # -- content --------------------------------------------------------------------------------------------------
+
+    def _opened(self, ino: int, ctx: RequestContext) -> FileInfo:
+        # A file that has blocks of its own may be mapped directly: what the kernel cached is dropped at each open.
+        keep_cache = self.fs.getattr(ino).size < BLOCK // 2
+        return FileInfo(fh=pyfuse3.FileHandleT(ino | KILL_PRIV if ctx.uid else ino), keep_cache=keep_cache)
+
+    @handler
+    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & os.O_TRUNC:
+            self.fs.setattr(inode, SetAttr(size=0), privileged=ctx.uid == 0)
+        return self._opened(inode, ctx)
+
+    @handler
+    def read(self, fh: int, off: int, size: int) -> Any:  # bytes, or a view of the region: pyfuse3 takes any buffer
+        return self.fs.read(fh & ~KILL_PRIV, off, size)
+
+    @handler
+    def write(self, fh: int, off: int, buf: bytes) -> int:
+        return self.fs.write(fh & ~KILL_PRIV, off, buf, kill_priv=bool(fh & KILL_PRIV))
+
+    @handler
+    def release(self, fh: int) -> None:
+        pass
+
+    @handler
+    def fsync(self, fh: int, datasync: bool) -> None:
+        self.fs.region.flush()
+
+    @handler
+    def fsyncdir(self, fh: int, datasync: bool) -> None:
+        self.fs.region.flush()
+
+    # -- extended attributes --------------------------------------------------------------------------------------
+
+    @handler
+    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if name.startswith(FACTS):
+            return self._fact(inode, name.removeprefix(FACTS).decode("ascii", "replace"))
+        _check_namespace(name)
+        return self.fs.getxattr(inode, name)
+
+    def _fact(self, ino: int, name: str) -> bytes:
+        """A read-only attribute user.pkernfs.NAME: facts of the mount (any inode) and of a file's memory."""
+        facts = self.facts()
+        if name in facts:
+            return str(facts[name]).encode(errors="surrogateescape")
+        if not stat.S_ISREG(self.fs.getattr(ino).mode):
+            raise FUSEError(errno.ENODATA)
+        of_file = file_facts(self.fs, ino)
+        if name not in of_file:
+            raise FUSEError(errno.ENODATA)
+        return json.dumps(of_file[name]).encode()
+
+    @handler
+    def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        if name.startswith(FACTS):
+            raise FUSEError(errno.EPERM)
+        _check_namespace(name)
+        self.fs.setxattr(inode, name, value)
+
+    @handler
+    def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        names = self.fs.listxattr(inode)
+        return names if ctx.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
+
+    @handler
+    def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        if name.startswith(FACTS):
+            raise FUSEError(errno.EPERM)
+        _check_namespace(name)
+        self.fs.removexattr(inode, name)
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    @handler
+    def statfs(self, ctx: RequestContext) -> StatvfsData:
+        figures = self.fs.statfs()
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE
+        data.f_blocks = figures.blocks
+        data.f_bfree = data.f_bavail = figures.free
+        data.f_files = figures.files
+        data.f_ffree = data.f_favail = figures.free_files
+        data.f_namemax = NAME_MAX
+        return data
+
+
+def _check_namespace(name: bytes) -> None:
+    """POSIX ACLs would need the kernel to leave the umask to us, which pyfuse3 cannot ask for: not supported."""
+    if name.startswith(b"system."):
+        raise FUSEError(errno.EOPNOTSUPP)

@@ -1,0 +1,74 @@
+"""The words after -o, as mount(8) passes them."""
+
+from typing import NamedTuple
+
+from pkernfs.errors import UsageError
+
+
+class MountOptions(NamedTuple):
+    """What a mount is asked for.  ``kernel``: options that go on to mount(2) as they are."""
+
+    readonly: bool = False
+    allow_other: bool | None = None  #: None: yes for root, no for others
+    uid: int | None = None  #: owner that the root directory is given, as tmpfs has it
+    gid: int | None = None
+    mode: int | None = None
+    atime: str = "relatime"
+    log: str = ""  #: file; "": the journal (or syslog)
+    tune: bool = True  #: raise the limits of the backing device
+    kernel: tuple[str, ...] = ()
+
+
+#: Words that mount(8) and fstab use among themselves.
+IGNORED = {
+    *("defaults", "rw", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"),
+    *("default_permissions", "async", "norelatime", "nostrictatime"),
+}
+KERNEL = {"nosuid", "suid", "nodev", "dev", "noexec", "exec", "sync", "dirsync"}
+ATIME = {"relatime": "relatime", "noatime": "noatime", "strictatime": "strictatime", "atime": "relatime"}
+
+
+def _number(word: str, base: int = 10) -> int:
+    name, _, value = word.partition("=")
+    try:
+        number = int(value, base)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 32:
+        raise UsageError(f"-o {word}: expected a number, found {value!r}", hint=f"for example {name}=0")
+    return number
+
+
+def parse_options(words: list[str]) -> MountOptions:
+    """Parse comma-separated lists of options; a later word wins.  Raises UsageError for an unknown one."""
+    options = MountOptions()
+    kernel: dict[str, None] = {}
+    for word in ",".join(words).split(","):
+        name = word.partition("=")[0]
+        if not word or word in IGNORED or name.startswith(("x-", "X-", "comment")):
+            if word == "rw":
+                options = options._replace(readonly=False)
+        elif word == "ro":
+            options = options._replace(readonly=True)
+        elif word == "allow_other":
+            options = options._replace(allow_other=True)
+        elif word == "noallow_other":
+            options = options._replace(allow_other=False)
+        elif word in ATIME:
+            options = options._replace(atime=ATIME[word])
+        elif word in KERNEL:
+            kernel.pop(word.removeprefix("no") if word.startswith("no") else "no" + word, None)
+            kernel[word] = None
+        elif name == "uid":
+            options = options._replace(uid=_number(word))
+        elif name == "gid":
+            options = options._replace(gid=_number(word))
+        elif name == "mode":
+            options = options._replace(mode=_number(word, 8) & 0o7777)
+        elif name == "log":
+            options = options._replace(log=word.partition("=")[2])
+        elif word == "notune":
+            options = options._replace(tune=False)
+        else:
+            raise UsageError(f"-o {word}: no such option", hint="see mount.pkernfs --help")
+    return options._replace(kernel=tuple(kernel))

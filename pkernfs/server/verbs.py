@@ -1,0 +1,47 @@
+"""What the control socket can be asked: each verb is one function from the request to the result."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from pkernfs.errors import FsError
+from pkernfs.fs.facts import file_facts, region_facts
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.server.control import Verb
+
+
+def _ino(request: dict[str, Any]) -> int:
+    ino = request.get("ino")
+    if not isinstance(ino, int) or not 0 < ino < 1 << 60:
+        raise FsError(errno.EINVAL, f'"ino": expected an inode number, found {ino!r}')
+    return ino
+
+
+def verbs(fs: Filesystem, invalidate: Callable[[int], None]) -> dict[str, Verb]:
+    """The verbs of a mount.  ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, and may block
+    until requests have been answered."""
+
+    async def info(request: dict[str, Any]) -> dict[str, Any]:
+        return {**region_facts(fs), "server": os.getpid()}
+
+    async def file(request: dict[str, Any]) -> dict[str, Any]:
+        return {"region": fs.region.path, **file_facts(fs, _ino(request))}
+
+    async def direct(request: dict[str, Any]) -> dict[str, Any]:
+        """Mark a file as mapped directly from the region, or ("on": false) as no longer so."""
+        ino = _ino(request)
+        fs.set_direct(ino, request.get("on") is not False)
+        try:
+            # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
+            await trio.to_thread.run_sync(invalidate, ino)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing is cached
+                raise
+        return await file(request)
+
+    return {"info": info, "file": file, "direct": direct}
