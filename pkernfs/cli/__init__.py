@@ -55,10 +55,3 @@ def main_mount() -> int:
     from pkernfs.cli.mount import run
 
     return guarded(run, "mount.pkernfs", failure=32)
-
-
-def main_umount() -> int:
-    """The command ``umount.pkernfs``; exit codes of umount(8)."""
-    from pkernfs.cli.umount import run
-
-    return guarded(run, "umount.pkernfs", failure=32)

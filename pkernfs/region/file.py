@@ -15,6 +15,7 @@ from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, MiB
 from pkernfs.mounts import mountpoints_of, mounts
 from pkernfs.region.base import Region
 
+LOCK_WAIT = 10.0  #: seconds
 MAP_NORESERVE = 0x4000  #: mmap(2); the mmap module has it from Python 3.13 on
 
 
@@ -62,12 +63,23 @@ def lock_holder(path: str) -> Holder | None:
     return None
 
 
-def busy(path: str) -> RegionBusyError:
-    """The error that says who has the region at ``path``."""
-    holder = lock_holder(path)
-    mounted = mountpoints_of(path)
-    return RegionBusyError(
-        f"{path}: the region is in use by {holder or 'another process'}"
+def lock(fd: int, path: str) -> None:
+    """Take the exclusive lock of the region at ``path``.
+
+    umount(8) returns before the server has ended: while the lock is held and the region is not mounted, wait for up to
+    LOCK_WAIT seconds.  Raises RegionBusyError, which says who has it.
+    """
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mounted = mountpoints_of(path)
+            if mounted or time.monotonic() >= deadline:
+                break
+        time.sleep(0.005)
+    raise RegionBusyError(
+        f"{path}: the region is in use by {lock_holder(path) or 'another process'}"
         + (f", mounted on {mounted[0]}" if mounted else ""),
         hint=f"umount {mounted[0]} first" if mounted else "end it first",
     )
@@ -76,17 +88,17 @@ def busy(path: str) -> RegionBusyError:
 class FileRegion(Region):
     """A region in a regular file.
 
-    ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock, waiting up to
-    ``wait`` seconds for a server that is on its way out.  Read-only: maps privately, without a lock.
+    ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock.  Read-only: maps
+    privately, without a lock.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False, wait: float = 0.0) -> None:
+    def __init__(self, path: str, *, readonly: bool = False) -> None:
         self.path = path
         self.readonly = readonly
         self.fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
             if not readonly:
-                self._lock(wait)
+                lock(self.fd, path)
             size = self._find_size()
             if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
                 raise FormatError(
@@ -113,18 +125,6 @@ class FileRegion(Region):
                 self.fd, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
             )
         return mmap.mmap(self.fd, size)
-
-    def _lock(self, wait: float) -> None:
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline or mountpoints_of(self.path):
-                    break
-            time.sleep(0.01)
-        raise busy(self.path)
 
     def reserve(self, offset: int, length: int) -> None:
         """Punch a hole (zeros at once, whatever the range held), then allocate its memory."""
@@ -189,7 +189,7 @@ class DaxRegion(FileRegion):
         """Nothing to give back."""
 
 
-def open_region(path: str, *, readonly: bool = False, wait: float = 0.0) -> FileRegion:
+def open_region(path: str, *, readonly: bool = False) -> FileRegion:
     """Open the region at ``path``, whatever its kind.
 
     Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
@@ -198,9 +198,9 @@ def open_region(path: str, *, readonly: bool = False, wait: float = 0.0) -> File
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
-            return FileRegion(path, readonly=readonly, wait=wait)
+            return FileRegion(path, readonly=readonly)
         if stat.S_ISCHR(mode):
-            return DaxRegion(path, readonly=readonly, wait=wait)
+            return DaxRegion(path, readonly=readonly)
     except FileNotFoundError:
         raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
     except OSError as error:
@@ -216,12 +216,10 @@ def create_region_file(path: str, size: int) -> None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd, path)
             os.ftruncate(fd, size)
         finally:
             os.close(fd)
-    except BlockingIOError:
-        raise busy(path) from None
     except OSError as error:
         raise RegionError(f"{path}: cannot make a file of {size} bytes: {error.strerror}") from None
 

@@ -22,9 +22,6 @@ from pkernfs.server.options import MountOptions
 
 log = logging.getLogger("pkernfs")
 
-#: Seconds that a mount waits for the server of an earlier one to end: umount(8) returns before it has.
-LOCK_WAIT = 20.0
-
 
 def check_mountpoint(path: str) -> str:
     """The real path of the directory to mount on; a dead pkernfs mount that is left there is taken away first.
@@ -35,8 +32,10 @@ def check_mountpoint(path: str) -> str:
     mounted = mount_at(real)
     try:
         mode = os.stat(real).st_mode
+        if mounted is not None and mounted.fstype == FSTYPE:
+            os.statvfs(real)  # the kernel answers stat from its cache, also when the server is dead; this it does not
     except OSError as error:
-        if error.errno != errno.ENOTCONN or mounted is None or mounted.fstype != FSTYPE:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or mounted is None or mounted.fstype != FSTYPE:
             raise RegionError(f"{path}: cannot mount there: {error.strerror}", hint="mkdir makes it") from None
         print(f"pkernfs: {path}: the server of an earlier mount is gone; taking that mount away", file=sys.stderr)
         subprocess.run(["umount", "-i", "-l", real], check=False)
@@ -50,7 +49,7 @@ def check_mountpoint(path: str) -> str:
 
 def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:
     """Open, lock and recover the region, and apply the options that change its root.  Raises PkernfsError."""
-    region = open_region(region_path, readonly=options.readonly, wait=LOCK_WAIT)
+    region = open_region(region_path, readonly=options.readonly)
     try:
         fs = Filesystem.open(region)
         fs.atime_policy = options.atime
