@@ -16,6 +16,7 @@ options (-o):
   ro, rw                 read-only: nothing in the region is changed, not even by recovery
   allow_other            other users may use the mount (default for root); noallow_other: only its owner
   uid=N, gid=N, mode=M   give the root directory this owner, group, mode (octal), as tmpfs does
+  remount                with ro, rw, nosuid and so on: change the flags of a mount that is there
   relatime, strictatime, noatime
                          when reading updates access times (default relatime), as mount(8) describes
   log=FILE               log there, not to the journal
@@ -59,7 +60,7 @@ def run(argv: Sequence[str] | None) -> int:
     """Mount.  Raises PkernfsError before anything is mounted; afterwards only the server's exit status tells."""
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
-    from pkernfs.server.mount import check_mountpoint, open_filesystem, serve, start_logging
+    from pkernfs.server.mount import check_mountpoint, open_filesystem, remount, serve, start_logging
     from pkernfs.server.options import parse_options
 
     try:
@@ -69,6 +70,9 @@ def run(argv: Sequence[str] | None) -> int:
         raise
     if arguments.read_only:
         options = options._replace(readonly=True)
+    if options.remount:
+        remount(arguments.directory, options)
+        return 0
     mountpoint = check_mountpoint(arguments.directory)
     fs = open_filesystem(arguments.region, options)
     if fs.volume.recovered:

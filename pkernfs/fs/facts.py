@@ -41,6 +41,7 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
     return {
         "region": fs.region.path,
         "kind": fs.region.kind,
+        "readonly": fs.region.readonly,
         "version": sb.version,
         "uuid": str(uuid.UUID(bytes=sb.uuid)),
         "label": sb.label.rstrip(b"\0").decode(errors="replace"),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pkernfs.client import control
 from pkernfs.errors import RegionBusyError, RegionError
 from pkernfs.format import ROOT_INO
 from pkernfs.fs.filesystem import Filesystem, SetAttr
@@ -45,6 +46,22 @@ def check_mountpoint(path: str) -> str:
     if mounted is not None and mounted.fstype == FSTYPE:
         raise RegionBusyError(f"{path}: {mounted.source} is mounted there", hint=f"umount {path} first")
     return real
+
+
+def remount(path: str, options: MountOptions) -> None:
+    """Change the kernel's flags of the mount at ``path``.
+
+    Raises RegionError when there is none, or when a server that opened its region for reading is to write.
+    """
+    real = os.path.realpath(path)
+    mounted = mount_at(real)
+    if mounted is None or mounted.fstype != FSTYPE:
+        raise RegionError(f"{path}: expected a pkernfs mount to change", hint="findmnt -t fuse.pkernfs lists them")
+    if not options.readonly and control(real, "info")["readonly"]:
+        raise RegionError(f"{path}: its region was opened for reading only", hint="umount it and mount it anew")
+    words = ["remount", "ro" if options.readonly else "rw", *options.kernel]
+    if subprocess.run(["mount", "-i", "-o", ",".join(words), real], check=False).returncode:
+        raise RegionError(f"{path}: the kernel refuses the new flags")
 
 
 def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:

@@ -9,6 +9,7 @@ class MountOptions(NamedTuple):
     """What a mount is asked for.  ``kernel``: options that go on to mount(2) as they are."""
 
     readonly: bool = False
+    remount: bool = False  #: change the flags of a mount that is there
     allow_other: bool | None = None  #: None: yes for root, no for others
     uid: int | None = None  #: owner that the root directory is given, as tmpfs has it
     gid: int | None = None
@@ -24,6 +25,8 @@ IGNORED = {
     *("defaults", "rw", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"),
     *("default_permissions", "async", "norelatime", "nostrictatime"),
 }
+#: Words of the kernel's own, which mount(8) repeats when it remounts.
+IGNORED_NAMES = {"user_id", "group_id", "rootmode", "max_read", "blksize", "comment"}
 KERNEL = {"nosuid", "suid", "nodev", "dev", "noexec", "exec", "sync", "dirsync"}
 ATIME = {"relatime": "relatime", "noatime": "noatime", "strictatime": "strictatime", "atime": "relatime"}
 
@@ -45,17 +48,22 @@ def parse_options(words: list[str]) -> MountOptions:
     kernel: dict[str, None] = {}
     for word in ",".join(words).split(","):
         name = word.partition("=")[0]
-        if not word or word in IGNORED or name.startswith(("x-", "X-", "comment")):
+        if not word or word in IGNORED or name in IGNORED_NAMES or name.startswith(("x-", "X-")):
             if word == "rw":
                 options = options._replace(readonly=False)
         elif word == "ro":
             options = options._replace(readonly=True)
+        elif word == "remount":
+            options = options._replace(remount=True)
         elif word == "allow_other":
             options = options._replace(allow_other=True)
         elif word == "noallow_other":
             options = options._replace(allow_other=False)
         elif word in ATIME:
             options = options._replace(atime=ATIME[word])
+            kernel.pop("noatime", None)
+            if word == "noatime":  # the only one of them that libfuse hands on
+                kernel[word] = None
         elif word in KERNEL:
             kernel.pop(word.removeprefix("no") if word.startswith("no") else "no" + word, None)
             kernel[word] = None

@@ -1,0 +1,106 @@
+# shellcheck shell=bash disable=SC2034
+#
+# lib.sh: what setup, install and uninstall have in common.  To be sourced, after `set -euo pipefail`.
+# A line for the user goes to stderr, begins with the script's name, and appears only when something is done or is wrong.
+
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() { say "$1"; say "hint: $2"; exit 1; }
+
+need_root() {
+    [ "$(id -u)" = 0 ] || die "must be run as root${1:+, to $1}" "sudo $0"
+}
+
+# One at a time, for the rest of the script.  A directory that every Debian has serves as the lock: it needs no file.
+lock() {
+    exec 9</etc/apt || die "found no /etc/apt" "this script is for Debian 12 and 13"
+    flock --nonblock 9 || { say "waiting for another of pkernfs's scripts to end"; flock 9; }
+}
+
+# step WHAT COMMAND...: say what is done, and do it; if it fails, show the end of its output, and end.
+step() {
+    local what=$1 log
+    shift
+    say "$what"
+    log=$(mktemp)
+    # Without the lock's descriptor: a daemon that a package starts would hold the lock for ever.
+    if "$@" >"$log" 2>&1 </dev/null 9<&-; then
+        rm -f "$log"
+    else
+        tail -n 20 "$log" | cut -c 1-200 | sed 's/^/    /' >&2
+        die "failed: $what" "the whole output is in $log"
+    fi
+}
+
+# Names of those of the given Debian packages that are not installed, each once.
+missing_packages() {
+    local name status
+    declare -A installed=()
+    while read -r name status; do
+        if [ "$status" = installed ]; then installed[$name]=1; fi
+    done < <(dpkg-query --show --showformat '${Package} ${db:Status-Status}\n' "$@" 2>/dev/null)
+    for name; do
+        [ -n "${installed[$name]:-}" ] || printf '%s\n' "$name"
+        installed[$name]=1
+    done
+}
+
+install_packages() {
+    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get --quiet --yes
+        -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3)
+    local missing
+    mapfile -t missing < <(missing_packages "$@")
+    [ "${#missing[@]}" != 0 ] || return 0
+    need_root "install ${missing[*]}"
+    step "fetching the lists of packages" "${apt[@]}" update
+    step "installing ${missing[*]}" "${apt[@]}" install --no-install-recommends "${missing[@]}"
+}
+
+# What it takes to build pyfuse3 and to mount.
+readonly BASE_PACKAGES=(fuse3 gcc libc6-dev libfuse3-dev mount pkg-config python3-dev python3-venv)
+
+# Path of a Python that is new enough, Debian's own if it is.
+find_python() {
+    local python
+    for python in /usr/bin/python3 $(type -ap python3 python3.{11..20} || true); do
+        if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            printf '%s\n' "$python"
+            return
+        fi
+    done
+    die "found no python3 >= 3.11" "this script is for Debian 12 and 13; elsewhere put such a python3 on PATH"
+}
+
+# make_venv PYTHON DIRECTORY: a virtual environment, made anew if the one that is there is for another Python or place.
+make_venv() {
+    local made_for
+    made_for="$2 $("$1" -VV)"
+    [ "$(cat "$2/made-for" 2>/dev/null)" != "$made_for" ] || return 0
+    step "making $2 with $("$1" -V)" "$1" -m venv --clear "$2"
+    printf '%s\n' "$made_for" >"$2/made-for"
+}
+
+# pip_install DIRECTORY ARGUMENT...: pip of the virtual environment DIRECTORY.
+pip_install() {
+    local directory=$1
+    shift
+    "$directory/bin/python" -m pip install --no-input --disable-pip-version-check --root-user-action=ignore \
+        --compile "$@"
+}
+
+# What an installation for the whole system consists of.
+PREFIX=$(realpath --canonicalize-missing "${PREFIX:-/usr/local}")
+readonly HOME_DIR=$PREFIX/lib/pkernfs
+readonly LINKS=("$PREFIX/bin/pkernfs" /sbin/{mount,mount.fuse,mkfs,fsck}.pkernfs)
+
+# target_of LINK: the command that it leads to.  For mount(8) the type of a mount that is there is fuse.pkernfs.
+target_of() {
+    local name=${1##*/}
+    printf '%s\n' "$HOME_DIR/venv/bin/${name/mount.fuse./mount.}"
+}
+
+# Is LINK one that install made?
+ours() {
+    [ -L "$1" ] && [ "$(readlink "$1")" = "$(target_of "$1")" ]
+}
