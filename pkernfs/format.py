@@ -1,39 +1,53 @@
-"""The format of a region: every structure, magic, kind and flag.  THE reference; all values are little-endian.
+"""The format of a region: every structure, magic, kind and flag.  THE reference.
 
-A region is an array of 2 MiB blocks, and of 4 KiB pages.
+All values are little-endian; fields and arrays follow one another without padding.  A region is an array of 2 MiB
+blocks, and of 4 KiB pages.
 
     offset 0                superblock (256 bytes), then 15 reserved inode slots of 256 bytes
     4 KiB                   block table: one byte for each block, in checksummed pages
-    next multiple of 2 MiB  page 0: copy of the superblock; page 1: journal header; then the journal's body
+    next multiple of 2 MiB  page 0: copy of the superblock; page 1: journal header; then the journal's body, at most
+                            up to first_block
     first_block             blocks for everybody: data blocks, and slabs (blocks cut into 4 KiB pages)
 
 Block table.  The kind of block b is byte b % TABLE_FANOUT of table page b // TABLE_FANOUT (after the page header).
 
-Slabs.  Page 0 of a slab is its header: a kind for each of its 512 pages and, for pages of inodes, a bitmap of the 16
-slots in use.
+Slabs.  Page 0 of a slab is its header: a kind for each of its 512 pages and, for pages of inodes, a bitmap (bit i: slot
+i) of the 16 slots in use; it is 0 for pages of other kinds.  Free space is 512 pages for each free block, and the free
+pages of the slabs.
 
 Inodes.  Inode i is the 256-byte slot at region offset i * 256; the number is the address.  A slot is in use when its
 bit in the slab header is set (reserved slots: when mode is not 0).  The first 32 bytes are words that are stored in
-place, each with one 8-byte store, and are not covered by the checksum.
+place, each with one 8-byte store, and are not covered by the checksum.  Reserved are 1, the root directory, whose
+parent is itself; 2, the head of the list of orphans, without a name; 3 and 4, the directory /iommu and the file
+/iommu/root-pgtables.
 
-Trees.  Directories, extents, extended attributes and the list of orphans are B+trees of 4 KiB nodes with u64 keys.
+Trees.  Directories, extents and extended attributes are B+trees of 4 KiB nodes with u64 keys.
 A leaf holds count keys, count value lengths (u16) and the values one after the other; an inner node holds count keys
 and count page numbers, key k being the least key below child k (the first key is not looked at).
 
     directory   key = name_key(name), value = Dirent + name; the keys are the readdir cookies
     extents     key = first page of the file, value = ExtentValue
     attributes  key = name_key(name), value = XattrHead + name + (value | ExtentValue[] of its pages)
-    orphans     key = inode number, empty value: inodes without a name that are still open, freed at the next mount
+
+What no extent covers reads as zero.  A data block belongs whole to one file, so extents can reach beyond its size: what
+is mapped there may hold anything.  Pages that are cut one by one (of kind PAGE_DATA) are always in slabs.
 
 A file with up to INLINE_EXTENTS extents keeps them in its inode instead (root == 0); a symbolic link of up to
 INLINE_SIZE bytes keeps its target there.
 
+Orphans.  Inodes without a name that are still open, and files whose memory beyond their size is still to be freed, are
+in a circular list: orphan_next and orphan_prev, beginning and ending at the reserved inode ORPHANS_INO.  The next mount
+that may write finishes what is listed.  (A list through the inodes, so that removing a file never allocates.)
+
 Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's header names the page's own offset and its
-owner, an inode's checksum starts from its number, so that a misplaced copy is found.
+owner; an inode's checksum continues from the low 32 bits of its number as from the crc of earlier bytes; so a misplaced
+copy is found.
 
 Journal.  One transaction at a time: body and header are written, then one 8-byte store of ``seal`` = 2 * sequence + 1
-makes it valid, the records are applied, and ``seal`` = 2 * sequence retires it.  A record is JournalRecord + data (a
-multiple of 8 bytes); one of kind DISCARD says that a range is free now and its memory is to be given back.
+makes it valid, the records are applied in their order, and ``seal`` = 2 * sequence retires it.  A record is
+JournalRecord + data; one of kind DISCARD says that a range is free now and its memory is to be given back (a reader may
+ignore it).  Pages that were free before the transaction are stored before the seal and are not in the journal.  An odd
+seal over a header or body that does not fit means damage: nothing is applied.
 """
 
 import hashlib
@@ -65,7 +79,7 @@ LINK_MAX: Final = 65000  #: names of one file, as ext4 has it
 SYMLINK_MAX: Final = 4095
 XATTR_SIZE_MAX: Final = 65536
 
-MAGIC: Final = 0x706B65726E6673  #: "pkernfs", the magic of the RFC
+MAGIC: Final = 0x706B65726E6673  #: "pkernfs" read as a number, the magic of the RFC; its bytes in memory are reversed
 VERSION: Final = 1
 TABLE_MAGIC: Final = 0x6C627462  #: "btbl"
 SLAB_MAGIC: Final = 0x62616C73  #: "slab"
@@ -128,8 +142,8 @@ FLAG_NAMES: Final = {
 class Superblock(NamedTuple):
     """The first 256 bytes of a region; a copy stands in the first page of the block that the journal begins in.
 
-    Nothing changes it after mkfs but the words at the end, which are stored in place in the first copy only and are
-    outside the checksum.
+    Nothing changes it after mkfs but the words at the end, which a server that mounts it read-write stores in place, in
+    the first copy only; they are outside the checksum.  The region may be longer than ``blocks`` says.
     """
 
     magic: u64
@@ -172,8 +186,8 @@ class PageHeader(NamedTuple):
     checksum: u32  #: of the whole page
     offset: u64  #: of this page in the region, bytes
     owner: u64  #: inode of a node; index of a page of the block table; block of a slab
-    keys: u16  #: of a node
-    level: u16  #: 0 for a leaf
+    keys: u16  #: of a node, else 0
+    level: u16  #: of a node: 0 for a leaf, else one more than its children; else 0
     reserved: u32
 
 
@@ -185,13 +199,16 @@ SLAB_SLOTS_AT: Final = SLAB_KINDS_AT + PAGES_PER_BLOCK  #: u16[512]
 
 
 class Inode(NamedTuple):
-    """One 256-byte slot.  ``nlink`` is 0 for an orphan: a file without a name that is still open."""
+    """One 256-byte slot.
 
-    size: u64  #: word: bytes of content; for a directory the number of its entries
+    ``nlink`` counts a file's names; a directory's is 2 + its subdirectories; 0: a file without a name, still open.
+    """
+
+    size: u64  #: word: bytes of content; of a directory the number of its entries ("." and ".." do not count)
     atime: i64  #: word: ns since the epoch
     mtime: i64  #: word
     ctime: i64  #: word
-    checksum: u32  #: of bytes 32..255, starting from the inode number
+    checksum: u32  #: of bytes 32..255; may be 0 in a slot that was never used
     mode: u32  #: S_IFMT | permission bits, as st_mode; 0 in a free slot
     nlink: u32
     generation: u32  #: distinguishes the users of a slot over time; kept while it is free
@@ -206,8 +223,8 @@ class Inode(NamedTuple):
     xattrs: u64  #: page number of the root of the attributes' tree, or 0
     quota: u64  #: pages that may be used below this directory; 0: no limit
     reserved0: u64
-    reserved1: u64
-    reserved2: u64
+    orphan_next: u64  #: the next and the previous inode of the list of orphans; 0: not listed
+    orphan_prev: u64
     inline: bytes120  #: extents (Extent[5]), or the target of a short symbolic link
 
 
@@ -251,7 +268,8 @@ DIRENT = layout(Dirent, size=16)
 
 
 class XattrHead(NamedTuple):
-    """An extended attribute; the name follows, then the value or, when it is larger than XATTR_INLINE, its pages."""
+    """An extended attribute; its name ("user.x", 1 to 255 bytes) follows, then the value or, when that is larger than
+    XATTR_INLINE, its pages (of kind PAGE_XATTR)."""
 
     name_length: u8
     external: u8  #: 1: ExtentValue[] of the pages that hold the value
@@ -281,11 +299,11 @@ JOURNAL_CHECKED_AT: Final = 16
 
 
 class JournalRecord(NamedTuple):
-    """``length`` bytes for the region's ``offset``, both multiples of 8; the data follow (STORE only)."""
+    """STORE: ``length`` bytes, which follow, for ``offset``, multiples of 8.  DISCARD: ``length`` pages, no data."""
 
     offset: u64
     length: u32
-    kind: u32  #: STORE: the data follow.  DISCARD: no data, the length counts pages
+    kind: u32
 
 
 JOURNAL_RECORD = layout(JournalRecord, size=16)
@@ -323,12 +341,14 @@ class Geometry(NamedTuple):
 def geometry(blocks: int) -> Geometry:
     """The geometry that mkfs gives a region of ``blocks`` blocks.
 
-    The journal's body must hold the whole block table (a transaction may touch all of it) and, beside it, what any
-    single operation changes: less than 1 MiB.
+    The journal's body must hold what the largest transaction changes: the whole block table; the headers of the slabs
+    from which it allocates the pages of a chunk (512, or less in a small region) and of those that it frees (as many);
+    and nodes and inodes, less than 1 MiB.
     """
     table_pages = -(-blocks // TABLE_FANOUT)
     journal_block = -(-(PAGE + table_pages * PAGE) // BLOCK)
-    journal_blocks = -(-(2 * PAGE + table_pages * (PAGE + JOURNAL_RECORD.size) + MiB) // BLOCK)
+    pages = table_pages + 2 * min(blocks, PAGES_PER_BLOCK)
+    journal_blocks = -(-(2 * PAGE + pages * (PAGE + JOURNAL_RECORD.size) + MiB) // BLOCK)
     return Geometry(
         blocks=blocks,
         table_pages=table_pages,

@@ -90,7 +90,7 @@ def _row(fs: Filesystem, ino: int, name: bytes, folder: str) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any], arguments: argparse.Namespace) -> str:
-    name = row["name"].encode(errors="surrogateescape").decode(errors="replace")
+    name: str = row["name"].encode(errors="surrogateescape").decode(errors="replace")
     prefix = f"{row['ino']:>10} " if arguments.inode else ""
     if not (arguments.long or arguments.numeric):
         return prefix + name

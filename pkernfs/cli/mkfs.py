@@ -112,7 +112,7 @@ def _check_overwrite(path: str, force: bool, device: bool) -> None:
     if force or (not device and os.stat(path).st_size == 0):
         return
     if device or (os.stat(path).st_size >= 4 * BLOCK and os.stat(path).st_size % BLOCK == 0):
-        with open_region(path, readonly=True) as region:
+        with open_region(path, readonly=True, locked=False) as region:
             start, backup = region.read(0, BLOCK), region.read(BLOCK, 8)
     else:
         with open(path, "rb") as file:

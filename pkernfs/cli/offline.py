@@ -20,7 +20,7 @@ def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: s
     begins again.  Raises PkernfsError.
     """
     for attempt in range(TRIES):
-        with open_region(region_path, readonly=True) as region:
+        with open_region(region_path, readonly=True, locked=False) as region:
             holder = lock_holder(region.path)
             try:
                 fs = Filesystem.open(region)

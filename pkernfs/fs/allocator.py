@@ -69,6 +69,7 @@ class Slab:
         self.slots = slots
         self.fresh = fresh
         self.free = kinds.count(PAGE_FREE)
+        self.inodes = sum(map(int.bit_count, slots))
 
     @classmethod
     def empty(cls, block: int) -> Slab:
@@ -291,6 +292,7 @@ class Allocator:
         free = ~slab.slots[index] & ALL_SLOTS
         slot = (free & -free).bit_length() - 1
         slab.slots[index] |= 1 << slot
+        slab.inodes += 1
         return (slab.block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE + slot
 
     def free_inode_later(self, ino: int) -> None:
@@ -310,6 +312,7 @@ class Allocator:
             slab = touched[block] = self.slab(block)
             self.volume.change(slab)
             slab.slots[index] &= ~(1 << slot)
+            slab.inodes -= 1
             self.with_slots.add(block)
             if not slab.slots[index]:
                 slab.kinds[index] = PAGE_FREE
@@ -367,4 +370,4 @@ class Allocator:
 
     def inodes_in_use(self) -> int:
         """Inode slots in use, the reserved ones not counted."""
-        return sum(n.bit_count() for block in self.slab_blocks() for n in self.slab(block).slots)
+        return sum(self.slab(block).inodes for block in self.slab_blocks())

@@ -334,13 +334,3 @@ class Tree:
         del parent.keys[left_at + 1], parent.children[left_at + 1]
         self._drop(right)
         return True
-
-    def free_all(self) -> None:
-        """Give back every node when the transaction commits."""
-        for page in list(self.all_pages()):
-            self.volume.nodes.pop(page * PAGE, None)
-            assert self.volume.tx is not None
-            self.volume.tx.pages.pop(page * PAGE, None)
-            self.volume.allocator.free_pages_later(page)
-            self.pages -= 1
-        self.root = 0

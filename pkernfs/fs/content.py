@@ -93,6 +93,8 @@ class Content:
         data = data[: MAX_FILE_SIZE - offset]
         if not data:
             return 0
+        if self.region.readonly:
+            raise FsError(errno.EROFS, "the region is open for reading only")
         volume = self.volume
         inode = volume.inode(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
@@ -169,8 +171,8 @@ class Content:
     def resized(self, ino: int, inode: Inode, size: int) -> Inode:
         """The inode with its content cut or grown to ``size``, within the open transaction; mtime is the caller's.
 
-        Growing maps all of the new range to memory: a promise that no later store into it fails.  Raises FsError:
-        EFBIG, ENOSPC.
+        Growing maps all of the new range to memory: a promise that no later store into it fails.  What a cut leaves
+        beyond the end is still mapped.  Raises FsError: EFBIG, ENOSPC.
         """
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG, f"size {size}")
@@ -181,8 +183,6 @@ class Content:
                 raise FsError(errno.ENOSPC, f"{size} bytes in a region of {self.volume.total_pages * PAGE}")
             self._zero_mapped(filemap, inode.size, size)
             filemap.allocate(first, last)
-        else:
-            filemap.truncate(-(-size // PAGE))
         return filemap.finish()._replace(size=size)
 
     def readlink(self, ino: int) -> bytes:

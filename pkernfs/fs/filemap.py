@@ -8,6 +8,7 @@ chunks are made of single pages from slabs; a chunk that is at least half full i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
 
 HALF = PAGES_PER_BLOCK // 2
+MAX_PAGES = 1 << 52  #: more than any file has
 PINNED = FLAG_DIRECT  #: flags of inodes whose pages must stay where they are
 
 
@@ -105,7 +107,7 @@ class FileMap:
                 return 0, extent.start - page
             skip = page - extent.start
             return extent.page + skip, extent.length - skip
-        return 0, 1 << 52
+        return 0, MAX_PAGES
 
     def is_block(self, page: int) -> bool:
         """Whether region page ``page`` is in a data block (and not in a slab)."""
@@ -131,6 +133,13 @@ class FileMap:
         else:
             self.inline.remove(extent)
 
+    def _shorten(self, extent: Extent, length: int) -> None:
+        """Keep the first ``length`` pages of an extent.  In place: allocates nothing."""
+        if self.tree.root:
+            self.tree.put(extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, length)))
+        else:
+            self.inline[self.inline.index(extent)] = extent._replace(length=length)
+
     def _add(self, start: int, page: int, count: int) -> None:
         """Map a hole, merging with the extents before and behind where the pages go on."""
         self.pages += count
@@ -149,18 +158,24 @@ class FileMap:
                 return
             yield extent
 
-    def remove(self, first: int, end: int) -> None:
-        """Unmap pages [first, end) and free what they held when the transaction commits."""
-        for extent in list(self._until(first, end)):
+    def remove(self, first: int, end: int, most: int | None = None) -> bool:
+        """Unmap pages [first, end), or the first ``most`` extents there, and free what they held at the commit.
+
+        True: all is unmapped.  Allocates nothing unless it cuts out the middle of an extent.
+        """
+        extents = list(islice(self._until(first, end), None if most is None else most + 1))
+        for extent in extents[:most]:
             cut_first, cut_end = max(first, extent.start), min(end, extent.start + extent.length)
-            self._delete(extent)
             if extent.start < cut_first:
-                self._put(extent._replace(length=cut_first - extent.start))
+                self._shorten(extent, cut_first - extent.start)
+            else:
+                self._delete(extent)
             if cut_end < extent.start + extent.length:
                 skip = cut_end - extent.start
                 self._put(Extent(cut_end, extent.page + skip, extent.length - skip))
             self._free(extent.page + cut_first - extent.start, cut_end - cut_first)
             self.pages -= cut_end - cut_first
+        return most is None or len(extents) <= most
 
     def _until(self, first: int, end: int) -> Iterator[Extent]:
         for extent in self.extents(first):
@@ -254,18 +269,22 @@ class FileMap:
         self._move(chunk, chunk + PAGES_PER_BLOCK, [(page, PAGES_PER_BLOCK)])
         return True
 
-    def truncate(self, end: int) -> None:
-        """Unmap what lies beyond ``end`` pages.  A block that is needed in part stays, unless it can become pages."""
+    def truncate(self, end: int, most: int) -> bool:
+        """Unmap what lies beyond ``end`` pages, or the first ``most`` extents of that; True: all of it.
+
+        A block that is needed in part stays, unless it can become pages.
+        """
         chunk = end - end % PAGES_PER_BLOCK
         page, _ = self.find(chunk)
         if end == chunk or not page or not self.is_block(page):
-            self.remove(end, 1 << 52)
-            return
-        self.remove(chunk + PAGES_PER_BLOCK, 1 << 52)
+            return self.remove(end, MAX_PAGES, most)
+        if not self.remove(chunk + PAGES_PER_BLOCK, MAX_PAGES, most):
+            return False
         left = end - chunk
         allocator = self.volume.allocator
         if left < HALF and not self.inode.flags & PINNED and allocator.has_pages(left):
             self._move(chunk, chunk + PAGES_PER_BLOCK, allocator.alloc_pages(left, PAGE_DATA))
+        return True
 
     def _move(self, first: int, end: int, runs: list[tuple[int, int]]) -> None:
         """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import stat
+from itertools import islice
 from typing import Any, NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FLAG_DIRECT,
     INODES_PER_PAGE,
+    PAGE,
     PAGES_PER_BLOCK,
     Extent,
     Inode,
 )
 from pkernfs.fs.content import clamp_time, killed_mode
+from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.names import Names
+from pkernfs.fs.orphans import STEP
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import Region
@@ -54,16 +58,14 @@ class Filesystem(Names):
         """
         fs = cls(Volume(region))
         if not region.readonly:
-            for ino in fs.orphans():
-                fs.reap(ino)
+            fs.finish_orphans()
         return fs
 
     def close(self) -> None:
         """Free what was kept for open files only, note the orderly end, release the region."""
         if not self.region.readonly:
             self.lookups.clear()
-            for ino in self.orphans():
-                self.reap(ino)
+            self.finish_orphans()
             self.volume.mark_unmounted()
         self.region.close()
 
@@ -106,7 +108,21 @@ class Filesystem(Names):
                 inode = self.resized(ino, inode, change.size)
             inode = inode._replace(**changed)
             self.volume.put_inode(ino, inode)
-        return inode
+            if change.size is not None:
+                self._cut(ino, inode)
+        if change.size is not None and self.volume.inode(ino).orphan_next and inode.nlink:
+            self.finish_truncate(ino)
+        return self.volume.inode(ino)
+
+    def _cut(self, ino: int, inode: Inode) -> None:
+        """Free what lies beyond the end, within the transaction when it is little; else list the inode for it."""
+        filemap = FileMap(self.volume, ino, inode)
+        end = -(-inode.size // PAGE)
+        if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
+            filemap.truncate(end, STEP)
+            self.volume.put_inode(ino, filemap.finish())
+        else:
+            self.list_orphan(ino)
 
     def set_direct(self, ino: int, direct: bool) -> Inode:
         """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place."""

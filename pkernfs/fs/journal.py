@@ -1,6 +1,7 @@
 """The redo journal: one transaction at a time is logged, sealed with one 8-byte store, applied and retired."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from pkernfs.errors import CorruptError, RegionError
 from pkernfs.format import (
@@ -66,7 +67,9 @@ class Journal:
         for offset, data in stores:
             region.store(offset, data)
         for offset, length in discards:
-            region.discard(offset, length)
+            # The transaction stands already: memory that cannot be given back is no reason to fail it.
+            with suppress(OSError):
+                region.discard(offset, length)
         if region.barriers:
             region.flush()
         region.store_word(self.header_at, seal)

@@ -141,12 +141,12 @@ def _first_inodes(now: int) -> dict[int, Inode]:
         xattrs=0,
         quota=0,
         reserved0=0,
-        reserved1=0,
-        reserved2=0,
+        orphan_next=0,
+        orphan_prev=0,
         inline=bytes(INLINE_SIZE),
     )
     orphans = root._replace(mode=stat.S_IFREG, nlink=1, flags=FLAG_FILE, parent=0)
-    return {ROOT_INO: root, ORPHANS_INO: orphans}
+    return {ROOT_INO: root, ORPHANS_INO: orphans._replace(orphan_next=ORPHANS_INO, orphan_prev=ORPHANS_INO)}
 
 
 def _add_iommu(fs: Filesystem) -> None:

@@ -15,18 +15,15 @@ from pkernfs.format import (
     INLINE_SIZE,
     LINK_MAX,
     NAME_MAX,
-    ORPHANS_INO,
     ROOT_INO,
     SYMLINK_MAX,
     Ino,
     Inode,
 )
-from pkernfs.fs.btree import Tree
-from pkernfs.fs.content import Content
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.volume import Volume
-from pkernfs.fs.xattrs import Xattrs
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -39,7 +36,7 @@ class Caller(NamedTuple):
     gid: int
 
 
-class Names(Content):
+class Names(Orphans):
     """The tree of names.  ``lookups`` counts who still refers to an inode, so that a removed file stays while open."""
 
     def __init__(self, volume: Volume) -> None:
@@ -141,8 +138,8 @@ class Names(Content):
                 xattrs=0,
                 quota=0,
                 reserved0=0,
-                reserved1=0,
-                reserved2=0,
+                orphan_next=0,
+                orphan_prev=0,
                 inline=bytes(INLINE_SIZE),
             )
             if target:
@@ -166,6 +163,7 @@ class Names(Content):
         inode = self.volume.inode(ino)
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EPERM, "a directory has one name")
+        self._check_removable(ino, name)
         if not inode.nlink:
             raise FsError(errno.ENOENT, "the file was removed")
         if inode.nlink >= LINK_MAX:
@@ -192,6 +190,7 @@ class Names(Content):
             directory.remove(entry)
             self.volume.put_inode(parent, directory.finish(now))
             self._drop_name(entry.ino, inode, now)
+        self._reap_if_unused(entry.ino)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory.  Raises FsError: ENOENT, ENOTDIR, ENOTEMPTY, EPERM, EINVAL for "."."""
@@ -209,51 +208,23 @@ class Names(Content):
             above = directory.finish(now)
             self.volume.put_inode(parent, above._replace(nlink=above.nlink - 1))
             self._drop_name(entry.ino, inode, now)
+        self._reap_if_unused(entry.ino)
 
     def _check_removable(self, ino: int, name: bytes) -> None:
         if ino < FIRST_FREE_SLOT:
             raise FsError(errno.EPERM, f"{name!r} is part of every pkernfs region")
 
     def _drop_name(self, ino: int, inode: Inode, now: int) -> None:
-        """Take one name from an inode, within a transaction: without one it goes, or is an orphan while open."""
+        """Take one name from an inode, within a transaction: without one it goes, or is an orphan for now."""
         left = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         inode = inode._replace(nlink=left, ctime=now)
-        if not left and not self.lookups.get(ino):
-            self._free(ino, inode)
-            return
         self.volume.put_inode(ino, inode)
-        if not left:
-            self._list_orphan(ino, True)
-
-    def _list_orphan(self, ino: int, present: bool) -> None:
-        orphans = self.volume.inode(ORPHANS_INO)
-        tree = Tree(self.volume, ORPHANS_INO, orphans.root)
-        if present:
-            tree.put(ino, b"")
+        if left:
+            return
+        if not self.lookups.get(ino) and self.is_small(ino, inode):
+            self.free_part(ino, inode)
         else:
-            tree.delete(ino)
-        if tree.root != orphans.root or tree.pages:
-            self.volume.put_inode(ORPHANS_INO, orphans._replace(root=tree.root, pages=orphans.pages + tree.pages))
-
-    def orphans(self) -> list[int]:
-        """The inodes without a name that are still open, or were when the last mount ended."""
-        return [key for key, _ in Tree(self.volume, ORPHANS_INO, self.volume.inode(ORPHANS_INO).root).scan()]
-
-    def _free(self, ino: int, inode: Inode) -> None:
-        """Give back an inode and all that belongs to it, within a transaction."""
-        if inode.xattrs:
-            Xattrs(self.volume, ino, inode).free_all()
-        if stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE):
-            filemap = FileMap(self.volume, ino, inode)
-            filemap.remove(0, 1 << 52)
-        self.volume.free_inode(ino, inode)
-
-    def reap(self, ino: int) -> None:
-        """Free an orphan that nobody refers to any more."""
-        inode = self.volume.inode(ino)
-        with self.volume.transaction():
-            self._list_orphan(ino, False)
-            self._free(ino, inode)
+            self.list_orphan(ino)
 
     def remember(self, ino: int) -> None:
         """Somebody refers to the inode (FUSE: the kernel looked it up)."""
@@ -266,7 +237,10 @@ class Names(Content):
             self.lookups[ino] = left
             return
         self.lookups.pop(ino, None)
-        if ino != ROOT_INO and self.volume.allocator.inode_in_use(ino) and not self.volume.inode(ino).nlink:
+        self._reap_if_unused(ino)
+
+    def _reap_if_unused(self, ino: int) -> None:
+        if not self.lookups.get(ino) and self.volume.allocator.inode_in_use(ino) and not self.volume.inode(ino).nlink:
             self.reap(ino)
 
     # -- renaming -------------------------------------------------------------------------------------------------
@@ -327,10 +301,14 @@ class Names(Content):
                 self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - links))
                 inode = target.finish(now)
                 self.volume.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
+        if new is not None and flags != RENAME_EXCHANGE:
+            self._reap_if_unused(new.ino)
 
     def _check_new_place(self, target: Directory, name: bytes) -> None:
         if not name or b"/" in name or b"\0" in name:
             raise FsError(errno.EINVAL, repr(name))
+        if name in (b".", b".."):
+            raise FsError(errno.EEXIST, repr(name))
         if not target.inode.nlink:
             raise FsError(errno.ENOENT, "the directory was removed")
 

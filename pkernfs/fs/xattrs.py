@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
@@ -142,11 +143,9 @@ class Xattrs:
             self.volume.allocator.free_pages_later(run.page, run.length)
             self.value_pages -= run.length
 
-    def free_all(self) -> None:
-        """Give back all attributes."""
-        for attribute in self.all():
-            self._free_value(attribute)
-        self.tree.free_all()
+    def some(self, most: int) -> list[Attribute]:
+        """The first ``most`` attributes."""
+        return list(islice(self.all(), most))
 
     def finish(self, now: int) -> Inode:
         """The inode with the changes."""

@@ -87,5 +87,5 @@ class MemoryRegion(Region):
             self.view[: len(image)] = image
 
     def discard(self, offset: int, length: int) -> None:
-        """Back to the host; reads zero afterwards."""
-        self._map.madvise(mmap.MADV_DONTNEED, offset, length)
+        """Back to the host; reads zero afterwards (DONTNEED would not do: the mapping is a shared one)."""
+        self._map.madvise(mmap.MADV_REMOVE, offset, length)

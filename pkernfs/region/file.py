@@ -49,22 +49,22 @@ def _open_elsewhere(device: int, inode: int) -> Iterator[tuple[int, str]]:
 
 
 def lock_holder(path: str) -> Holder | None:
-    """Who holds the exclusive lock of the region at ``path``; None when nobody does, or nobody that may be seen.
+    """Who holds the lock of the region at ``path``; None when nobody does, or nobody that may be seen.
 
     From the lock lines of /proc/PID/fdinfo and not from /proc/locks, which names the process that took the lock: it may
     have handed it to a child since.
     """
     status = os.stat(path)
     for pid, info in _open_elsewhere(status.st_dev, status.st_ino):
-        if "FLOCK" in info and "WRITE" in info and pid != os.getpid():
+        if "FLOCK" in info and pid != os.getpid():
             with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as cmdline:
                 words = cmdline.read().rstrip(b"\0").decode(errors="replace").split("\0")
                 return Holder(pid, " ".join(os.path.basename(word) if n < 2 else word for n, word in enumerate(words)))
     return None
 
 
-def lock(fd: int, path: str) -> None:
-    """Take the exclusive lock of the region at ``path``.
+def lock(fd: int, path: str, *, shared: bool = False) -> None:
+    """Take the lock of the region at ``path``: exclusive, or shared with others who only read.
 
     umount(8) returns before the server has ended: while the lock is held and the region is not mounted, wait for up to
     LOCK_WAIT seconds.  Raises RegionBusyError, which says who has it.
@@ -72,7 +72,7 @@ def lock(fd: int, path: str) -> None:
     deadline = time.monotonic() + LOCK_WAIT
     while True:
         try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             mounted = mountpoints_of(path)
             if mounted or time.monotonic() >= deadline:
@@ -89,16 +89,16 @@ class FileRegion(Region):
     """A region in a regular file.
 
     ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock.  Read-only: maps
-    privately, without a lock.
+    privately; with ``locked`` it takes the shared lock, without it looks at a region that may be changing.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False) -> None:
+    def __init__(self, path: str, *, readonly: bool = False, locked: bool = True) -> None:
         self.path = path
         self.readonly = readonly
         self.fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
-            if not readonly:
-                lock(self.fd, path)
+            if locked:
+                lock(self.fd, path, shared=readonly)
             size = self._find_size()
             if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
                 raise FormatError(
@@ -128,24 +128,32 @@ class FileRegion(Region):
 
     def reserve(self, offset: int, length: int) -> None:
         """Punch a hole (zeros at once, whatever the range held), then allocate its memory."""
-        self.discard(offset, length)
-        if self.readonly:
+        if self.readonly or not self._punch(offset, length):
+            self.zero(offset, length)
             return
         try:
             os.posix_fallocate(self.fd, offset, length)
         except OSError as error:
             # What was allocated before the host ran out goes back at once.
-            self.discard(offset, length)
+            self._punch(offset, length)
             if error.errno == errno.ENOSPC:
                 raise FsError(errno.ENOSPC, f"{self.path}: no memory on the host for {length} bytes more") from None
             raise
 
-    def discard(self, offset: int, length: int) -> None:
-        """Punch a hole.  In a read-only (private) mapping, store zeros instead."""
-        if self.readonly:
-            self.zero(offset, length)
-        else:
+    def _punch(self, offset: int, length: int) -> bool:
+        """Punch a hole; False where the file's filesystem cannot."""
+        try:
             self._map.madvise(mmap.MADV_REMOVE, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            return False
+        return True
+
+    def discard(self, offset: int, length: int) -> None:
+        """Punch a hole, where that is possible; not in a read-only mapping, which is private."""
+        if not self.readonly:
+            self._punch(offset, length)
 
     def flush(self) -> None:
         """msync: matters on a disk only."""
@@ -189,8 +197,8 @@ class DaxRegion(FileRegion):
         """Nothing to give back."""
 
 
-def open_region(path: str, *, readonly: bool = False) -> FileRegion:
-    """Open the region at ``path``, whatever its kind.
+def open_region(path: str, *, readonly: bool = False, locked: bool = True) -> FileRegion:
+    """Open the region at ``path``, whatever its kind; ``locked=False`` (with ``readonly``): without the shared lock.
 
     Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
     """
@@ -198,9 +206,9 @@ def open_region(path: str, *, readonly: bool = False) -> FileRegion:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
-            return FileRegion(path, readonly=readonly)
+            return FileRegion(path, readonly=readonly, locked=locked)
         if stat.S_ISCHR(mode):
-            return DaxRegion(path, readonly=readonly)
+            return DaxRegion(path, readonly=readonly, locked=locked)
     except FileNotFoundError:
         raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
     except OSError as error:
