@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.cli.words import Parser, add_version
 
 if TYPE_CHECKING:
-    from pkernfs.errors import RegionBusyError
     from pkernfs.fs.check import Checker, Problem
     from pkernfs.region import FileRegion
 
@@ -82,16 +81,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> Outcome:
     """Open, perhaps replay, check.  Raises PkernfsError."""
+    from pkernfs.errors import RegionBusyError
     from pkernfs.fs.check import check_region
     from pkernfs.region import open_region
 
     warnings = []
-    with open_region(arguments.region, readonly=True) as region:
-        if not _hold(region):
-            busy = _busy(region)
-            if not arguments.no:
-                raise busy
-            warnings.append(f"{busy.text}: what changes meanwhile may seem damaged")
+    try:
+        opened = open_region(arguments.region, readonly=True)
+    except RegionBusyError as error:
+        if not arguments.no:
+            raise RegionBusyError(error.text, hint="unmount it, or look only with -n") from None
+        warnings.append(f"{error.text}: what changes meanwhile may seem damaged")
+        opened = open_region(arguments.region, readonly=True, locked=False)
+    with opened as region:
         records = _waiting(region)
         if not records or not (arguments.yes or arguments.auto):
             problems, checker = check_region(region)
@@ -100,26 +102,6 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         problems, checker = check_region(region)
         region.flush()
         return Outcome(problems, checker, records if checker else 0, True, warnings)
-
-
-def _hold(region: FileRegion) -> bool:
-    """Keep writers out while the region is open here; False when one is there already."""
-    import fcntl
-
-    try:
-        fcntl.flock(region.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _busy(region: FileRegion) -> RegionBusyError:
-    """The error that names who has the region."""
-    from pkernfs.errors import RegionBusyError
-    from pkernfs.region import lock_holder
-
-    holder = lock_holder(region.path) or "another process"
-    return RegionBusyError(f"{region.path}: the region is in use by {holder}", hint="unmount it, or look only with -n")
 
 
 def _waiting(region: FileRegion) -> int:

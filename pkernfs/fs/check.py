@@ -1,4 +1,4 @@
-"""The core of fsck.pkernfs: every invariant of the format, looked at once.
+"""The core of fsck.pkernfs: all invariants of the format.
 
     check(volume) -> [Problem, ...]
 
@@ -116,6 +116,8 @@ class Checker(Walk):
             inode = self.inode(ino)
             kind, flags = RESERVED.get(ino, (0, 0))
             found = (stat.S_IFMT(inode.mode), inode.flags) if inode else (kind, flags)
+            if ino == ORPHANS_INO and inode and (inode.pages or inode.root or inode.size or inode.xattrs):
+                self.note("reserved-inode", f"inode {ino}: expected the head of a list, found content", ino=ino)
             if found != (kind, flags):
                 self.note(
                     "reserved-inode", f"inode {ino}: expected type, flags {kind:o}, {flags}, found {found}", ino=ino
@@ -133,30 +135,30 @@ class Checker(Walk):
         self.walk(ROOT_INO)
 
     def orphans(self) -> None:
-        """The list of orphans is a circle, and names inodes in use: without a name, or still to be cut."""
-        before: int = ORPHANS_INO
-        inode = self.inode(ORPHANS_INO)
-        listed = set()
-        while inode is not None:
-            ino = inode.orphan_next
-            what = f"orphan {ino:#x}, listed after {before:#x}"
-            if ino == ORPHANS_INO:
-                head = self.inode(ORPHANS_INO)
-                if head is not None and head.orphan_prev != before:
-                    self.note("orphan-list", f"the list ends at {before:#x}, found {head.orphan_prev:#x} in its head")
+        """The list of orphans is sound, and all that have no name, or say that they are listed, are on it."""
+        head = self.inode(ORPHANS_INO)
+        if head is None:
+            return
+        before, ino = int(ORPHANS_INO), head.orphan_next
+        while ino != ORPHANS_INO:
+            inode = self.inode(ino) if self.in_use(ino) else None
+            if inode is None or ino in self.listed:
+                found = "one that is listed already" if inode else "no inode"
+                self.ledger.note_unread(
+                    "orphan-list", f"after inode {before:#x}: expected another, found {found}", ino=ino
+                )
                 return
-            if ino in listed or not self.in_use(ino):
-                self.note("orphan-list", f"{what}: expected an inode in use that was not listed before", ino=before)
-                return
-            listed.add(ino)
-            inode = self.inode(ino)
-            if inode is not None:
-                if inode.orphan_prev != before:
-                    self.note("orphan-list", f"{what}: found {inode.orphan_prev:#x} as the one before", ino=ino)
-                if not inode.nlink:
-                    self.mark(ino)
-                    self.reach(ino, inode)
-            before = ino
+            self.listed.add(ino)
+            if inode.orphan_prev != before:
+                found = f"{inode.orphan_prev:#x}"
+                self.note("orphan-links", f"orphan {ino:#x}: expected {before:#x} before it, found {found}", ino=ino)
+            if not inode.nlink and self.mark(ino):
+                self.reach(ino, inode)
+            before, ino = ino, inode.orphan_next
+        if head.orphan_prev != before:
+            self.note("orphan-links", f"list of orphans: expected {before:#x} as last, found {head.orphan_prev:#x}")
+        for ino in self.says_listed - self.listed:
+            self.note("orphan-links", f"inode {ino:#x}: expected it in the list of orphans, found it missing", ino=ino)
 
     def lost_inodes(self) -> None:
         """Every slot in use was reached, and free slots are empty."""

@@ -81,10 +81,10 @@ class Ledger:
         self.incomplete = True
         self.note(code, f"{error.what}: {error.found}", ino=ino, offset=error.offset)
 
-    def note_unread(self, code: str, text: str, *, offset: int = 0) -> None:
+    def note_unread(self, code: str, text: str, *, ino: int | None = None, offset: int = 0) -> None:
         """Note a problem that keeps the walk from going on here."""
         self.incomplete = True
-        self.note(code, text, offset=offset)
+        self.note(code, text, ino=ino, offset=offset)
 
     # -- claiming -------------------------------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class Walk:
         self.directories = 0
         self.seen: dict[int, int] = {}  #: by page of inodes: bitmap of the slots that were reached
         self.names_left: dict[int, int] = {}  #: files of which not all names, or too many, were found yet
+        self.says_listed: set[int] = set()  #: inodes that say they are on the list of orphans
+        self.listed: set[int] = set()  #: those that are
         self._todo: list[int] = []  #: directories to walk
         self._damaged: set[int] = set()  #: inodes whose damage was noted
 
@@ -98,6 +100,8 @@ class Walk:
             self.note("inode-flags", f"{what}: expected the flags of mode {inode.mode:o}, found {inode.flags:#x}")
         if not is_dir and inode.parent:
             self.note("inode-parent", f"{what}: expected no parent, found {inode.parent:#x}")
+        if inode.orphan_next or inode.orphan_prev:
+            self.says_listed.add(ino)
         if inode.xattrs:
             self._attributes(ino, inode)
         if is_dir:

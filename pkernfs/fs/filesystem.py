@@ -82,6 +82,7 @@ class Filesystem(Names):
         them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL.
         """
         inode = self.volume.inode(ino)
+        old_size = inode.size
         now = self.now()
         changed: dict[str, Any] = {"ctime": now}
         mode = inode.mode
@@ -108,10 +109,10 @@ class Filesystem(Names):
                 inode = self.resized(ino, inode, change.size)
             inode = inode._replace(**changed)
             self.volume.put_inode(ino, inode)
-            if change.size is not None:
+            if change.size is not None and change.size <= old_size:
                 self._cut(ino, inode)
-        if change.size is not None and self.volume.inode(ino).orphan_next and inode.nlink:
-            self.finish_truncate(ino)
+        if change.size is not None and inode.nlink and self.volume.inode(ino).orphan_next:
+            self.begin_freeing(ino)
         return self.volume.inode(ino)
 
     def _cut(self, ino: int, inode: Inode) -> None:

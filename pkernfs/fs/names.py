@@ -241,7 +241,7 @@ class Names(Orphans):
 
     def _reap_if_unused(self, ino: int) -> None:
         if not self.lookups.get(ino) and self.volume.allocator.inode_in_use(ino) and not self.volume.inode(ino).nlink:
-            self.reap(ino)
+            self.begin_freeing(ino)
 
     # -- renaming -------------------------------------------------------------------------------------------------
 

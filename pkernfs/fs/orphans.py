@@ -12,6 +12,7 @@ from pkernfs.errors import CorruptError
 from pkernfs.format import INLINE_SIZE, INODE_SIZE, ORPHANS_INO, PAGE, Inode
 from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
+from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
 #: Extents and attributes that one transaction frees: what it changes must fit in the journal (an attribute's value can
@@ -20,7 +21,16 @@ STEP = 32
 
 
 class Orphans(Content):
-    """The list of orphans, and what is done with its members."""
+    """The list of orphans, and what is done with its members.
+
+    ``pending``: listed inodes with memory to be freed.  With ``in_background`` the owner of this object takes the steps
+    between other calls, with ``pending_step``; without, every call finishes what it began.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        super().__init__(volume)
+        self.in_background = False
+        self.pending: dict[int, None] = {}
 
     def orphans(self) -> list[int]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
@@ -89,29 +99,42 @@ class Orphans(Content):
             volume.free_inode(ino, volume.inode(ino))
         return done
 
-    def finish_truncate(self, ino: int) -> None:
-        """Free what lies beyond the end of a file, in several transactions when it is much."""
-        done = False
-        while not done:
-            with self.volume.transaction():
-                inode = self.volume.inode(ino)
-                filemap = FileMap(self.volume, ino, inode)
-                done = filemap.truncate(-(-inode.size // PAGE), STEP)
-                self.volume.put_inode(ino, filemap.finish())
-                if done:
-                    self.unlist_orphan(ino)
+    def _truncate_part(self, ino: int, inode: Inode) -> bool:
+        """Free a part of what lies beyond the end of a file, within a transaction; True: all of it."""
+        filemap = FileMap(self.volume, ino, inode)
+        done = filemap.truncate(-(-inode.size // PAGE), STEP)
+        self.volume.put_inode(ino, filemap.finish())
+        if done:
+            self.unlist_orphan(ino)
+        return done
+
+    def free_step(self, ino: int) -> bool:
+        """One transaction that frees a part of what a listed inode has too much; True: all of it."""
+        with self.volume.transaction():
+            inode = self.volume.inode(ino)
+            return self._truncate_part(ino, inode) if inode.nlink else self.free_part(ino, inode)
+
+    def begin_freeing(self, ino: int) -> None:
+        """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``)."""
+        if self.free_step(ino):
+            self.pending.pop(ino, None)
+            return
+        self.pending[ino] = None
+        if not self.in_background:
+            self.settle()
+
+    def pending_step(self) -> None:
+        """Take one step with the first of ``pending``."""
+        ino = next(iter(self.pending))
+        if self.free_step(ino):
+            del self.pending[ino]
+
+    def settle(self) -> None:
+        """Finish all that is pending."""
+        while self.pending:
+            self.pending_step()
 
     def finish_orphans(self) -> None:
         """After the end of a mount: free what it kept for open files, and finish what it had begun."""
-        for ino in self.orphans():
-            if self.volume.inode(ino).nlink:
-                self.finish_truncate(ino)
-            else:
-                self.reap(ino)
-
-    def reap(self, ino: int) -> None:
-        """Free a file without a name that nobody refers to any more; a large one in several transactions."""
-        done = False
-        while not done:
-            with self.volume.transaction():
-                done = self.free_part(ino, self.volume.inode(ino))
+        self.pending = dict.fromkeys(self.orphans())
+        self.settle()

@@ -132,8 +132,9 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     def facts() -> dict[str, Any]:
         return {"control": control.path, "region": fs.region.path, "pid": os.getpid()}
 
+    operations = Operations(fs, facts)
     try:
-        pyfuse3.init(Operations(fs, facts), mountpoint, fuse_options(fs.region.path, options))
+        pyfuse3.init(operations, mountpoint, fuse_options(fs.region.path, options))
     except RuntimeError as error:
         control.close()
         fs.close()
@@ -158,6 +159,7 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(control.serve)
+            nursery.start_soon(operations.housekeeping)
             nursery.start_soon(watch_signals)
             nursery.start_soon(announce)
             await pyfuse3.main()

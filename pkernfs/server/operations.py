@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from pkernfs.errors import CorruptError, PkernfsError
@@ -38,7 +39,13 @@ def handler(
 
     async def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(self, *args, **kwargs)
+            try:
+                return function(self, *args, **kwargs)
+            except PkernfsError as error:
+                if error.errno != errno.ENOSPC or not self.fs.pending:
+                    raise
+                self.fs.settle()  # what is being freed may be just what is missing
+                return function(self, *args, **kwargs)
         except PkernfsError as error:
             if isinstance(error, CorruptError):
                 self.report_damage(error)
@@ -48,6 +55,9 @@ def handler(
         except Exception:
             log.exception("a bug: %s%r failed", function.__name__, args)
             raise FUSEError(errno.EIO) from None
+        finally:
+            if self.fs.pending:
+                self.work.set()
 
     call.__name__ = function.__name__
     call.__doc__ = function.__doc__
@@ -66,6 +76,22 @@ class Operations(pyfuse3.Operations):
         self.fs = fs
         self.facts = facts
         self.damaged: dict[int, CorruptError] = {}
+        self.work = trio.Event()
+        fs.in_background = True
+
+    async def housekeeping(self) -> None:
+        """Free memory step by step, with other requests in between, until cancelled."""
+        while True:
+            await self.work.wait()
+            self.work = trio.Event()
+            while self.fs.pending:
+                try:
+                    self.fs.pending_step()
+                except PkernfsError as error:
+                    ino = next(iter(self.fs.pending))
+                    del self.fs.pending[ino]
+                    log.error("freeing inode %d: %s", ino, error)
+                await trio.lowlevel.checkpoint()
 
     def report_damage(self, error: CorruptError) -> None:
         """Log a damaged structure, once."""
@@ -146,6 +172,8 @@ class Operations(pyfuse3.Operations):
                 log.error("forgetting inode %d: %s", ino, error)
             except Exception:
                 log.exception("a bug: forgetting inode %d failed", ino)
+        if self.fs.pending:
+            self.work.set()
 
     # -- names ----------------------------------------------------------------------------------------------------
 
