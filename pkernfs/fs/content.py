@@ -43,14 +43,15 @@ class Content:
         """The time for time stamps, ns since the epoch."""
         return self.volume.clock()
 
-    def read(self, ino: int, offset: int, length: int) -> bytes | memoryview:
+    def read(self, ino: int, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
         """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.
 
         The view is valid until the next change of the file.
         """
         volume = self.volume
         inode = volume.inode(ino)
-        self.accessed(ino, inode)
+        if not noatime:
+            self.accessed(ino, inode)
         length = min(length, inode.size - offset)
         if length <= 0:
             return b""
@@ -74,13 +75,17 @@ class Content:
             left -= step
         return b"".join(parts)
 
+    def atime_due(self, inode: Inode) -> bool:
+        """Whether reading is to store a new atime."""
+        if self.atime_policy == "noatime" or self.region.readonly:
+            return False
+        fresh = inode.atime > inode.mtime and inode.atime > inode.ctime and self.now() - inode.atime < DAY
+        return not fresh or self.atime_policy == "strictatime"
+
     def accessed(self, ino: int, inode: Inode) -> None:
         """Store a new atime when the policy asks for it."""
-        if self.atime_policy == "noatime" or self.region.readonly:
-            return
-        now = self.now()
-        fresh = inode.atime > inode.mtime and inode.atime > inode.ctime and now - inode.atime < DAY
-        if not fresh or self.atime_policy == "strictatime":
+        if self.atime_due(inode):
+            now = self.now()
             self.volume.put_word(ino, inode._replace(atime=now), INODE_ATIME_AT, now)
 
     def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:

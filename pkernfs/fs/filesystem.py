@@ -109,21 +109,24 @@ class Filesystem(Names):
                 inode = self.resized(ino, inode, change.size)
             inode = inode._replace(**changed)
             self.volume.put_inode(ino, inode)
-            if change.size is not None and change.size <= old_size:
-                self._cut(ino, inode)
-        if change.size is not None and inode.nlink and self.volume.inode(ino).orphan_next:
+            done = change.size is None or change.size > old_size or self._cut(ino, inode)
+        if not done:
             self.begin_freeing(ino)
         return self.volume.inode(ino)
 
-    def _cut(self, ino: int, inode: Inode) -> None:
-        """Free what lies beyond the end, within the transaction when it is little; else list the inode for it."""
+    def _cut(self, ino: int, inode: Inode) -> bool:
+        """Free what lies beyond the end, within the transaction when it is little; else list the inode for it.
+
+        True: all is freed.
+        """
         filemap = FileMap(self.volume, ino, inode)
         end = -(-inode.size // PAGE)
         if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
             filemap.truncate(end, STEP)
             self.volume.put_inode(ino, filemap.finish())
-        else:
-            self.list_orphan(ino)
+            return True
+        self.list_orphan(ino)
+        return False
 
     def set_direct(self, ino: int, direct: bool) -> Inode:
         """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place."""

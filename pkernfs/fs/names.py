@@ -23,7 +23,6 @@ from pkernfs.format import (
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
-from pkernfs.fs.volume import Volume
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -38,10 +37,6 @@ class Caller(NamedTuple):
 
 class Names(Orphans):
     """The tree of names.  ``lookups`` counts who still refers to an inode, so that a removed file stays while open."""
-
-    def __init__(self, volume: Volume) -> None:
-        super().__init__(volume)
-        self.lookups: dict[int, int] = {}
 
     # -- looking --------------------------------------------------------------------------------------------------
 

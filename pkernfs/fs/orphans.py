@@ -29,6 +29,7 @@ class Orphans(Content):
 
     def __init__(self, volume: Volume) -> None:
         super().__init__(volume)
+        self.lookups: dict[int, int] = {}  #: how many references there are to an inode: an open file stays
         self.in_background = False
         self.pending: dict[int, None] = {}
 
@@ -95,6 +96,7 @@ class Orphans(Content):
             inode = filemap.finish()
         volume.put_inode(ino, inode)
         if done:
+            self.pending.pop(ino, None)
             self.unlist_orphan(ino)
             volume.free_inode(ino, volume.inode(ino))
         return done
@@ -104,7 +106,7 @@ class Orphans(Content):
         filemap = FileMap(self.volume, ino, inode)
         done = filemap.truncate(-(-inode.size // PAGE), STEP)
         self.volume.put_inode(ino, filemap.finish())
-        if done:
+        if done and inode.nlink:
             self.unlist_orphan(ino)
         return done
 
@@ -112,7 +114,9 @@ class Orphans(Content):
         """One transaction that frees a part of what a listed inode has too much; True: all of it."""
         with self.volume.transaction():
             inode = self.volume.inode(ino)
-            return self._truncate_part(ino, inode) if inode.nlink else self.free_part(ino, inode)
+            # A file that was cut may have been removed since, and still be open.
+            is_used = inode.nlink or self.lookups.get(ino)
+            return self._truncate_part(ino, inode) if is_used else self.free_part(ino, inode)
 
     def begin_freeing(self, ino: int) -> None:
         """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``)."""
@@ -127,7 +131,7 @@ class Orphans(Content):
         """Take one step with the first of ``pending``."""
         ino = next(iter(self.pending))
         if self.free_step(ino):
-            del self.pending[ino]
+            self.pending.pop(ino, None)
 
     def settle(self) -> None:
         """Finish all that is pending."""

@@ -37,15 +37,18 @@ def _filesystem_of(path: str) -> str:
 
 
 def _open_elsewhere(device: int, inode: int) -> Iterator[tuple[int, str]]:
-    """(pid, text of its fdinfo) for every descriptor of the file that this process may look at."""
+    """(pid, text of its fdinfo) for every descriptor with a lock on the file that this process may look at."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             for fd in os.listdir(f"/proc/{pid}/fd"):
                 with contextlib.suppress(OSError):
-                    status = os.stat(f"/proc/{pid}/fd/{fd}")
-                    if (status.st_dev, status.st_ino) == (device, inode):
-                        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as info:
-                            yield int(pid), info.read()
+                    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as file:
+                        info = file.read()
+                    # Only a lock's line of the right inode leads to a stat: it hangs where a FUSE or NFS server does.
+                    if f":{inode} " in info:
+                        status = os.stat(f"/proc/{pid}/fd/{fd}")
+                        if (status.st_dev, status.st_ino) == (device, inode):
+                            yield int(pid), info
 
 
 def lock_holder(path: str) -> Holder | None:

@@ -10,7 +10,9 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pkernfs.client import control
@@ -114,6 +116,20 @@ def fuse_options(region_path: str, options: MountOptions) -> set[str]:
     return words | set(options.kernel)
 
 
+@contextmanager
+def stderr_of_libfuse() -> Iterator[Callable[[], str]]:
+    """Keep what C code prints on standard error; the function gives it as one line."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: " ".join(os.pread(file.fileno(), 4096, 0).decode(errors="replace").split())
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callable[[str], None]) -> None:
     """Mount, serve until the mount ends, and close the filesystem.
 
@@ -133,14 +149,15 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
         return {"control": control.path, "region": fs.region.path, "pid": os.getpid()}
 
     operations = Operations(fs, facts)
-    try:
-        pyfuse3.init(operations, mountpoint, fuse_options(fs.region.path, options))
-    except RuntimeError as error:
-        control.close()
-        fs.close()
-        raise RegionError(
-            f"{mountpoint}: mounting failed: {error}", hint="is /dev/fuse there and are you root?"
-        ) from None
+    with stderr_of_libfuse() as said:
+        try:
+            pyfuse3.init(operations, mountpoint, fuse_options(fs.region.path, options))
+        except RuntimeError as error:
+            control.close()
+            fs.close()
+            raise RegionError(
+                f"{mountpoint}: mounting failed: {said() or error}", hint="may you use /dev/fuse and this directory?"
+            ) from None
 
     async def announce() -> None:
         def settle() -> str:

@@ -27,8 +27,10 @@ R = TypeVar("R")
 
 #: Seconds.  Nothing changes attributes or names behind the kernel's back, but for files that are mapped directly.
 TIMEOUT = 86400.0
-#: Bit of a file handle, beside the inode number: the opener may not keep set-user-ID bits when it writes.
-KILL_PRIV = 1 << 62
+#: Bits of a file handle, beside the inode number.
+KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
+NOATIME = 1 << 61  #: O_NOATIME
+INO = NOATIME - 1
 FACTS = b"user.pkernfs."
 
 
@@ -65,7 +67,7 @@ def handler(
 
 
 class Operations(pyfuse3.Operations):
-    """pyfuse3's handlers over one Filesystem.  A file handle is the inode number (and KILL_PRIV)."""
+    """pyfuse3's handlers over one Filesystem.  A file handle is the inode number (with KILL_PRIV, NOATIME)."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -195,7 +197,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         ino = self.fs.create(parent_inode, name, stat.S_IFREG | mode, Caller(ctx.uid, ctx.gid))
-        return self._opened(ino, ctx), self._found(ino)
+        return self._opened(ino, flags, ctx), self._found(ino)
 
     @handler
     def readlink(self, inode: int, ctx: RequestContext) -> bytes:
@@ -258,24 +260,27 @@ class Operations(pyfuse3.Operations):
 
     # -- content --------------------------------------------------------------------------------------------------
 
-    def _opened(self, ino: int, ctx: RequestContext) -> FileInfo:
+    def _opened(self, ino: int, flags: int, ctx: RequestContext) -> FileInfo:
         # A file that has blocks of its own may be mapped directly: what the kernel cached is dropped at each open.
-        keep_cache = self.fs.getattr(ino).size < BLOCK // 2
-        return FileInfo(fh=pyfuse3.FileHandleT(ino | KILL_PRIV if ctx.uid else ino), keep_cache=keep_cache)
+        # So it is where a read is to update the access time: the kernel does not tell of reads that it answers itself.
+        inode = self.fs.getattr(ino)
+        keep_cache = inode.size < BLOCK // 2 and not self.fs.atime_due(inode)
+        handle = ino | (KILL_PRIV if ctx.uid else 0) | (NOATIME if flags & os.O_NOATIME else 0)
+        return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache)
 
     @handler
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if flags & os.O_TRUNC:
             self.fs.setattr(inode, SetAttr(size=0), privileged=ctx.uid == 0)
-        return self._opened(inode, ctx)
+        return self._opened(inode, flags, ctx)
 
     @handler
     def read(self, fh: int, off: int, size: int) -> Any:  # bytes, or a view of the region: pyfuse3 takes any buffer
-        return self.fs.read(fh & ~KILL_PRIV, off, size)
+        return self.fs.read(fh & INO, off, size, noatime=bool(fh & NOATIME))
 
     @handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
-        return self.fs.write(fh & ~KILL_PRIV, off, buf, kill_priv=bool(fh & KILL_PRIV))
+        return self.fs.write(fh & INO, off, buf, kill_priv=bool(fh & KILL_PRIV))
 
     @handler
     def release(self, fh: int) -> None:
@@ -345,6 +350,12 @@ class Operations(pyfuse3.Operations):
 
 
 def _check_namespace(name: bytes) -> None:
-    """POSIX ACLs would need the kernel to leave the umask to us, which pyfuse3 cannot ask for: not supported."""
-    if name.startswith(b"system."):
+    """Only the namespaces of xattr(7) that are for users, and names in them.
+
+    Not system: POSIX ACLs would need the kernel to leave the umask to us, which pyfuse3 cannot ask for.
+    """
+    namespace, _, rest = name.partition(b".")
+    if namespace not in (b"user", b"trusted", b"security"):
         raise FUSEError(errno.EOPNOTSUPP)
+    if not rest:
+        raise FUSEError(errno.EINVAL)
