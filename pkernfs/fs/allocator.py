@@ -70,6 +70,7 @@ class Slab:
         self.fresh = fresh
         self.free = kinds.count(PAGE_FREE)
         self.inodes = sum(map(int.bit_count, slots))
+        self.first_with_slots = 0  #: no page of inodes before this index has a free slot
 
     @classmethod
     def empty(cls, block: int) -> Slab:
@@ -96,12 +97,11 @@ class Slab:
 
     def page_with_slots(self) -> int:
         """The index of a page of inodes with a free slot, or -1."""
-        at = self.kinds.find(PAGE_INODES)
-        while at >= 0:
-            if self.slots[at] != ALL_SLOTS:
-                return at
+        at = self.kinds.find(PAGE_INODES, self.first_with_slots)
+        while at >= 0 and self.slots[at] == ALL_SLOTS:
             at = self.kinds.find(PAGE_INODES, at + 1)
-        return -1
+        self.first_with_slots = at if at >= 0 else PAGES_PER_BLOCK
+        return at
 
 
 class Allocator:
@@ -287,6 +287,7 @@ class Allocator:
             page = self.alloc_page(PAGE_INODES)
             block, index = divmod(page, PAGES_PER_BLOCK)
             slab = self.slab(block)
+            slab.first_with_slots = min(slab.first_with_slots, index)
             self.with_slots.add(block)
         self.volume.change(slab)
         free = ~slab.slots[index] & ALL_SLOTS
@@ -313,6 +314,7 @@ class Allocator:
             self.volume.change(slab)
             slab.slots[index] &= ~(1 << slot)
             slab.inodes -= 1
+            slab.first_with_slots = min(slab.first_with_slots, index)
             self.with_slots.add(block)
             if not slab.slots[index]:
                 slab.kinds[index] = PAGE_FREE
