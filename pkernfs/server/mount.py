@@ -138,6 +138,7 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     import pyfuse3
     import trio
 
+    from pkernfs.server import loop
     from pkernfs.server.bdi import tune
     from pkernfs.server.control import ControlSocket
     from pkernfs.server.operations import Operations
@@ -148,6 +149,7 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     def facts() -> dict[str, Any]:
         return {"control": control.path, "region": fs.region.path, "pid": os.getpid()}
 
+    loop.install()
     operations = Operations(fs, facts)
     with stderr_of_libfuse() as said:
         try:
