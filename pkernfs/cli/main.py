@@ -10,6 +10,7 @@ VERBS = {
     "info": ("info", "geometry, use and features of a region; the memory of a file"),
     "ls": ("ls", "list files in a region that need not be mounted"),
     "cat": ("cat", "print a file of a region that need not be mounted"),
+    "explain": ("explain", "what owns a block or an address of a region"),
     "qemu-args": ("qemu_args", "QEMU's -object option for a file as guest memory"),
 }
 

@@ -123,6 +123,7 @@ class Ledger:
                 code = "page-free" if slab.kinds[index] == PAGE_FREE else "page-kind"
                 found = PAGE_KINDS[slab.kinds[index]]
                 self.note(code, f"{what}: expected kind {PAGE_KINDS[kind]!r}, found {found!r}", offset=at * PAGE)
+                owners[index] = owners[index] or self.tally.owner
                 good = False
             elif owners[index]:
                 self._double(what, owners[index], at * PAGE)
