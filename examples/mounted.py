@@ -153,11 +153,13 @@ def has_open(pid: int, status: os.stat_result) -> bool:
     """Has the process this file open, or mapped?  It may have closed a file that it maps."""
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            found = os.stat(f"/proc/{pid}/fd/{name}")
-            if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
-                return True
+            # Only the right inode number leads to a stat: it hangs where the server of another FUSE mount does.
+            if f"ino:\t{status.st_ino}\n" in Path(f"/proc/{pid}/fdinfo/{name}").read_text():
+                found = os.stat(f"/proc/{pid}/fd/{name}")
+                if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
+                    return True
     wanted = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} "
-    return wanted in Path(f"/proc/{pid}/maps").read_text()
+    return wanted in Path(f"/proc/{pid}/maps").read_text(errors="replace")
 
 
 def holds_fuse(pid: int) -> bool:
