@@ -62,8 +62,11 @@ def read_inode(region: Region, ino: int) -> Inode:
 
 
 def seal_inode(ino: int, inode: Inode) -> bytes:
-    """The 256 bytes of a slot, with checksum."""
-    raw = INODE.pack(inode)
+    """The 256 bytes of a slot, with checksum.  Raises CorruptError when a count of a damaged region leaves its range."""
+    try:
+        raw = INODE.pack(inode)
+    except struct.error:
+        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "counts that do not add up") from None
     checked = raw[INODE_CHECKED_AT:]
     crc = checksum(bytes(4) + checked[4:], ino & 0xFFFFFFFF)
     return raw[:INODE_CHECKED_AT] + _CHECKSUM.pack(crc) + checked[4:]

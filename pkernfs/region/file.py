@@ -5,9 +5,9 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import stat
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
@@ -36,34 +36,30 @@ def _filesystem_of(path: str) -> str:
     return next((mount.fstype for mount in mounts() if mount.device == wanted), "")
 
 
-def _open_elsewhere(device: int, inode: int) -> Iterator[tuple[int, str]]:
-    """(pid, text of its fdinfo) for every descriptor with a lock on the file that this process may look at."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):
-                    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as file:
-                        info = file.read()
-                    # Only a lock's line of the right inode leads to a stat: it hangs where a FUSE or NFS server does.
-                    if f":{inode} " in info:
-                        status = os.stat(f"/proc/{pid}/fd/{fd}")
-                        if (status.st_dev, status.st_ino) == (device, inode):
-                            yield int(pid), info
-
-
 def lock_holder(path: str) -> Holder | None:
     """Who holds the lock of the region at ``path``; None when nobody does, or nobody that may be seen.
 
     From the lock lines of /proc/PID/fdinfo and not from /proc/locks, which names the process that took the lock: it may
-    have handed it to a child since.
+    have handed it to a child since.  Descriptors are only looked at closer when such a line names the region's inode: a
+    stat of any other may wait for a server that hangs.
     """
     status = os.stat(path)
-    for pid, info in _open_elsewhere(status.st_dev, status.st_ino):
-        if "FLOCK" in info and pid != os.getpid():
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as cmdline:
-                words = cmdline.read().rstrip(b"\0").decode(errors="replace").split("\0")
-                return Holder(pid, " ".join(os.path.basename(word) if n < 2 else word for n, word in enumerate(words)))
+    wanted = re.compile(rf"^lock:.* FLOCK .*:{status.st_ino} 0 EOF$", re.MULTILINE)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            for fd in os.listdir(f"/proc/{pid}/fdinfo") if int(pid) != os.getpid() else ():
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as info:
+                    if wanted.search(info.read()) and os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), status):
+                        return Holder(int(pid), _command(pid))
     return None
+
+
+def _command(pid: str) -> str:
+    """The command line of a process, its program and its script without their folders; one line, 100 letters at most."""
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        words = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
+    line = " ".join([os.path.basename(word) for word in words[:2]] + words[2:])
+    return "".join(letter if letter.isprintable() else " " for letter in line[:100])
 
 
 def lock(fd: int, path: str, *, shared: bool = False) -> None:
@@ -165,11 +161,14 @@ class FileRegion(Region):
 
     def close(self) -> None:
         """Unmap and unlock.  Views of the region that are still held keep the mapping, but not the lock."""
+        if self.fd < 0:
+            return
         self.words.release()
         self.view.release()
         with contextlib.suppress(BufferError):
             self._map.close()
         os.close(self.fd)
+        self.fd = -1
 
 
 class DaxRegion(FileRegion):

@@ -101,11 +101,18 @@ def start_logging(path: str) -> None:
     logging.captureWarnings(True)
 
 
+class _Option(str):
+    """An option of libfuse with a path in it; pyfuse3 encodes options as ASCII, paths are whatever bytes they are."""
+
+    def encode(self, *_: str) -> bytes:
+        return os.fsencode(str(self))
+
+
 def fuse_options(region_path: str, options: MountOptions) -> set[str]:
     """What libfuse is told; commas and backslashes in the region's path escaped as libfuse wants."""
     root = os.geteuid() == 0
     escaped = region_path.replace("\\", "\\\\").replace(",", "\\,")
-    words = {"default_permissions", f"fsname={escaped}", "subtype=pkernfs"}
+    words = {"default_permissions", _Option(f"fsname={escaped}"), "subtype=pkernfs"}
     if options.allow_other or (options.allow_other is None and root):
         words.add("allow_other")
     if options.readonly:
@@ -114,6 +121,12 @@ def fuse_options(region_path: str, options: MountOptions) -> set[str]:
         # libfuse's defaults are nosuid and nodev; a filesystem of root's own has both unless told otherwise.
         words |= {"suid", "dev"} - {word.removeprefix("no") for word in options.kernel}
     return words | set(options.kernel)
+
+
+def unmount(mountpoint: str) -> bool:
+    """umount, by fusermount3 for users; False when it is in use."""
+    command = ["umount", "-i", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", mountpoint]
+    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 @contextmanager
@@ -166,12 +179,17 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
             os.stat(mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
             return tune(mountpoint) if options.tune else ""
 
-        ready(await trio.to_thread.run_sync(settle))
+        ready(await trio.to_thread.run_sync(settle, abandon_on_cancel=True))
 
     async def watch_signals() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
+                # In a thread, and served meanwhile: what is dirty in the kernel's cache comes in as requests.
+                if await trio.to_thread.run_sync(unmount, mountpoint, abandon_on_cancel=True):
+                    return  # the end of the mount ends the loop
+                log.warning("%s is in use: what is open there fails from now on", mountpoint)
+                await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
                 pyfuse3.terminate()
                 return
 
@@ -181,13 +199,16 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
             nursery.start_soon(operations.housekeeping)
             nursery.start_soon(watch_signals)
             nursery.start_soon(announce)
-            await pyfuse3.main()
+            try:
+                await pyfuse3.main()
+            finally:
+                # Before anything is waited for: whoever still has a request here gets an error, not silence.
+                pyfuse3.close(unmount=True)
             nursery.cancel_scope.cancel()
 
     try:
         trio.run(run)
     finally:
-        pyfuse3.close(unmount=True)
         control.close()
         fs.close()
         log.info("%s: unmounted %s", fs.region.path, mountpoint)
