@@ -76,6 +76,9 @@ def _print_region(facts: dict[str, Any]) -> None:
         "slabs": f"{facts['slabs']} blocks cut into pages of 4 KiB",
         "inodes": f"{facts['inodes']}, {facts['orphans']} of them without a name",
         "journal": f"{human(facts['journal']['size'])}, {facts['journal']['sequence']} transactions so far",
+        "damaged": f"{len(facts['damaged'])} structures were found damaged: run fsck.pkernfs"
+        if facts.get("damaged")
+        else "nothing that was read",
         "created": _when(facts["created"]),
         "mounts": f"{facts['mounts']}, the last from {_when(facts['last_mounted'])}",
         "unmounted": _when(facts["last_unmounted"]),

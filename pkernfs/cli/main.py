@@ -11,6 +11,7 @@ VERBS = {
     "ls": ("ls", "list files in a region that need not be mounted"),
     "cat": ("cat", "print a file of a region that need not be mounted"),
     "explain": ("explain", "what owns a block or an address of a region"),
+    "scrub": ("scrub", "verify every checksum of a mounted region"),
     "qemu-args": ("qemu_args", "QEMU's -object option for a file as guest memory"),
 }
 

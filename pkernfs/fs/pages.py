@@ -62,7 +62,7 @@ def read_inode(region: Region, ino: int) -> Inode:
 
 
 def seal_inode(ino: int, inode: Inode) -> bytes:
-    """The 256 bytes of a slot, with checksum.  Raises CorruptError when a count of a damaged region leaves its range."""
+    """The 256 bytes of a slot, with checksum.  Raises CorruptError when a count (of a damaged region) does not fit."""
     try:
         raw = INODE.pack(inode)
     except struct.error:

@@ -55,7 +55,7 @@ def lock_holder(path: str) -> Holder | None:
 
 
 def _command(pid: str) -> str:
-    """The command line of a process, its program and its script without their folders; one line, 100 letters at most."""
+    """A process's command line, program and script without their folders; one line, 100 letters at most."""
     with open(f"/proc/{pid}/cmdline", "rb") as file:
         words = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
     line = " ".join([os.path.basename(word) for word in words[:2]] + words[2:])

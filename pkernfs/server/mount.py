@@ -157,18 +157,17 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     from pkernfs.server.operations import Operations
     from pkernfs.server.verbs import verbs
 
-    control = ControlSocket(verbs(fs, pyfuse3.invalidate_inode))
-
     def facts() -> dict[str, Any]:
-        return {"control": control.path, "region": fs.region.path, "pid": os.getpid()}
+        return {"control": listener.path, "region": fs.region.path, "pid": os.getpid()}
 
     loop.install()
     operations = Operations(fs, facts)
+    listener = ControlSocket(verbs(operations, pyfuse3.invalidate_inode))
     with stderr_of_libfuse() as said:
         try:
             pyfuse3.init(operations, mountpoint, fuse_options(fs.region.path, options))
         except RuntimeError as error:
-            control.close()
+            listener.close()
             fs.close()
             raise RegionError(
                 f"{mountpoint}: mounting failed: {said() or error}", hint="may you use /dev/fuse and this directory?"
@@ -195,7 +194,7 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
 
     async def run() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(control.serve)
+            nursery.start_soon(listener.serve)
             nursery.start_soon(operations.housekeeping)
             nursery.start_soon(watch_signals)
             nursery.start_soon(announce)
@@ -209,6 +208,6 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     try:
         trio.run(run)
     finally:
-        control.close()
+        listener.close()
         fs.close()
         log.info("%s: unmounted %s", fs.region.path, mountpoint)

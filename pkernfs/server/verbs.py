@@ -11,8 +11,9 @@ import trio
 
 from pkernfs.errors import FsError
 from pkernfs.fs.facts import file_facts, region_facts
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.scrub import scrub_step
 from pkernfs.server.control import Verb
+from pkernfs.server.operations import Operations
 
 
 def _ino(request: dict[str, Any]) -> int:
@@ -22,15 +23,24 @@ def _ino(request: dict[str, Any]) -> int:
     return ino
 
 
-def verbs(fs: Filesystem, invalidate: Callable[[int], None]) -> dict[str, Verb]:
+def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str, Verb]:
     """The verbs of a mount.  ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, and may block
     until requests have been answered."""
+    fs = operations.fs
 
     async def info(request: dict[str, Any]) -> dict[str, Any]:
-        return {**region_facts(fs), "server": os.getpid()}
+        damaged = [str(error) for error in operations.damaged.values()]
+        return {**region_facts(fs), "server": os.getpid(), "damaged": damaged}
 
     async def file(request: dict[str, Any]) -> dict[str, Any]:
         return {"region": fs.region.path, **file_facts(fs, _ino(request))}
+
+    async def scrub(request: dict[str, Any]) -> dict[str, Any]:
+        """Verify the checksums in one block; the caller goes on with "next"."""
+        block = request.get("block")
+        if not isinstance(block, int):
+            raise FsError(errno.EINVAL, f'"block": expected a number, found {block!r}')
+        return scrub_step(fs, block)._asdict()
 
     async def direct(request: dict[str, Any]) -> dict[str, Any]:
         """Mark a file as mapped directly from the region, or ("on": false) as no longer so."""
@@ -44,4 +54,4 @@ def verbs(fs: Filesystem, invalidate: Callable[[int], None]) -> dict[str, Verb]:
                 raise
         return await file(request)
 
-    return {"info": info, "file": file, "direct": direct}
+    return {"info": info, "file": file, "direct": direct, "scrub": scrub}
