@@ -1,0 +1,174 @@
+"""What the core tests share: small filesystems in memory, the whole tree as plain data, and planting faults."""
+
+import errno
+import hashlib
+import itertools
+import stat
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import pytest
+
+from pkernfs.errors import FsError
+from pkernfs.format import INODE_SIZE, ROOT_INO, Inode
+from pkernfs.fs.check import check
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.names import Caller
+from pkernfs.fs.pages import read_inode, seal_inode
+from pkernfs.region import MemoryRegion, Region
+
+MiB = 1 << 20
+ROOT = ROOT_INO
+ME = Caller(1000, 100)
+SEED = bytes(range(16))
+UUID = uuid.UUID(int=0x1234)
+SECOND = 10**9
+
+
+def new_fs(mib: int = 64, kind: Callable[[int], Region] = MemoryRegion) -> Filesystem:
+    """A fresh filesystem whose clock goes on by a second with every look at it."""
+    region = kind(mib * MiB)
+    mkfs(region, uuid=UUID, hash_seed=SEED)
+    return open_fs(region)
+
+
+def open_fs(region: Region) -> Filesystem:
+    """Open, with the same kind of clock."""
+    fs = Filesystem.open(region)
+    set_clock(fs)
+    return fs
+
+
+def set_clock(fs: Filesystem, start: int = 2_000_000_000) -> None:
+    """A clock that goes on by a second with every look at it."""
+    ticks = itertools.count(start)
+    fs.volume.clock = lambda: next(ticks) * SECOND
+
+
+def fails(number: int) -> AbstractContextManager[object]:
+    """The block raises FsError with this errno."""
+    return pytest.raises(FsError, check=lambda error: error.errno == number)
+
+
+def mkfile(fs: Filesystem, name: bytes, data: bytes = b"", parent: int = ROOT, mode: int = 0o644) -> int:
+    """A regular file with content."""
+    ino = fs.create(parent, name, stat.S_IFREG | mode, ME)
+    if data:
+        assert fs.write(ino, 0, data) == len(data)
+    return ino
+
+
+def mkdir(fs: Filesystem, name: bytes, parent: int = ROOT) -> int:
+    """A directory."""
+    return fs.create(parent, name, stat.S_IFDIR | 0o755, ME)
+
+
+def content(fs: Filesystem, ino: int) -> bytes:
+    """All bytes of a file."""
+    return bytes(fs.read(ino, 0, fs.getattr(ino).size))
+
+
+class Shape(NamedTuple):
+    """What a user can see of one inode, but for its times."""
+
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    pages: int
+    content: bytes
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+def shape(fs: Filesystem, ino: int) -> Shape:
+    """One inode as plain data."""
+    inode = fs.getattr(ino)
+    data = b""
+    if stat.S_ISREG(inode.mode):
+        data = content(fs, ino)
+    elif stat.S_ISLNK(inode.mode):
+        data = fs.readlink(ino)
+    xattrs = tuple(sorted((name, fs.getxattr(ino, name)) for name in fs.listxattr(ino)))
+    return Shape(inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size, inode.pages, data, xattrs)
+
+
+def tree(fs: Filesystem) -> dict[bytes, Shape]:
+    """Every path with what stands there, the root as b"", and the number of orphans as the size of b"//orphans"."""
+    fs.atime_policy = "noatime"
+    found = {}
+    todo = [(b"", int(ROOT))]
+    while todo:
+        path, ino = todo.pop()
+        found[path] = shape(fs, ino)
+        if stat.S_ISDIR(found[path].mode):
+            todo += [(path + b"/" + entry.name, entry.ino) for entry in fs.readdir(ino)]
+    return found
+
+
+def assert_sound(fs: Filesystem) -> None:
+    """fsck finds nothing, and what the volume holds decoded is what the region holds."""
+    assert check(fs.volume) == []
+    volume = fs.volume
+    allocator = volume.allocator
+    assert volume.tx is None
+    assert allocator.free_blocks == allocator.table.count(0, allocator.first_block)
+    for ino, inode in volume.inodes.items():
+        assert read_inode(volume.region, ino)[:4] == inode[:4], f"words of cached inode {ino}"
+        assert seal_inode(ino, inode) == volume.region.read(ino * INODE_SIZE, INODE_SIZE), f"cached inode {ino}"
+    for page in [*volume.nodes.values(), *allocator.slabs.values()]:
+        assert page.encode() == volume.region.read(page.offset, 4096), f"cached page at {page.offset:#x}"
+    for block, slab in allocator.slabs.items():
+        assert slab.free == slab.kinds.count(0), f"free pages of slab {block}"
+        assert not slab.free or block in allocator.with_pages, f"slab {block} has free pages, and is not listed"
+
+
+def unchanged(fs: Filesystem, number: int, operation: Callable[[], object]) -> None:
+    """The operation fails with errno ``number`` and changes nothing that can be seen."""
+    before, space = tree(fs), fs.statfs()
+    with fails(number):
+        operation()
+    assert tree(fs) == before
+    assert fs.statfs() == space
+    assert_sound(fs)
+
+
+def full(fs: Filesystem, leave: int = 0) -> list[int]:
+    """Fill the region with files to the last page, but for ``leave`` pages; the inodes of the files."""
+    small = [mkfile(fs, b"fill-small%d" % n, b"\xaa" * 4096) for n in range(leave + 8)]
+    made = []
+    for n in itertools.count():
+        try:
+            ino = mkfile(fs, b"fill%d" % n)
+            made.append(ino)
+            while True:
+                fs.write(ino, fs.getattr(ino).size, b"\xaa" * (3 * MiB))
+                if fs.getattr(ino).size > 30 * MiB:
+                    break
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            break
+    assert fs.statfs().free == 0
+    for n in range(leave):
+        fs.unlink(ROOT, b"fill-small%d" % n)
+    assert fs.statfs().free == leave
+    return [*made, *small[leave:]]
+
+
+def digest(path: str) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def patch_inode(fs: Filesystem, ino: int, **fields: Any) -> Inode:
+    """Store an inode with other fields, and a right checksum."""
+    inode = read_inode(fs.region, ino)._replace(**fields)
+    fs.region.store(ino * INODE_SIZE, seal_inode(ino, inode))
+    fs.volume.inodes.clear()
+    return inode

@@ -1,0 +1,213 @@
+"""fsck.pkernfs: its output and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pkernfs.cli.fsck import main
+from pkernfs.region import create_region_file, open_region, read_superblock
+from tests.core.support import MiB, mkfile, open_fs, patch_inode
+from tests.core.test_region import digest, hold, made, one_line, path  # noqa: F401  (fixtures)
+
+OPTIONS = [[], ["-n"], ["-y"], ["-p"], ["-a"], ["-f"], ["-f", "-y"]]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkernfs.region.file.LOCK_WAIT", 0.0)
+
+
+def damage(path: str) -> None:
+    """One wrong count."""
+    with open_region(path) as region:
+        fs = open_fs(region)
+        patch_inode(fs, fs.resolve(b"f"), pages=99)
+
+
+def seal_again(path: str) -> None:
+    """Leave a transaction that is sealed and not applied: the creation of "late"."""
+    with open_region(path) as region:
+        fs = open_fs(region)
+        journal = fs.volume.journal
+        applied: list[tuple[int, bytes]] = []
+        real = region.store
+
+        def store(offset: int, data: bytes) -> None:
+            if offset in (journal.body_at, journal.header_at + 8):
+                real(offset, data)
+            else:
+                applied.append((offset, bytes(data)))
+
+        region.store = store  # type: ignore[method-assign]
+        mkfile(fs, b"late")
+        assert applied
+        region.store_word(journal.header_at, 2 * journal.sequence + 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_a_clean_region(made: str, options: list[str], capsys: Capture) -> None:
+    before = digest(made)
+    assert main([*options, made]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{made}: clean, 2 files, 2 directories, 1 of 14 blocks in use\n"
+    assert err == ""
+    assert digest(made) == before
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> None:
+    damage(made)
+    before = digest(made)
+    assert main([*options, made]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
+    assert lines[0].endswith(": expected 1 pages, found a count of 99")
+    assert lines[1] == f"{made}: 1 problem found; this version finds problems and cannot repair them yet"
+    assert digest(made) == before
+
+
+@pytest.mark.parametrize("options", [["-y"], ["-p"]], ids=" ".join)
+def test_the_journal_is_replayed(made: str, options: list[str], capsys: Capture) -> None:
+    seal_again(made)
+    assert main([*options, made]) == 1
+    assert "the journal held an unfinished transaction of" in capsys.readouterr().out
+    assert main([*options, made]) == 0
+    with open_region(made) as region:
+        fs = open_fs(region)
+        assert not fs.volume.recovered
+        assert fs.resolve(b"late")
+
+
+@pytest.mark.parametrize("options", [[], ["-n"]], ids=["", "-n"])
+def test_the_journal_is_replayed_in_memory_only(made: str, options: list[str], capsys: Capture) -> None:
+    seal_again(made)
+    before = digest(made)
+    assert main([*options, made]) == 0
+    out = capsys.readouterr().out
+    assert "replayed in memory only" in out
+    assert ": clean, 3 files" in out
+    assert digest(made) == before
+
+
+def test_replayed_and_still_damaged(made: str) -> None:
+    damage(made)
+    seal_again(made)
+    assert main(["-y", made]) == 5
+
+
+def test_a_damaged_journal(made: str, capsys: Capture) -> None:
+    seal_again(made)
+    with open_region(made) as region:
+        at = read_superblock(region).journal_offset + 2 * 4096
+        region.store(at, b"damage")
+    before = digest(made)
+    assert main(["-y", made]) == 4
+    assert capsys.readouterr().out.startswith(f"{made}: journal: the journal")
+    assert digest(made) == before
+
+
+def test_a_damaged_superblock(made: str, capsys: Capture) -> None:
+    with open_region(made) as region:
+        region.store(100, b"damage")
+    assert main([made]) == 4
+    assert "the copy at 0x200000 is sound" in capsys.readouterr().out
+
+
+def test_json(made: str, capsys: Capture) -> None:
+    assert main(["--json", made]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "region": os.path.realpath(made),
+        "exit": 0,
+        "clean": True,
+        "replayed": 0,
+        "files": 2,
+        "directories": 2,
+        "warnings": [],
+        "problems": [],
+    }
+    damage(made)
+    assert main(["--json", made]) == 4
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["code"] == "inode-pages"
+    assert problem["ino"]
+
+
+def test_a_region_in_use(made: str, hold, capsys: Capture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    process = hold(made)
+    for options in ([], ["-y"], ["-p"]):
+        assert main([*options, made]) == 8
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"the region is in use by process {process.pid} (" in err
+        assert err.endswith(": unmount it, or look only with -n\n")
+        assert err.count("\n") == 1
+    assert main(["-n", made]) == 0
+    out, err = capsys.readouterr()
+    assert ": clean, " in out
+    assert f"warning: {made}: the region is in use by process {process.pid}" in err
+    assert main(["-n", "--json", made]) == 0
+    assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
+
+
+def test_readers_do_not_keep_it_out(made: str, hold) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    hold(made, "readonly")
+    assert main([made]) == 0
+
+
+def test_what_cannot_be_checked(tmp_path: Path, capsys: Capture) -> None:
+    path = str(tmp_path / "region")
+    create_region_file(path, 16 * MiB)
+    for name, text in {
+        path: "not a pkernfs region",
+        f"{path}-": "no such region",
+        str(tmp_path): "expected a file",
+    }.items():
+        assert main([name]) == 8
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert text in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["a", "b"], ["-n", "-y", "a"], ["-p", "-y", "a"], ["--what", "a"]], ids=" ".join)
+def test_wrong_usage(words: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 16
+    assert capsys.readouterr().err.startswith("fsck.pkernfs: ")
+
+
+def test_the_command_starts_without_trio_and_pyfuse3(made: str) -> None:
+    script = (
+        "import sys; from pkernfs.cli import main_fsck; sys.argv = ['fsck.pkernfs', sys.argv[1]]; code = main_fsck();"
+        "assert not {'trio', 'pyfuse3', 'rich'} & set(sys.modules); raise SystemExit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, made],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ": clean, " in done.stdout
+
+
+def test_the_command_is_one_line_for_an_error(tmp_path: Path) -> None:
+    script = "import sys; from pkernfs.cli import main_fsck; raise SystemExit(main_fsck())"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "missing")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 8
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,497 @@
+"""Regions in files: locks, refusals, read-only use, giving memory back, the end of the host's memory."""
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from pkernfs.errors import CorruptError, FormatError, PkernfsError, RegionBusyError, RegionError
+from pkernfs.format import BLOCK, MAGIC, SUPERBLOCK, Superblock
+from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.mkfs import mkfs
+from pkernfs.region import (
+    DaxRegion,
+    FileRegion,
+    MemoryRegion,
+    RecordingRegion,
+    create_region_file,
+    lock_holder,
+    open_region,
+    read_superblock,
+)
+from pkernfs.region.base import ZERO_CHUNK
+from pkernfs.region.superblock import seal_superblock
+from tests.core.support import ROOT, MiB, assert_sound, content, fails, mkfile, open_fs, tree, unchanged
+
+HOLD = """
+import sys
+from pkernfs.region import open_region
+with open_region(sys.argv[1], readonly=sys.argv[2] == "readonly"):
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(params=["tmpfs", "disk"])
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a region can be made, on tmpfs and on a disk."""
+    if request.param == "disk":
+        yield str(tmp_path / "region")
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-test-") as directory:
+        yield f"{directory}/region"
+
+
+@pytest.fixture
+def made(path: str) -> str:
+    """A region of 32 MiB with a file in it."""
+    create_region_file(path, 32 * MiB)
+    with open_region(path) as region:
+        mkfs(region)
+        fs = open_fs(region)
+        mkfile(fs, b"f", b"content")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock that is held is not waited for."""
+    monkeypatch.setattr("pkernfs.region.file.LOCK_WAIT", 0.0)
+
+
+def digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def one_line(error: PkernfsError) -> bool:
+    return bool(str(error)) and "\n" not in str(error)
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Let another process open the region."""
+    holders = []
+
+    def start(path: str, how: str = "writable") -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, path, how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        holders.append(process)
+        assert process.stdout
+        assert process.stdout.readline() == "open\n"
+        return process
+
+    yield start
+    for process in holders:
+        process.communicate("")
+        assert process.returncode == 0
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_region_keeps_what_was_stored(made: str) -> None:
+    with open_region(made) as region:
+        assert region.kind == ("tmpfs" if made.startswith("/dev/shm") else "file")
+        assert region.volatile == (region.kind == "file")
+        assert (region.size, region.path, region.readonly) == (32 * MiB, made, False)
+        fs = open_fs(region)
+        assert content(fs, fs.resolve(b"f")) == b"content"
+        fs.write(fs.resolve(b"f"), 0, b"CON")
+        assert_sound(fs)
+    with open_region(made, readonly=True) as region:
+        fs = open_fs(region)
+        assert content(fs, fs.resolve(b"f")) == b"CONtent"
+
+
+def test_a_new_file_is_for_its_owner_and_sparse(path: str) -> None:
+    create_region_file(path, 64 * MiB)
+    status = os.stat(path)
+    assert (status.st_mode & 0o777, status.st_size, status.st_blocks) == (0o600, 64 * MiB, 0)
+    create_region_file(path, 32 * MiB)
+    assert os.stat(path).st_size == 32 * MiB
+    with pytest.raises(RegionError, match="cannot make a file of"):
+        create_region_file(f"{path}/below", 32 * MiB)
+
+
+def test_the_lock_names_its_holder(made: str, hold: Callable[..., subprocess.Popen[str]]) -> None:
+    assert lock_holder(made) is None
+    holder = hold(made)
+    found = lock_holder(made)
+    assert found
+    assert (found.pid, found.command.split()[0]) == (holder.pid, os.path.basename(sys.executable))
+    before = digest(made)
+    for readonly in (False, True):
+        with pytest.raises(RegionBusyError, match=rf"in use by process {holder.pid} \(python") as caught:
+            open_region(made, readonly=readonly)
+        assert one_line(caught.value)
+        assert caught.value.errno == errno.EBUSY
+    # Without the lock it can be looked at.
+    with open_region(made, readonly=True, locked=False) as region:
+        assert read_superblock(region).magic == MAGIC
+    assert digest(made) == before
+    holder.communicate("")
+    assert lock_holder(made) is None
+    with open_region(made):
+        pass
+
+
+def test_readers_share_and_keep_writers_out(made: str, hold: Callable[..., subprocess.Popen[str]]) -> None:
+    reader = hold(made, "readonly")
+    with open_region(made, readonly=True), pytest.raises(RegionBusyError, match=f"process {reader.pid}"):
+        open_region(made)
+
+
+def test_one_process_does_not_open_a_region_twice(made: str) -> None:
+    with open_region(made), pytest.raises(RegionBusyError, match="another process"):
+        open_region(made)
+
+
+def test_a_killed_holder_leaves_no_lock(made: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, made, "writable"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    with open_region(made):
+        pass
+
+
+def test_a_failed_open_leaves_no_lock_and_no_descriptor(made: str) -> None:
+    os.truncate(made, 32 * MiB + 1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(FormatError):
+            open_region(made)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- what is not a region ---------------------------------------------------------------------------------------------
+
+
+def test_paths_that_are_no_regions(tmp_path: Path) -> None:
+    for what, path in {
+        "no such region": tmp_path / "missing",
+        "expected a file or a device-DAX device, found d": tmp_path,
+        "expected a device-DAX device with a size in /sys/dev/char/1:3": Path("/dev/null"),
+    }.items():
+        with pytest.raises(RegionError, match=what) as caught:
+            open_region(str(path))
+        assert one_line(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK, 3 * BLOCK, 4 * BLOCK - 1, 4 * BLOCK + 4096, 32 * MiB + 1])
+def test_sizes_that_no_region_has(path: str, size: int) -> None:
+    create_region_file(path, size)
+    for readonly in (False, True):
+        with pytest.raises(FormatError, match=f"expected a multiple of 2 MiB, at least 8 MiB, found {size} bytes") as c:
+            open_region(path, readonly=readonly)
+        assert one_line(c.value)
+    assert os.stat(path).st_size == size
+
+
+def sealed(**fields: int) -> Callable[[Superblock], bytes]:
+    return lambda sb: seal_superblock(sb._replace(**fields))
+
+
+def unsealed(**fields: int) -> Callable[[Superblock], bytes]:
+    return lambda sb: SUPERBLOCK.pack(sb._replace(**fields))
+
+
+SUPERBLOCKS: dict[str, tuple[str, Callable[[Superblock], bytes]]] = {
+    "zeros": ("expected magic 0x706b65726e6673, found zeros", lambda sb: bytes(256)),
+    "other-data": ("expected magic 0x706b65726e6673, found magic 0x4141414141414141", lambda sb: b"A" * 256),
+    "magic": ("found magic 0x1", unsealed(magic=1)),
+    "version": ("expected format version 1, found 2", sealed(version=2)),
+    "checksum": ("superblock checksum: expected 0x[0-9a-f]{8}, found 0x00000005", unsealed(checksum=5)),
+    "any-bit": ("superblock checksum", lambda sb: SUPERBLOCK.pack(sb)[:100] + b"!" + SUPERBLOCK.pack(sb)[101:]),
+    "incompatible-feature": ("unknown incompatible features 0x8", sealed(incompat=8)),
+    "read-only-feature": ("features 0x4 allow reading only", sealed(ro_compat=4)),
+    "block-size": (
+        "expected blocks/pages/inodes of 2097152/4096/256 bytes, found 4096/4096/256",
+        sealed(block_size=4096),
+    ),
+    "too-few-blocks": ("expected 4 to 2147483648 blocks, found 3", sealed(blocks=3)),
+    "too-many-blocks": ("expected 4 to 2147483648 blocks, found 2147483649", sealed(blocks=(1 << 31) + 1)),
+    "longer-than-the-file": ("the region is truncated: expected 35651584 bytes, found 33554432", sealed(blocks=17)),
+    "geometry": ("expected table_pages/journal_offset/first_block 1/0x200000/", sealed(first_block=9)),
+}
+
+
+@pytest.mark.parametrize(("what", "raw"), SUPERBLOCKS.values(), ids=SUPERBLOCKS)
+def test_superblocks_that_are_refused(made: str, what: str, raw: Callable[[Superblock], bytes]) -> None:
+    with open_region(made) as region:
+        region.store(0, raw(read_superblock(region)))
+    before = digest(made)
+    with open_region(made) as region:
+        with pytest.raises(FormatError, match=what) as caught:
+            Filesystem.open(region)
+        assert one_line(caught.value)
+        assert str(caught.value).startswith(f"{made}: ")
+    assert digest(made) == before
+
+
+def test_a_read_only_feature_can_be_read(made: str) -> None:
+    with open_region(made) as region:
+        region.store(0, sealed(ro_compat=4, compat=2)(read_superblock(region)))
+    with open_region(made, readonly=True) as region:
+        assert Filesystem.open(region).resolve(b"f")
+
+
+def test_a_truncated_file(made: str) -> None:
+    os.truncate(made, 30 * MiB)
+    with (
+        open_region(made) as region,
+        pytest.raises(FormatError, match="truncated: expected 33554432 bytes, found 31457280"),
+    ):
+        Filesystem.open(region)
+    assert os.stat(made).st_size == 30 * MiB
+
+
+def test_a_longer_file_is_fine(made: str) -> None:
+    os.truncate(made, 64 * MiB)
+    with open_region(made) as region:
+        fs = open_fs(region)
+        assert fs.volume.sb.blocks == 16
+        assert_sound(fs)
+
+
+# -- read-only --------------------------------------------------------------------------------------------------------
+
+
+def test_reading_writes_nothing(made: str) -> None:
+    """Not even where the journal must be replayed: that happens in memory."""
+    with open_region(made) as region:
+        fs = open_fs(region)
+        journal = fs.volume.journal
+        mkfile(fs, b"new", b"x")
+        journal_at = journal.header_at
+        region.store_word(journal_at, region.word(journal_at) + 1 - 2)
+        region.store_word(journal_at, 2 * journal.sequence + 1)
+    before, times = digest(made), os.stat(made)
+    with open_region(made, readonly=True) as region:
+        fs = open_fs(region)
+        assert fs.volume.recovered
+        tree(fs)
+        with fails(errno.EROFS):
+            mkfile(fs, b"more")
+        fs.close()
+    assert digest(made) == before
+    assert os.stat(made).st_mtime_ns == times.st_mtime_ns
+    with open_region(made) as region:
+        assert open_fs(region).volume.recovered
+        assert_sound(open_fs(region))
+
+
+def test_a_damaged_journal_is_not_applied(made: str) -> None:
+    with open_region(made) as region:
+        fs = open_fs(region)
+        at = fs.volume.journal.header_at
+        region.store_word(at, region.word(at) + 1)
+        region.store(at + 4096, b"damage")
+    before = digest(made)
+    with open_region(made) as region, pytest.raises(CorruptError, match="the journal"):
+        Filesystem.open(region)
+    assert digest(made) == before
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def used(path: str) -> int:
+    """Bytes of memory behind the file."""
+    return os.stat(path).st_blocks * 512
+
+
+def test_memory_is_reserved_and_given_back(made: str) -> None:
+    empty = used(made)
+    with open_region(made) as region:
+        fs = open_fs(region)
+        ino = mkfile(fs, b"ram")
+        fs.setattr(ino, SetAttr(size=16 * MiB))
+        assert used(made) >= empty + 16 * MiB
+        fs.write(ino, 0, b"\xff" * (4 * MiB))
+        fs.setattr(ino, SetAttr(size=2 * MiB))
+        assert used(made) <= empty + 4 * MiB
+        fs.unlink(ROOT, b"ram")
+        assert used(made) <= empty + MiB
+        assert_sound(fs)
+    # A region made anew has given everything back.
+    with open_region(made) as region:
+        region.store(10 * MiB, b"\xff" * MiB)
+        mkfs(region)
+    assert used(made) <= empty + MiB
+
+
+def test_reserved_memory_is_zero(made: str) -> None:
+    with open_region(made) as region:
+        region.store(20 * MiB, b"\xff" * (4 * MiB))
+        region.reserve(20 * MiB, 2 * MiB)
+        assert not any(region.read(20 * MiB, 2 * MiB))
+        assert region.read(22 * MiB, 4) == b"\xff" * 4
+        region.store(20 * MiB, b"\xff" * MiB)
+        region.zero(20 * MiB, MiB)
+        assert not any(region.read(20 * MiB, MiB))
+        region.flush()
+
+
+@pytest.fixture
+def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A filesystem that is mounted for the test: parameters (type, options)."""
+    kind, options = request.param
+    done = subprocess.run(
+        ["mount", "-t", kind, "-o", options, "none", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount {kind}: {done.stderr.strip()}")
+    yield str(tmp_path)
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("mounted", [("tmpfs", "size=16m")], indirect=True)
+def test_a_host_without_memory_is_no_space_and_no_sigbus(mounted: str) -> None:
+    """A region of 64 MiB on a tmpfs of 16 MiB."""
+    path = f"{mounted}/region"
+    create_region_file(path, 64 * MiB)
+    with open_region(path) as region:
+        mkfs(region)
+        fs = open_fs(region)
+        ino = mkfile(fs, b"f", b"x")
+        assert fs.statfs().free * 4096 > 32 * MiB
+        before = used(path)
+        unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=32 * MiB)))
+        assert used(path) <= before, "what was reserved in vain goes back"
+        done = 0
+        with fails(errno.ENOSPC):
+            while True:
+                done += fs.write(ino, done, b"y" * MiB)
+        assert 4 * MiB < done < 16 * MiB
+        assert content(fs, ino) == b"y" * done
+        # Names and attributes go on as long as there is room in what is there already.
+        fs.setxattr(ino, b"user.a", b"v" * 100)
+        assert_sound(fs)
+        fs.unlink(ROOT, b"f")
+        fs.setattr(mkfile(fs, b"g"), SetAttr(size=4 * MiB))
+        assert_sound(fs)
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("mounted", [("tmpfs", "size=4m")], indirect=True)
+def test_mkfs_on_a_host_without_memory(mounted: str) -> None:
+    path = f"{mounted}/region"
+    create_region_file(path, 4096 * MiB)
+    with open_region(path) as region, fails(errno.ENOSPC):
+        mkfs(region)
+    with open_region(path, readonly=True) as region, pytest.raises(FormatError, match="found zeros"):
+        read_superblock(region)
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """40 MiB of huge pages."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    try:
+        before = int(setting.read_text())
+        setting.write_text("20")
+        if int(setting.read_text()) < 20:
+            setting.write_text(str(before))
+            pytest.skip(f"the kernel gave {setting.read_text().strip()} of 20 huge pages")
+    except OSError as error:
+        pytest.skip(f"no huge pages: {error}")
+    yield
+    setting.write_text(str(before))
+
+
+@pytest.mark.mount
+@pytest.mark.serial
+@pytest.mark.usefixtures("huge_pages")
+@pytest.mark.parametrize("mounted", [("hugetlbfs", "pagesize=2M")], indirect=True)
+def test_a_region_of_huge_pages(mounted: str) -> None:
+    path = f"{mounted}/region"
+    create_region_file(path, 64 * MiB)
+    with pytest.raises(RegionError, match="Cannot allocate memory"):
+        open_region(path)
+    create_region_file(path, 32 * MiB)
+    with open_region(path) as region:
+        assert (region.kind, region.volatile) == ("hugetlbfs", False)
+        mkfs(region)
+        fs = open_fs(region)
+        small = mkfile(fs, b"small", b"content")
+        ino = mkfile(fs, b"ram")
+        fs.setattr(ino, SetAttr(size=16 * MiB))
+        fs.write(ino, 5 * MiB, b"x" * MiB)
+        empty = used(path)
+        unchanged(fs, errno.ENOSPC, lambda: fs.setattr(small, SetAttr(size=24 * MiB)))
+        fs.unlink(ROOT, b"ram")
+        assert used(path) <= empty - 16 * MiB
+        fs.setattr(small, SetAttr(size=16 * MiB))
+        assert content(fs, small) == b"content".ljust(16 * MiB, b"\0")
+        assert_sound(fs)
+    with open_region(path, readonly=True) as region:
+        fs = open_fs(region)
+        assert content(fs, fs.resolve(b"small"))[:7] == b"content"
+
+
+# -- twins ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [MemoryRegion, RecordingRegion])
+def test_a_region_in_memory(kind: type[MemoryRegion]) -> None:
+    region = kind(8 * MiB)
+    region.store(100, b"abc")
+    region.store_word(4096, 0x0123456789ABCDEF)
+    assert region.read(99, 5) == b"\0abc\0"
+    assert region.read(4096, 8) == bytes.fromhex("efcdab8967452301")
+    assert region.word(4096) == 0x0123456789ABCDEF
+    region.zero(0, 4096)
+    region.discard(4096, 4096)
+    assert not any(region.view)
+    region.store(MiB, b"\xff" * (3 * MiB))
+    region.reserve(MiB, 3 * MiB)
+    assert not any(region.view)
+    again = kind(image=region.view)
+    assert again.size == region.size
+    with kind(8 * MiB) as closed:
+        closed.flush()
+
+
+def test_a_recording_can_be_replayed() -> None:
+    region = RecordingRegion(16 * MiB)
+    mkfs(region)
+    fs = open_fs(region)
+    mkfile(fs, b"f", b"x" * (3 * MiB))
+    fs.unlink(ROOT, b"f")
+    twin = MemoryRegion(16 * MiB)
+    for store in region.log:
+        assert not store.word or (len(store.data) == 8 and store.offset % 8 == 0)
+        twin.store(store.offset, store.data)
+    assert bytes(twin.view) == bytes(region.view)
+    assert len(ZERO_CHUNK) == MiB
+
+
+def test_dax_is_for_devices_only(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"")
+    with pytest.raises((RegionError, FormatError)):
+        DaxRegion(str(path))
+    assert issubclass(DaxRegion, FileRegion)
+    with suppress(RegionError):
+        open_region("/dev/zero")

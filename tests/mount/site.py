@@ -1,0 +1,246 @@
+"""A region with its mount, for one test or one module: everything is checked and taken away when it is closed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import select
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pkernfs.format import JOURNAL_HEADER, MiB
+from pkernfs.fs.check import check
+from pkernfs.fs.check_ledger import Problem
+from pkernfs.fs.volume import Volume
+from pkernfs.mounts import mount_at
+from pkernfs.region import open_region
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from mounted import Mounted, holds_fuse, serving, wait_until
+
+__all__ = ["MiB", "Result", "Site", "serving", "wait_for", "wait_until"]
+
+#: Seconds that anything may take.
+PATIENCE = 60.0
+PROGRAMS = Path(sysconfig.get_path("scripts"))
+#: What a server must not have to say.
+COMPLAINT = re.compile(r"WARNING|ERROR|CRITICAL|Traceback")
+
+
+class Result(subprocess.CompletedProcess[str]):
+    """How a command ended and what it printed."""
+
+    @property
+    def line(self) -> str:
+        """Its one line of complaint."""
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, f"expected one line on standard error, found {self.stderr!r}"
+        return lines[0]
+
+
+def run(*words: str | os.PathLike[str], timeout: float = PATIENCE, **options: object) -> Result:
+    """Run a command (one of ours by its name) to its end.
+
+    What it prints goes to files: a server that it leaves behind would keep a pipe open.
+    """
+    text = {"mode": "w+", "errors": "surrogateescape"}
+    with tempfile.TemporaryFile(**text) as out, tempfile.TemporaryFile(**text) as err:
+        command = [find_program(str(words[0])), *map(str, words[1:])]
+        done = subprocess.run(  # type: ignore[call-overload]
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout, check=False, **options
+        )
+        out.seek(0)
+        err.seek(0)
+        return Result(command, done.returncode, out.read(), err.read())
+
+
+def find_program(name: str) -> str:
+    """One of our commands by its path, any other as it is."""
+    path = PROGRAMS / name
+    return str(path) if path.exists() else name
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:
+    """Poll until ``condition`` holds; fails with ``what`` when it does not in time."""
+    assert wait_until(lambda: bool(condition()), timeout), f"{what}: not within {timeout} s"
+
+
+class Site(Mounted):
+    """A region below /dev/shm, mounted below /tmp.
+
+    ``expected`` is what the server's log may hold: a pattern of complaints that a test provokes.
+    """
+
+    def __init__(self, region: Path | None = None, size: str | None = "64M", options: str = "") -> None:
+        # Directories of our own that every user may enter: pytest's are root's alone.
+        self.tmp = Path(tempfile.mkdtemp(prefix="pkernfs-test-", dir="/tmp"))
+        self.tmp.chmod(0o755)
+        self.shm = Path(tempfile.mkdtemp(prefix="pkernfs-test-", dir="/dev/shm"))
+        self.options = options
+        self.expected: re.Pattern[str] | None = None
+        self.server_log = self.tmp / "server.log"
+        super().__init__(region or self.shm / "region", self.tmp / "mnt", self.tmp / "commands.log")
+        self.mountpoint.mkdir()
+        if size is not None:
+            self.make(size)
+
+    @property
+    def mnt(self) -> Path:
+        """The mountpoint."""
+        return self.mountpoint
+
+    def make(self, size: str) -> None:
+        """Make the region, whose path may be any bytes."""
+        self.run_ok("mkfs.pkernfs", "--size", size, self.region)
+
+    def mount(self, options: str = "") -> Result:
+        """Mount, or fail; the command's result."""
+        result = self.try_mount(options)
+        assert result.returncode == 0, result
+        return result
+
+    def try_mount(self, options: str = "") -> Result:
+        """Mount with options; the command's result, whatever it is."""
+        words = ",".join(filter(None, [self.options, options, f"log={self.server_log}"]))
+        return run("mount.pkernfs", self.region, self.mountpoint, "-o", words)
+
+    def is_mounted(self) -> bool:
+        """Asks the kernel's list, as its base does, for mountpoints with any name."""
+        return mount_at(f"{os.path.realpath(self.mountpoint.parent)}/{self.mountpoint.name}") is not None
+
+    def umount(self) -> None:
+        """Unmount, and wait until the server has ended."""
+        servers = [os.pidfd_open(pid) for pid in self.servers()]
+        try:
+            result = run("umount", self.mountpoint)
+            assert result.returncode == 0, result
+            for server in servers:
+                assert select.select([server], [], [], PATIENCE)[0], "the server goes on after umount"
+        finally:
+            for server in servers:
+                os.close(server)
+
+    def servers(self) -> list[int]:
+        """Ids of the processes that serve the region; not of others that have it open, a guest for one."""
+        return [pid for pid in super().servers() if holds_fuse(pid)]
+
+    def crash(self) -> None:
+        """kill -9 all servers: the mountpoint stays, dead."""
+        servers = self.servers()
+        assert servers, "expected a server to kill, found none"
+        self.kill(servers)
+
+    def restart(self) -> None:
+        """Kill and mount again."""
+        self.crash()
+        self.mount()
+
+    def digest(self) -> str:
+        """Hash of every byte of the region."""
+        with self.region.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+
+    def allocated(self) -> int:
+        """Bytes that the region takes on its host."""
+        return self.region.stat().st_blocks * 512
+
+    def free(self) -> int:
+        """Free 4 KiB pages, as statvfs tells them."""
+        return os.statvfs(self.mountpoint).f_bfree
+
+    def wait_for_free(self, pages: int) -> None:
+        """Wait until as much is free: the kernel lets go of an inode some time after its last user."""
+        wait_until(lambda: self.free() == pages, 20.0)
+        assert self.free() == pages
+
+    def wait_until_allocated(self, at_most: int) -> None:
+        """Wait until the region takes no more than this on its host."""
+        wait_until(lambda: self.allocated() <= at_most, 20.0)
+        assert self.allocated() <= at_most
+
+    def wait_for_end(self) -> None:
+        """Wait until no server of the region is left."""
+        wait_for(lambda: not serving(self.region), f"no server of {self.region}")
+
+    def run_ok(self, *words: str | os.PathLike[str]) -> str:
+        """Run a command that must succeed; what it prints."""
+        result = run(*words, timeout=10 * PATIENCE)
+        assert result.returncode == 0, result
+        return result.stdout
+
+    def unseal(self) -> None:
+        """Make the journal look as if the server had died between sealing and applying its last transaction."""
+        with open_region(str(self.region), readonly=False) as region:
+            journal = Volume(region).journal
+            header = JOURNAL_HEADER.unpack(region.read(journal.header_at, JOURNAL_HEADER.size))
+            assert not header.seal & 1
+            assert header.length
+            region.store_word(journal.header_at, 2 * header.sequence + 1)
+
+    def verify(self) -> None:
+        """The region holds a sound filesystem.  Reads only; a mount must be idle but for what the kernel forgets."""
+        problems: list[Problem] = []
+
+        def sound() -> bool:
+            with open_region(str(self.region), readonly=True, locked=False) as region:
+                problems[:] = check(Volume(region))
+            return not problems
+
+        assert wait_until(sound, 3.0 if self.is_mounted() else 0.0), problems
+
+    def complaints(self) -> list[str]:
+        """Lines of the server's log that should not be there."""
+        if not self.server_log.exists():
+            return []
+        lines = self.server_log.read_text(errors="replace").splitlines()
+        return [line for line in lines if COMPLAINT.search(line) and not (self.expected and self.expected.search(line))]
+
+    def close(self) -> None:
+        """Unmount (or kill), check the log and the region, and delete everything.  Fails after the tidying up."""
+        troubles: list[str] = []
+        try:
+            mounted = self.is_mounted()
+            if mounted and self.servers():
+                result = run("umount", self.mountpoint)
+                if result.returncode:
+                    troubles.append(f"umount: {result.stderr}")
+                    run("umount", "-l", self.mountpoint)
+                if not wait_until(lambda: not self.servers(), 20.0):
+                    troubles.append("the server did not end by itself after umount")
+            while servers := self.servers():
+                self.kill(servers)
+            while self.is_mounted():
+                run("umount", "-l", self.mountpoint)
+            troubles += self.complaints()
+            if not troubles and self.region.exists():
+                self.verify()
+        finally:
+            super().close()
+            run("rm", "-rf", "--one-file-system", self.tmp, self.shm)
+        assert not troubles, "\n".join(troubles)
+
+
+@contextmanager
+def site(**options: object) -> Iterator[Site]:
+    """A Site that is closed at the end, whatever happens."""
+    made = Site(**options)  # type: ignore[arg-type]
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def coarse_tick() -> None:
+    """Wait until the clock that filesystems take time stamps from has moved on (a few ms)."""
+    coarse = 5  # CLOCK_REALTIME_COARSE
+    before = time.clock_gettime_ns(coarse)
+    while time.clock_gettime_ns(coarse) == before:
+        pass
