@@ -164,15 +164,15 @@ class Superblock(NamedTuple):
     journal_offset: u64  #: bytes: the copy of the superblock, then the journal
     first_block: u64  #: first block that is not metadata
     created: i64  #: time of mkfs, ns since the epoch
-    reserved_checked: u64
-    mounts: u64  #: word: how often the region was mounted read-write
-    mounted: i64  #: word: time of the last read-write mount, ns since the epoch
-    unmounted: i64  #: word: time of the last orderly end; less than ``mounted`` after a crash
-    reserved0: u64
-    reserved1: u64
-    reserved2: u64
-    reserved3: u64
-    reserved4: u64
+    reserved_checked: u64 = 0
+    mounts: u64 = 0  #: word: how often the region was mounted read-write
+    mounted: i64 = 0  #: word: time of the last read-write mount, ns since the epoch
+    unmounted: i64 = 0  #: word: time of the last orderly end; less than ``mounted`` after a crash
+    reserved0: u64 = 0
+    reserved1: u64 = 0
+    reserved2: u64 = 0
+    reserved3: u64 = 0
+    reserved4: u64 = 0
 
 
 SUPERBLOCK = layout(Superblock, size=256)
@@ -204,28 +204,28 @@ class Inode(NamedTuple):
     ``nlink`` counts a file's names; a directory's is 2 + its subdirectories; 0: a file without a name, still open.
     """
 
-    size: u64  #: word: bytes of content; of a directory the number of its entries ("." and ".." do not count)
-    atime: i64  #: word: ns since the epoch
-    mtime: i64  #: word
-    ctime: i64  #: word
-    checksum: u32  #: of bytes 32..255; may be 0 in a slot that was never used
-    mode: u32  #: S_IFMT | permission bits, as st_mode; 0 in a free slot
-    nlink: u32
-    generation: u32  #: distinguishes the users of a slot over time; kept while it is free
-    uid: u32
-    gid: u32
-    rdev: u32  #: as the kernel's new_encode_dev
-    flags: u32
-    btime: i64  #: birth, ns since the epoch
-    parent: u64  #: a directory's parent; for others 0
-    pages: u64  #: 4 KiB pages of content, trees and attributes that belong to this inode
-    root: u64  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
-    xattrs: u64  #: page number of the root of the attributes' tree, or 0
-    quota: u64  #: pages that may be used below this directory; 0: no limit
-    reserved0: u64
-    orphan_next: u64  #: the next and the previous inode of the list of orphans; 0: not listed
-    orphan_prev: u64
-    inline: bytes120  #: extents (Extent[5]), or the target of a short symbolic link
+    size: u64 = 0  #: word: bytes of content; of a directory the number of its entries ("." and ".." do not count)
+    atime: i64 = 0  #: word: ns since the epoch
+    mtime: i64 = 0  #: word
+    ctime: i64 = 0  #: word
+    checksum: u32 = 0  #: of bytes 32..255; may be 0 in a slot that was never used
+    mode: u32 = 0  #: S_IFMT | permission bits, as st_mode; 0 in a free slot
+    nlink: u32 = 0
+    generation: u32 = 0  #: distinguishes the users of a slot over time; kept while it is free
+    uid: u32 = 0
+    gid: u32 = 0
+    rdev: u32 = 0  #: as the kernel's new_encode_dev
+    flags: u32 = 0
+    btime: i64 = 0  #: birth, ns since the epoch
+    parent: u64 = 0  #: a directory's parent; for others 0
+    pages: u64 = 0  #: 4 KiB pages of content, trees and attributes that belong to this inode
+    root: u64 = 0  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
+    xattrs: u64 = 0  #: page number of the root of the attributes' tree, or 0
+    quota: u64 = 0  #: pages that may be used below this directory; 0: no limit
+    reserved0: u64 = 0
+    orphan_next: u64 = 0  #: the next and the previous inode of the list of orphans; 0: not listed
+    orphan_prev: u64 = 0
+    inline: bytes120 = bytes(120)  #: extents (Extent[5]), or the target of a short symbolic link
 
 
 INODE = layout(Inode, size=INODE_SIZE)

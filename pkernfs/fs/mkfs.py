@@ -16,7 +16,6 @@ from pkernfs.format import (
     FLAG_FILE,
     FLAG_IOMMU_DIR,
     FLAG_IOMMU_ROOT_PGTABLES,
-    INLINE_SIZE,
     INODE_SIZE,
     IOMMU_INO,
     JOURNAL_HEADER,
@@ -38,6 +37,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_inode, seal_page
+from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 from pkernfs.region.superblock import seal_superblock
 
@@ -86,15 +86,6 @@ def mkfs(
         journal_offset=geo.journal_offset,
         first_block=geo.first_block,
         created=now,
-        reserved_checked=0,
-        mounts=0,
-        mounted=0,
-        unmounted=0,
-        reserved0=0,
-        reserved1=0,
-        reserved2=0,
-        reserved3=0,
-        reserved4=0,
     )
     raw = seal_superblock(sb)
     region.store_word(0, 0)
@@ -112,9 +103,9 @@ def mkfs(
     region.store(geo.journal_offset, raw)
     region.flush()
     region.store(8, raw[8:])
-    region.store_word(0, MAGIC)
+    _add_iommu(Filesystem(Volume(region, sb)))
     region.flush()
-    _add_iommu(Filesystem.open(region))
+    region.store_word(0, MAGIC)
     region.flush()
     return sb
 
@@ -122,28 +113,16 @@ def mkfs(
 def _first_inodes(now: int) -> dict[int, Inode]:
     """The root directory and the list of orphans."""
     root = Inode(
-        size=0,
         atime=now,
         mtime=now,
         ctime=now,
-        checksum=0,
         mode=stat.S_IFDIR | 0o755,
         nlink=2,
-        generation=0,
         uid=os.getuid(),
         gid=os.getgid(),
-        rdev=0,
         flags=FLAG_DIR,
         btime=now,
         parent=ROOT_INO,
-        pages=0,
-        root=0,
-        xattrs=0,
-        quota=0,
-        reserved0=0,
-        orphan_next=0,
-        orphan_prev=0,
-        inline=bytes(INLINE_SIZE),
     )
     orphans = root._replace(mode=stat.S_IFREG, nlink=1, flags=FLAG_FILE, parent=0)
     return {ROOT_INO: root, ORPHANS_INO: orphans._replace(orphan_next=ORPHANS_INO, orphan_prev=ORPHANS_INO)}

@@ -114,11 +114,9 @@ class Names(Orphans):
         with volume.transaction():
             ino = Ino(volume.allocator.alloc_inode())
             inode = Inode(
-                size=0,
                 atime=now,
                 mtime=now,
                 ctime=now,
-                checksum=0,
                 mode=mode,
                 nlink=2 if is_dir else 1,
                 generation=(now >> 10) & 0xFFFFFFFF,
@@ -128,14 +126,6 @@ class Names(Orphans):
                 flags=FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0,
                 btime=now,
                 parent=parent if is_dir else 0,
-                pages=0,
-                root=0,
-                xattrs=0,
-                quota=0,
-                reserved0=0,
-                orphan_next=0,
-                orphan_prev=0,
-                inline=bytes(INLINE_SIZE),
             )
             if target:
                 inode = self._with_target(ino, inode, target)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode
+from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.pages import Page, read_inode, seal_inode
@@ -31,12 +31,12 @@ class Transaction:
 class Volume:
     """An open region: superblock, journal, allocator, inodes.
 
-    Opening replays the journal.  Raises FormatError, CorruptError.
+    Opening replays the journal.  ``sb``: the superblock that mkfs is about to store.  Raises FormatError, CorruptError.
     """
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, sb: Superblock | None = None) -> None:
         self.region = region
-        self.sb = read_superblock(region, readonly=region.readonly)
+        self.sb = sb or read_superblock(region, readonly=region.readonly)
         self.journal = Journal(region, self.sb)
         self.recovered = self.journal.recover()
         self.inodes: dict[int, Inode] = {}
