@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -180,30 +180,30 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
 
         ready(await trio.to_thread.run_sync(settle, abandon_on_cancel=True))
 
-    async def watch_signals() -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
-                # In a thread, and served meanwhile: what is dirty in the kernel's cache comes in as requests.
-                if await trio.to_thread.run_sync(unmount, mountpoint, abandon_on_cancel=True):
-                    return  # the end of the mount ends the loop
-                log.warning("%s is in use: what is open there fails from now on", mountpoint)
-                await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
-                pyfuse3.terminate()
-                return
+    async def watch_signals(signals: AsyncIterator[int]) -> None:
+        number = await anext(signals)
+        log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
+        # In a thread, and served meanwhile: what is dirty in the kernel's cache comes in as requests.
+        if await trio.to_thread.run_sync(unmount, mountpoint, abandon_on_cancel=True):
+            return  # the end of the mount ends the loop
+        log.warning("%s is in use: what is open there fails from now on", mountpoint)
+        await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
+        pyfuse3.terminate()
 
     async def run() -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listener.serve)
-            nursery.start_soon(operations.housekeeping)
-            nursery.start_soon(watch_signals)
-            nursery.start_soon(announce)
-            try:
-                await pyfuse3.main()
-            finally:
-                # Before anything is waited for: whoever still has a request here gets an error, not silence.
-                pyfuse3.close(unmount=True)
-            nursery.cancel_scope.cancel()
+        # Before the first task: the session's may serve many requests before another one gets its turn.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch_signals, signals)
+                nursery.start_soon(listener.serve)
+                nursery.start_soon(operations.housekeeping)
+                nursery.start_soon(announce)
+                try:
+                    await pyfuse3.main()
+                finally:
+                    # Before anything is waited for: whoever still has a request here gets an error, not silence.
+                    pyfuse3.close(unmount=True)
+                nursery.cancel_scope.cancel()
 
     try:
         trio.run(run)
