@@ -3,7 +3,6 @@
 import errno
 import random
 from bisect import bisect_right
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -42,9 +41,8 @@ class Twin:
         keys = sorted(self.items)
         assert list(self.tree.scan()) == [(key, self.items[key]) for key in keys]
         for _ in range(5):
-            key = rng.choice(
-                [0, (1 << 64) - 1, rng.randrange(1 << 64), *(keys and [rng.choice(keys) + rng.choice([-1, 0, 1])])]
-            )
+            beside = [rng.choice(keys) + rng.choice([-1, 0, 1])] if keys else []
+            key = rng.choice([0, (1 << 64) - 1, rng.randrange(1 << 64), *beside])
             key = max(0, min(key, (1 << 64) - 1))
             assert self.tree.get(key) == self.items.get(key)
             at = bisect_right(keys, key)
@@ -71,9 +69,8 @@ def check_nodes(tree: Tree) -> None:
 
 
 @pytest.fixture
-def twin() -> Iterator[Twin]:
-    fs = new_fs(64)
-    yield Twin(fs)
+def twin() -> Twin:
+    return Twin(new_fs(64))
 
 
 SIZES = {"empty": (0, 0), "small": (0, 40), "any": (0, 800), "large": (700, 800)}
@@ -111,7 +108,8 @@ def test_against_a_dict(twin: Twin, sizes: tuple[int, int], order: str) -> None:
             twin.check(rng)
     assert (twin.tree.root, twin.tree.pages) == (0, 0)
     assert list(twin.tree.scan()) == []
-    assert twin.tree.get(1) is twin.tree.floor(1) is None
+    assert twin.tree.get(1) is None
+    assert twin.tree.floor(1) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -191,7 +189,7 @@ def test_an_aborted_change_leaves_the_tree(twin: Twin) -> None:
         twin.put(rng.randrange(1 << 60), b"x" * 100)
     root, pages = twin.tree.root, twin.tree.pages
     for n in range(20):
-        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction():
+        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction():  # noqa: PT012
             for _ in range(n * 20):
                 twin.tree.put(rng.randrange(1 << 60), b"y" * 100)
             for key in rng.sample(list(twin.items), n * 10):

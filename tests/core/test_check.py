@@ -220,6 +220,12 @@ def overlap(node: Node) -> None:
     node.values[0] = f.EXTENT_VALUE.pack(f.EXTENT_VALUE.unpack(node.values[0])._replace(length=3))
 
 
+def short_extent(node: Node) -> None:
+    """One extent more, without a count."""
+    node.keys.append(1 << 30)
+    node.values.append(b"x" * 8)
+
+
 def xattr_page(fs: Filesystem, path: bytes = b"d") -> int:
     """The page of the root of the tree of attributes."""
     return int(inode_of(fs, path).xattrs)
@@ -248,111 +254,6 @@ def empty_slab(fs: Filesystem) -> None:
     block = fs.volume.allocator.table.find(0)
     fs.region.store(block * f.BLOCK, Slab.empty(block).encode())
     set_block(fs, block, f.BLOCK_SLAB)
-
-
-FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
-    # the frame
-    "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
-    "superblock-copies-differ": ("superblock", lambda fs: set_superblock(fs, fs.volume.sb.journal_offset, label=b"x")),
-    "superblock-damaged": ("superblock", lambda fs: flip(fs, 60)),
-    "superblock-magic-gone": ("superblock", lambda fs: flip(fs, 3)),
-    "journal-header-magic": ("journal", lambda fs: flip(fs, fs.volume.journal.header_at + 8)),
-    "journal-sealed-and-damaged": ("journal", lambda fs: flip_seal(fs)),
-    "block-table-damaged": ("block-table", lambda fs: flip(fs, 5000)),
-    "block-table-unknown-kind": ("block-table", lambda fs: set_block(fs, 9, 77)),
-    "block-table-kinds-beyond-the-end": ("block-table", lambda fs: set_block(fs, fs.volume.sb.blocks, 2)),
-    "metadata-block-not-marked": ("block-kind", lambda fs: set_block(fs, 0, f.BLOCK_FREE)),
-    "metadata-block-elsewhere": (
-        "block-kind",
-        lambda fs: set_block(fs, fs.volume.allocator.table.find(0), f.BLOCK_META),
-    ),
-    "slab-header-damaged": ("slab-header", lambda fs: flip(fs, slab_of(fs) * f.BLOCK + 100)),
-    "slab-header-of-another-block": ("slab-header", lambda fs: move_header(fs)),
-    "slots-in-a-page-of-data": (
-        "slab-slots",
-        lambda fs: patch_slab(fs, page_of(fs, b"g"), lambda slab, index: slab.slots.__setitem__(index, 4)),
-    ),
-    "slab-empty": ("leaked-block", empty_slab),
-    # inodes
-    "reserved-inode-type": ("reserved-inode", lambda fs: patch_inode(fs, 4, flags=f.FLAG_FILE)),
-    "reserved-inode-made": ("reserved-inode", lambda fs: patch_inode(fs, 9, mode=stat.S_IFREG)),
-    "orphans-with-content": ("reserved-inode", lambda fs: patch_inode(fs, f.ORPHANS_INO, size=5)),
-    "inode-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"g") * 256 + 50)),
-    "inode-of-a-directory-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"d") * 256 + 50)),
-    "root-damaged": ("inode-checksum", lambda fs: flip(fs, 256 + 50)),
-    "inode-without-type": ("inode-mode", lambda fs: set_mode(fs, b"g", 0o170000)),
-    "inode-slot-empty": ("inode-mode", lambda fs: use_empty_slot(fs)),
-    "inode-in-a-free-slot": ("inode-free", lambda fs: fill_free_slot(fs)),
-    "file-with-directory-flag": ("inode-flags", lambda fs: patch_inode(fs, fs.resolve(b"g"), flags=f.FLAG_DIR)),
-    "file-with-parent": ("inode-parent", lambda fs: patch_inode(fs, fs.resolve(b"g"), parent=1)),
-    "file-too-large": ("inode-size", lambda fs: patch_inode(fs, fs.resolve(b"g"), size=f.MAX_FILE_SIZE + 1)),
-    "fifo-with-size": ("inode-size", lambda fs: patch_inode(fs, made(fs, stat.S_IFIFO), size=1)),
-    "fifo-with-content": ("inode-content", lambda fs: patch_inode(fs, made(fs, stat.S_IFIFO), inline=b"x")),
-    "link-with-more-than-its-target": (
-        "symlink",
-        lambda fs: patch_inode(fs, made(fs, stat.S_IFLNK, b"abc"), inline=b"abcd"),
-    ),
-    "page-count": ("inode-pages", lambda fs: patch_inode(fs, fs.resolve(b"big"), pages=7)),
-    "page-count-of-directory": ("inode-pages", lambda fs: patch_inode(fs, fs.resolve(b"d"), pages=7)),
-    # names
-    "name-does-not-fit-its-key": ("name-key", lambda fs: rename_in_place(fs, b"g", b"h")),
-    "name-twice": ("name-twice", name_twice),
-    "name-with-slash": ("dirent", lambda fs: rename_in_place(fs, b"g", b"/")),
-    "name-length": ("dirent", lambda fs: patch_dirent(fs, b"big", length=2)),
-    "name-of-nothing": ("dirent-dangling", lambda fs: second_name_of_nothing(fs)),
-    "name-of-the-list-of-orphans": ("dirent-dangling", lambda fs: second_name_of_nothing(fs, f.ORPHANS_INO)),
-    "name-with-other-type": ("dirent-mode", lambda fs: patch_dirent(fs, b"g", mode=stat.S_IFSOCK)),
-    "directory-with-two-names": ("directory-names", lambda fs: second_name(fs, b"empty", b"again")),
-    "directory-parent": ("directory-parent", lambda fs: patch_inode(fs, fs.resolve(b"empty"), parent=77)),
-    "parent-of-the-root": ("directory-parent", lambda fs: patch_inode(fs, ROOT, parent=77)),
-    "directory-size": ("directory-size", lambda fs: patch_inode(fs, fs.resolve(b"d"), size=7)),
-    "too-few-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"g"), nlink=1)),
-    "too-many-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"g"), nlink=3)),
-    "no-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"big"), nlink=0)),
-    "links-of-directory": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"d"), nlink=9)),
-    "no-links-of-directory": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"empty"), nlink=0)),
-    "lost-file": ("inode-lost", lambda fs: drop_name(fs, b"big")),
-    "lost-directory": ("inode-lost", lambda fs: drop_name(fs, b"empty")),
-    # orphans
-    "orphan-not-listed": ("orphan-unlisted", cut_out_orphan),
-    "orphan-says-listed": ("orphan-links", lambda fs: patch_inode(fs, fs.resolve(b"g"), orphan_next=2, orphan_prev=2)),
-    "orphan-list-backwards": ("orphan-links", lambda fs: patch_inode(fs, orphan_files(fs)[0], orphan_prev=2)),
-    "orphan-list-end": ("orphan-links", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_prev=99)),
-    "orphan-list-loop": ("orphan-list", lambda fs: orphan_loop(fs)),
-    "orphan-list-leads-nowhere": ("orphan-list", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_next=1 << 40)),
-    "orphan-list-of-nothing": ("orphan-list", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_next=0)),
-    # trees
-    "node-damaged": ("tree-node", lambda fs: flip(fs, inode_of(fs, b"sparse").root * f.PAGE + 99)),
-    "node-of-directory-damaged": ("tree-node", lambda fs: flip(fs, inode_of(fs, b"").root * f.PAGE + 99)),
-    "node-of-another-owner": ("tree-node", lambda fs: other_owner(fs)),
-    "node-level": ("tree-level", wrong_level),
-    "node-out-of-bounds": ("tree-order", wrong_separator),
-    "node-loop": ("double-use", tree_loop),
-    "node-beyond-the-region": ("page-range", lambda fs: patch_inode(fs, fs.resolve(b"sparse"), root=1 << 60)),
-    "node-in-metadata": ("page-range", lambda fs: patch_inode(fs, fs.resolve(b"sparse"), root=1)),
-    "node-free": ("page-free", lambda fs: set_kind(fs, inode_of(fs, b"sparse").root, f.PAGE_FREE)),
-    "node-of-another-kind": ("page-kind", lambda fs: set_kind(fs, inode_of(fs, b"sparse").root, f.PAGE_DATA)),
-    # extents
-    "extent-of-free-page": ("page-free", lambda fs: set_kind(fs, page_of(fs, b"g"), f.PAGE_FREE)),
-    "extent-of-another-kind": ("page-kind", lambda fs: set_kind(fs, page_of(fs, b"g"), f.PAGE_XATTR)),
-    "extent-of-free-block": ("block-free", lambda fs: set_block(fs, page_of(fs, b"big") // 512, f.BLOCK_FREE)),
-    "extent-of-shared-page": ("double-use", share_page),
-    "extent-of-shared-block": ("double-use", share_block),
-    "extents-behind-the-last": ("extent-value", lambda fs: patch_extent(fs, b"g", 3, start=9)),
-    "extent-value-size": (
-        "extent-value",
-        lambda fs: extent_in_tree(fs, lambda n: (n.keys.append(1 << 30), n.values.append(b"x" * 8))),
-    ),
-    # attributes
-    "attribute-damaged": ("xattr", lambda fs: patch_xattr(fs, b"user.small", lambda v: v[:-1])),
-    "attribute-name": ("name-key", lambda fs: patch_xattr(fs, b"user.small", lambda v: v.replace(b"small", b"smull"))),
-    "attribute-value-damaged": ("xattr-value", lambda fs: flip(fs, external_page(fs) * f.PAGE + 10)),
-    "attribute-page-free": ("page-free", lambda fs: set_kind(fs, external_page(fs), f.PAGE_FREE)),
-    # leaks
-    "page-without-owner": ("leaked-page", lambda fs: set_kind(fs, free_page(fs), f.PAGE_DATA)),
-    "page-of-inodes-without-inodes": ("leaked-page", lambda fs: set_kind(fs, free_page(fs, zero=True), f.PAGE_INODES)),
-    "block-without-owner": ("leaked-block", leak_blocks),
-}
 
 
 def slab_of(fs: Filesystem) -> int:
@@ -436,6 +337,108 @@ def free_page(fs: Filesystem, *, zero: bool = False) -> int:
     if zero:
         fs.region.zero(page * f.PAGE, f.PAGE)
     return page
+
+
+FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
+    # the frame
+    "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
+    "superblock-copies-differ": ("superblock", lambda fs: set_superblock(fs, fs.volume.sb.journal_offset, label=b"x")),
+    "superblock-damaged": ("superblock", lambda fs: flip(fs, 60)),
+    "superblock-magic-gone": ("superblock", lambda fs: flip(fs, 3)),
+    "journal-header-magic": ("journal", lambda fs: flip(fs, fs.volume.journal.header_at + 8)),
+    "journal-sealed-and-damaged": ("journal", flip_seal),
+    "block-table-damaged": ("block-table", lambda fs: flip(fs, 5000)),
+    "block-table-unknown-kind": ("block-table", lambda fs: set_block(fs, 9, 77)),
+    "block-table-kinds-beyond-the-end": ("block-table", lambda fs: set_block(fs, fs.volume.sb.blocks, 2)),
+    "metadata-block-not-marked": ("block-kind", lambda fs: set_block(fs, 0, f.BLOCK_FREE)),
+    "metadata-block-elsewhere": (
+        "block-kind",
+        lambda fs: set_block(fs, fs.volume.allocator.table.find(0), f.BLOCK_META),
+    ),
+    "slab-header-damaged": ("slab-header", lambda fs: flip(fs, slab_of(fs) * f.BLOCK + 100)),
+    "slab-header-of-another-block": ("slab-header", move_header),
+    "slots-in-a-page-of-data": (
+        "slab-slots",
+        lambda fs: patch_slab(fs, page_of(fs, b"g"), lambda slab, index: slab.slots.__setitem__(index, 4)),
+    ),
+    "slab-empty": ("leaked-block", empty_slab),
+    # inodes
+    "reserved-inode-type": ("reserved-inode", lambda fs: patch_inode(fs, 4, flags=f.FLAG_FILE)),
+    "reserved-inode-made": ("reserved-inode", lambda fs: patch_inode(fs, 9, mode=stat.S_IFREG)),
+    "orphans-with-content": ("reserved-inode", lambda fs: patch_inode(fs, f.ORPHANS_INO, size=5)),
+    "inode-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"g") * 256 + 50)),
+    "inode-of-a-directory-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"d") * 256 + 50)),
+    "root-damaged": ("inode-checksum", lambda fs: flip(fs, 256 + 50)),
+    "inode-without-type": ("inode-mode", lambda fs: set_mode(fs, b"g", 0o170000)),
+    "inode-slot-empty": ("inode-mode", use_empty_slot),
+    "inode-in-a-free-slot": ("inode-free", fill_free_slot),
+    "file-with-directory-flag": ("inode-flags", lambda fs: patch_inode(fs, fs.resolve(b"g"), flags=f.FLAG_DIR)),
+    "file-with-parent": ("inode-parent", lambda fs: patch_inode(fs, fs.resolve(b"g"), parent=1)),
+    "file-too-large": ("inode-size", lambda fs: patch_inode(fs, fs.resolve(b"g"), size=f.MAX_FILE_SIZE + 1)),
+    "fifo-with-size": ("inode-size", lambda fs: patch_inode(fs, made(fs, stat.S_IFIFO), size=1)),
+    "fifo-with-content": ("inode-content", lambda fs: patch_inode(fs, made(fs, stat.S_IFIFO), inline=b"x")),
+    "link-with-more-than-its-target": (
+        "symlink",
+        lambda fs: patch_inode(fs, made(fs, stat.S_IFLNK, b"abc"), inline=b"abcd"),
+    ),
+    "page-count": ("inode-pages", lambda fs: patch_inode(fs, fs.resolve(b"big"), pages=7)),
+    "page-count-of-directory": ("inode-pages", lambda fs: patch_inode(fs, fs.resolve(b"d"), pages=7)),
+    # names
+    "name-does-not-fit-its-key": ("name-key", lambda fs: rename_in_place(fs, b"g", b"h")),
+    "name-twice": ("name-twice", name_twice),
+    "name-with-slash": ("dirent", lambda fs: rename_in_place(fs, b"g", b"/")),
+    "name-length": ("dirent", lambda fs: patch_dirent(fs, b"big", length=2)),
+    "name-of-nothing": ("dirent-dangling", second_name_of_nothing),
+    "name-of-the-list-of-orphans": ("dirent-dangling", lambda fs: second_name_of_nothing(fs, f.ORPHANS_INO)),
+    "name-with-other-type": ("dirent-mode", lambda fs: patch_dirent(fs, b"g", mode=stat.S_IFSOCK)),
+    "directory-with-two-names": ("directory-names", lambda fs: second_name(fs, b"empty", b"again")),
+    "directory-parent": ("directory-parent", lambda fs: patch_inode(fs, fs.resolve(b"empty"), parent=77)),
+    "parent-of-the-root": ("directory-parent", lambda fs: patch_inode(fs, ROOT, parent=77)),
+    "directory-size": ("directory-size", lambda fs: patch_inode(fs, fs.resolve(b"d"), size=7)),
+    "too-few-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"g"), nlink=1)),
+    "too-many-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"g"), nlink=3)),
+    "no-links": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"big"), nlink=0)),
+    "links-of-directory": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"d"), nlink=9)),
+    "no-links-of-directory": ("link-count", lambda fs: patch_inode(fs, fs.resolve(b"empty"), nlink=0)),
+    "lost-file": ("inode-lost", lambda fs: drop_name(fs, b"big")),
+    "lost-directory": ("inode-lost", lambda fs: drop_name(fs, b"empty")),
+    # orphans
+    "orphan-not-listed": ("orphan-unlisted", cut_out_orphan),
+    "orphan-says-listed": ("orphan-links", lambda fs: patch_inode(fs, fs.resolve(b"g"), orphan_next=2, orphan_prev=2)),
+    "orphan-list-backwards": ("orphan-links", lambda fs: patch_inode(fs, orphan_files(fs)[0], orphan_prev=2)),
+    "orphan-list-end": ("orphan-links", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_prev=99)),
+    "orphan-list-loop": ("orphan-list", orphan_loop),
+    "orphan-list-leads-nowhere": ("orphan-list", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_next=1 << 40)),
+    "orphan-list-of-nothing": ("orphan-list", lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_next=0)),
+    # trees
+    "node-damaged": ("tree-node", lambda fs: flip(fs, inode_of(fs, b"sparse").root * f.PAGE + 99)),
+    "node-of-directory-damaged": ("tree-node", lambda fs: flip(fs, inode_of(fs, b"").root * f.PAGE + 99)),
+    "node-of-another-owner": ("tree-node", other_owner),
+    "node-level": ("tree-level", wrong_level),
+    "node-out-of-bounds": ("tree-order", wrong_separator),
+    "node-loop": ("double-use", tree_loop),
+    "node-beyond-the-region": ("page-range", lambda fs: patch_inode(fs, fs.resolve(b"sparse"), root=1 << 60)),
+    "node-in-metadata": ("page-range", lambda fs: patch_inode(fs, fs.resolve(b"sparse"), root=1)),
+    "node-free": ("page-free", lambda fs: set_kind(fs, inode_of(fs, b"sparse").root, f.PAGE_FREE)),
+    "node-of-another-kind": ("page-kind", lambda fs: set_kind(fs, inode_of(fs, b"sparse").root, f.PAGE_DATA)),
+    # extents
+    "extent-of-free-page": ("page-free", lambda fs: set_kind(fs, page_of(fs, b"g"), f.PAGE_FREE)),
+    "extent-of-another-kind": ("page-kind", lambda fs: set_kind(fs, page_of(fs, b"g"), f.PAGE_XATTR)),
+    "extent-of-free-block": ("block-free", lambda fs: set_block(fs, page_of(fs, b"big") // 512, f.BLOCK_FREE)),
+    "extent-of-shared-page": ("double-use", share_page),
+    "extent-of-shared-block": ("double-use", share_block),
+    "extents-behind-the-last": ("extent-value", lambda fs: patch_extent(fs, b"g", 3, start=9)),
+    "extent-value-size": ("extent-value", lambda fs: extent_in_tree(fs, short_extent)),
+    # attributes
+    "attribute-damaged": ("xattr", lambda fs: patch_xattr(fs, b"user.small", lambda v: v[:-1])),
+    "attribute-name": ("name-key", lambda fs: patch_xattr(fs, b"user.small", lambda v: v.replace(b"small", b"smull"))),
+    "attribute-value-damaged": ("xattr-value", lambda fs: flip(fs, external_page(fs) * f.PAGE + 10)),
+    "attribute-page-free": ("page-free", lambda fs: set_kind(fs, external_page(fs), f.PAGE_FREE)),
+    # leaks
+    "page-without-owner": ("leaked-page", lambda fs: set_kind(fs, free_page(fs), f.PAGE_DATA)),
+    "page-of-inodes-without-inodes": ("leaked-page", lambda fs: set_kind(fs, free_page(fs, zero=True), f.PAGE_INODES)),
+    "block-without-owner": ("leaked-block", leak_blocks),
+}
 
 
 def codes_of(fs: Filesystem) -> set[str]:
@@ -597,10 +600,8 @@ def damage(fs: Filesystem, rng: random.Random, page: int) -> None:
     offset = page * f.PAGE
     at = offset + rng.randrange(f.PAGE // 8) * 8
     old = fs.region.word(at)
-    value = rng.choice(
-        [0, 1, (1 << 64) - 1, old ^ 1 << rng.randrange(64), old + 1 & (1 << 64) - 1, rng.randrange(1 << 20)]
-    )
-    fs.region.store_word(at, value)
+    near = [old ^ 1 << rng.randrange(64), (old + 1) % (1 << 64), rng.randrange(1 << 20)]
+    fs.region.store_word(at, rng.choice([0, 1, (1 << 64) - 1, *near]))
     if rng.random() < 0.3:
         return
     header = f.PAGE_HEADER_LAYOUT.unpack(fs.region.view, offset)

@@ -333,7 +333,8 @@ def test_writes_end_short_where_the_space_ends(make_fs: Callable[..., Filesystem
         try:
             step = fs.write(ino, done, data[done:])
         except FsError as error:
-            assert error.errno == errno.ENOSPC
+            if error.errno != errno.ENOSPC:
+                raise
             break
         assert step > 0
         done += step

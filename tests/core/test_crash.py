@@ -5,6 +5,7 @@ The last store may be torn: of its 8-byte words any may be there and any not.  S
 
 import errno
 import functools
+import itertools
 import mmap
 import os
 import random
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FormatError, FsError
 from pkernfs.format import PAGE
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
@@ -244,7 +245,7 @@ def torn(store: Store, how: int) -> list[Store]:
         return []
     start = -store.offset % 8
     edges = [0, *range(start or 8, len(store.data), 8), len(store.data)]
-    words = list(zip(edges, edges[1:], strict=False))
+    words = list(itertools.pairwise(edges))
     rng = random.Random(how)
     if len(words) > 4096:
         # Long stores of content: a few pieces are enough.
@@ -390,11 +391,9 @@ def test_a_crash_in_mkfs_leaves_no_region() -> None:
         view = CowRegion(fd)
         try:
             fs = Filesystem.open(view)
-        except Exception as error:
-            assert type(error).__name__ == "FormatError", error
+        except FormatError:
             assert not opened
             continue
         opened += 1
-        codes = {problem.code for problem in check(fs.volume)}
-        assert codes <= {"reserved-inode", "link-count"}, codes
+        assert check(fs.volume) == []
     assert opened

@@ -110,13 +110,8 @@ def test_geometry(blocks: int) -> None:
 
 def test_magics_can_be_read() -> None:
     assert f.MAGIC.to_bytes(7, "big") == b"pkernfs"
-    for magic, text in (
-        (f.TABLE_MAGIC, b"btbl"),
-        (f.SLAB_MAGIC, b"slab"),
-        (f.NODE_MAGIC, b"node"),
-        (f.JOURNAL_MAGIC, b"jrnl"),
-    ):
-        assert magic.to_bytes(4, "little") == text
+    magics = [f.TABLE_MAGIC, f.SLAB_MAGIC, f.NODE_MAGIC, f.JOURNAL_MAGIC]
+    assert [magic.to_bytes(4, "little") for magic in magics] == [b"btbl", b"slab", b"node", b"jrnl"]
 
 
 # -- checksums of structures ------------------------------------------------------------------------------------------

@@ -4,22 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pkernfs.cli.fsck import main
 from pkernfs.region import create_region_file, open_region, read_superblock
-from tests.core.support import MiB, mkfile, open_fs, patch_inode
-from tests.core.test_region import digest, hold, made, one_line, path  # noqa: F401  (fixtures)
+from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode
 
 OPTIONS = [[], ["-n"], ["-y"], ["-p"], ["-a"], ["-f"], ["-f", "-y"]]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkernfs.region.file.LOCK_WAIT", 0.0)
 
 
 def damage(path: str) -> None:
@@ -37,7 +32,7 @@ def seal_again(path: str) -> None:
         applied: list[tuple[int, bytes]] = []
         real = region.store
 
-        def store(offset: int, data: bytes) -> None:
+        def store(offset: int, data: bytes | bytearray | memoryview) -> None:
             if offset in (journal.body_at, journal.header_at + 8):
                 real(offset, data)
             else:
@@ -139,7 +134,7 @@ def test_json(made: str, capsys: Capture) -> None:
     assert problem["ino"]
 
 
-def test_a_region_in_use(made: str, hold, capsys: Capture) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_a_region_in_use(made: str, hold: Callable[..., subprocess.Popen[str]], capsys: Capture) -> None:
     process = hold(made)
     for options in ([], ["-y"], ["-p"]):
         assert main([*options, made]) == 8
@@ -156,7 +151,7 @@ def test_a_region_in_use(made: str, hold, capsys: Capture) -> None:  # type: ign
     assert len(json.loads(capsys.readouterr().out)["warnings"]) == 1
 
 
-def test_readers_do_not_keep_it_out(made: str, hold) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_readers_do_not_keep_it_out(made: str, hold: Callable[..., subprocess.Popen[str]]) -> None:
     hold(made, "readonly")
     assert main([made]) == 0
 

@@ -1,4 +1,4 @@
-"""Damaged regions: every operation gives a result or an error that names the damage; none hangs, none is a traceback."""
+"""Damaged regions: operations give a result or an error that names the damage; none hangs, none is a bug."""
 
 import os
 import random
@@ -27,7 +27,8 @@ def attempt(operation: Callable[..., Any], *args: Any) -> Any:
 
 def read_everything(fs: Filesystem) -> None:
     """Read all that can be reached."""
-    todo, seen = [int(ROOT)], set()
+    todo = [int(ROOT)]
+    seen: set[int] = set()
     while todo and len(seen) < 2000:
         ino = todo.pop()
         if ino in seen or attempt(fs.getattr, ino) is None:

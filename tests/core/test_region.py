@@ -1,14 +1,13 @@
 """Regions in files: locks, refusals, read-only use, giving memory back, the end of the host's memory."""
 
 import errno
-import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,75 +27,12 @@ from pkernfs.region import (
 )
 from pkernfs.region.base import ZERO_CHUNK
 from pkernfs.region.superblock import seal_superblock
-from tests.core.support import ROOT, MiB, assert_sound, content, fails, mkfile, open_fs, tree, unchanged
-
-HOLD = """
-import sys
-from pkernfs.region import open_region
-with open_region(sys.argv[1], readonly=sys.argv[2] == "readonly"):
-    print("open", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture(params=["tmpfs", "disk"])
-def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Where a region can be made, on tmpfs and on a disk."""
-    if request.param == "disk":
-        yield str(tmp_path / "region")
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-test-") as directory:
-        yield f"{directory}/region"
-
-
-@pytest.fixture
-def made(path: str) -> str:
-    """A region of 32 MiB with a file in it."""
-    create_region_file(path, 32 * MiB)
-    with open_region(path) as region:
-        mkfs(region)
-        fs = open_fs(region)
-        mkfile(fs, b"f", b"content")
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock that is held is not waited for."""
-    monkeypatch.setattr("pkernfs.region.file.LOCK_WAIT", 0.0)
-
-
-def digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+from tests.core.conftest import HOLD
+from tests.core.support import ROOT, MiB, assert_sound, content, digest, fails, mkfile, open_fs, tree, unchanged
 
 
 def one_line(error: PkernfsError) -> bool:
     return bool(str(error)) and "\n" not in str(error)
-
-
-@pytest.fixture
-def hold() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Let another process open the region."""
-    holders = []
-
-    def start(path: str, how: str = "writable") -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, path, how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-        holders.append(process)
-        assert process.stdout
-        assert process.stdout.readline() == "open\n"
-        return process
-
-    yield start
-    for process in holders:
-        process.communicate("")
-        assert process.returncode == 0
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -207,11 +143,11 @@ def test_sizes_that_no_region_has(path: str, size: int) -> None:
     assert os.stat(path).st_size == size
 
 
-def sealed(**fields: int) -> Callable[[Superblock], bytes]:
+def sealed(**fields: Any) -> Callable[[Superblock], bytes]:
     return lambda sb: seal_superblock(sb._replace(**fields))
 
 
-def unsealed(**fields: int) -> Callable[[Superblock], bytes]:
+def unsealed(**fields: Any) -> Callable[[Superblock], bytes]:
     return lambda sb: SUPERBLOCK.pack(sb._replace(**fields))
 
 
