@@ -27,6 +27,8 @@ R = TypeVar("R")
 
 #: Seconds.  Nothing changes attributes or names behind the kernel's back, but for files that are mapped directly.
 TIMEOUT = 86400.0
+#: Seconds to wait, one after the other, for the kernel to forget removed files when the space has run out.
+FORGETS = (0.001, 0.004, 0.02, 0.05)
 #: Bits of a file handle, beside the inode number.
 KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME = 1 << 61  #: O_NOATIME
@@ -41,13 +43,17 @@ def handler(
 
     async def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            try:
-                return function(self, *args, **kwargs)
-            except PkernfsError as error:
-                if error.errno != errno.ENOSPC or not self.fs.pending:
-                    raise
-                self.fs.settle()  # what is being freed may be just what is missing
-                return function(self, *args, **kwargs)
+            for patience in FORGETS:
+                try:
+                    return function(self, *args, **kwargs)
+                except PkernfsError as error:
+                    if error.errno != errno.ENOSPC or not self.fs.orphans():
+                        raise
+                # What was removed may be just what is missing: it is freed when the kernel forgets it, which can come
+                # behind this request.  Nothing was changed, so others may come in between.
+                await trio.sleep(patience)
+                self.fs.settle()
+            return function(self, *args, **kwargs)
         except PkernfsError as error:
             if isinstance(error, CorruptError):
                 self.report_damage(error)

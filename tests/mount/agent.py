@@ -4,8 +4,8 @@
         fd = agent.open(path, os.O_RDWR)        # os.open, in that process
         agent.flock(fd, fcntl.LOCK_EX)          # or a function of this file
 
-It has the capabilities of its user, a umask of 022, and is a program of its own, so that nothing is forked while threads
-run.  Errors come back as the OSErrors that they are.
+It has the capabilities of its user, a umask of 022, and is a program of its own, so that nothing is forked while
+threads run.  Errors come back as the OSErrors that they are.
 """
 
 from __future__ import annotations

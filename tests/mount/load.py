@@ -92,12 +92,10 @@ class Model:
             if name in self.xattrs:
                 self.xattrs[rest[0]] = self.xattrs.pop(name)
         elif kind == "exchange":
-            for table in (self.files, self.xattrs):
-                one, two = table.pop(name, None), table.pop(rest[0], None)  # type: ignore[attr-defined]
-                if two is not None:
-                    table[name] = two  # type: ignore[index]
-                if one is not None:
-                    table[rest[0]] = one  # type: ignore[index]
+            tables: tuple[dict[str, Any], ...] = (self.files, self.xattrs)
+            for table in tables:
+                both = {new: table.pop(old) for new, old in ((name, rest[0]), (rest[0], name)) if old in table}
+                table.update(both)
         elif kind == "xattr":
             self.xattrs[name] = content(rest[1], rest[0])
 

@@ -51,8 +51,10 @@ def run(*words: str | os.PathLike[str], timeout: float = PATIENCE, **options: ob
 
     What it prints goes to files: a server that it leaves behind would keep a pipe open.
     """
-    text = {"mode": "w+", "errors": "surrogateescape"}
-    with tempfile.TemporaryFile(**text) as out, tempfile.TemporaryFile(**text) as err:
+    with (
+        tempfile.TemporaryFile("w+", errors="surrogateescape") as out,
+        tempfile.TemporaryFile("w+", errors="surrogateescape") as err,
+    ):
         command = [find_program(str(words[0])), *map(str, words[1:])]
         done = subprocess.run(  # type: ignore[call-overload]
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout, check=False, **options
@@ -66,6 +68,15 @@ def find_program(name: str) -> str:
     """One of our commands by its path, any other as it is."""
     path = PROGRAMS / name
     return str(path) if path.exists() else name
+
+
+def errno_of(call: Callable[..., object], *args: object, **kwargs: object) -> int:
+    """The errno of the OSError that a call raises; 0 when it succeeds."""
+    try:
+        call(*args, **kwargs)
+    except OSError as error:
+        return error.errno or -1
+    return 0
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from tests.mount.load import Load
-from tests.mount.site import MiB, Site, wait_for
+from tests.mount.site import MiB, Site, errno_of, wait_for
+
+#: What calls on a mount get whose server is gone.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def furnish(top: Path) -> None:
@@ -97,9 +100,7 @@ def test_plain_mount_on_a_dead_mountpoint(site: Site, cached: bool) -> None:
         if cached:
             os.stat(site.mnt)
         site.crash()
-        with pytest.raises(OSError) as caught:
-            os.listdir(site.mnt)
-        assert caught.value.errno == errno.ENOTCONN
+        assert errno_of(os.listdir, site.mnt) == errno.ENOTCONN
         result = site.mount()
         assert "taking that mount away" in result.stderr
         assert (site.mnt / "f").read_bytes() == b"content"
@@ -114,17 +115,13 @@ def test_dead_mountpoint_with_files_still_open(site: Site) -> None:
     os.chdir(site.mnt)
     try:
         site.restart()
-        with pytest.raises(OSError):
-            os.fsync(fd)
+        assert errno_of(os.fsync, fd) in DEAD
         assert path.read_bytes() == b"old" * 10_000
         path.write_bytes(b"new")
     finally:
         os.chdir(here)
         os.close(here)
-        try:
-            os.close(fd)
-        except OSError as error:  # close(2) tells what the flush at the end met
-            assert error.errno == errno.ENOTCONN
+        assert errno_of(os.close, fd) in (0, *DEAD)  # what the flush at the end met
 
 
 def test_orphans_are_freed_at_the_next_mount(site: Site) -> None:
@@ -143,10 +140,7 @@ def test_orphans_are_freed_at_the_next_mount(site: Site) -> None:
     assert before.f_bfree - site.free() > 40
     site.crash()
     for fd in fds:
-        try:
-            os.close(fd)
-        except OSError as error:
-            assert error.errno == errno.ENOTCONN
+        assert errno_of(os.close, fd) in (0, *DEAD)
     site.mount()
     after = os.statvfs(site.mnt)
     assert (after.f_bfree, after.f_ffree) == (before.f_bfree, before.f_ffree)
@@ -162,7 +156,7 @@ def run_load(site: Site, seed: int, workers: int = 4) -> int:
             folder.mkdir()
             loads.append(Load(folder, seed * 100 + worker, site.tmp / f"load{seed}-{worker}"))
             stack.callback(loads[-1].stop)
-        calls = rng.randrange(20, 400)
+        calls = rng.randrange(50, 1000)
         wait_for(lambda: all(load.lines() > 2 * calls / workers for load in loads), "calls of every process")
         site.crash()
         for load in loads:
@@ -181,8 +175,9 @@ def test_killed_under_load(site: Site) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_under_load_often(site: Site) -> None:
-    for seed in range(100, 140):
+    for seed in range(100, 130):
         run_load(site, seed)
         site.verify()
         for path in site.mnt.glob("w*/*"):
@@ -232,10 +227,7 @@ def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
             site.umount()
         else:
             site.crash()
-            try:
-                os.close(fd)
-            except OSError as error:
-                assert error.errno == errno.ENOTCONN
+            assert errno_of(os.close, fd) in (0, *DEAD)
     if how == "kill-and-replay":
         site.unseal()
     digest, times = site.digest(), site.region.stat()
@@ -244,7 +236,7 @@ def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
     assert names == snapshot(site.mnt / "top")
     assert ("last" in names) == (how in ("umount", "kill-and-replay"))
     for call in (
-        lambda: (site.mnt / "new").touch(),
+        (site.mnt / "new").touch,
         lambda: os.unlink(site.mnt / "top" / "file"),
         lambda: os.truncate(site.mnt / "top" / "file", 0),
         lambda: os.chmod(site.mnt / "top", 0o700),
@@ -253,9 +245,7 @@ def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
         lambda: os.setxattr(site.mnt / "top", "user.x", b""),
         lambda: os.open(site.mnt / "top" / "file", os.O_WRONLY),
     ):
-        with pytest.raises(OSError) as caught:
-            call()
-        assert caught.value.errno == errno.EROFS
+        assert errno_of(call) == errno.EROFS
     assert (site.mnt / "top" / "file").read_bytes()
     site.run_ok("pkernfs", "info", site.mnt)
     site.run_ok("pkernfs", "info", site.mnt / "top" / "file")

@@ -9,13 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
-
 from pkernfs.format import LINK_MAX, ROOT_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import open_region
 from tests.mount.agent import Directory
-from tests.mount.site import Site, run
+from tests.mount.site import Site, errno_of, run
 from tests.mount.twin import Twin
 
 # -- locks ----------------------------------------------------------------------------------------------------------
@@ -94,8 +92,8 @@ def test_entries_that_stay_are_read_once_while_others_come_and_go(shared: Site) 
     coming = [f"comes-{index}" for index in range(5000)]
     read = []
     with reading(str(folder)) as directory:
-        while (name := directory.next()) is not None:
-            read.append(name)
+        while (entry := directory.next()) is not None:
+            read.append(entry)
             for _ in range(min(3, len(leaving))):
                 os.unlink(folder / leaving.pop())
             for _ in range(min(3, len(coming))):
@@ -181,7 +179,7 @@ def test_one_of_many_creates_exclusively(shared: Site) -> None:
         wins: list[int] = []
         barrier = threading.Barrier(4)
 
-        def attempt(worker: int, kind: str = kind, target: str = target, wins: list[int] = wins) -> None:
+        def attempt(worker: int, kind: str, target: str, wins: list[int], barrier: threading.Barrier) -> None:
             barrier.wait()
             try:
                 if kind == "open":
@@ -194,7 +192,7 @@ def test_one_of_many_creates_exclusively(shared: Site) -> None:
             except FileExistsError:
                 pass
 
-        threads = [threading.Thread(target=attempt, args=(worker,)) for worker in range(4)]
+        threads = [threading.Thread(target=attempt, args=(worker, kind, target, wins, barrier)) for worker in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -220,9 +218,7 @@ def test_link_limit(unmounted: Site) -> None:
     assert first.stat().st_nlink == LINK_MAX - 1
     os.link(first, unmounted.mnt / "last")
     for call in (os.link, lambda one, two: os.link(unmounted.mnt / "17", two)):
-        with pytest.raises(OSError) as caught:
-            call(first, unmounted.mnt / "one-too-many")
-        assert caught.value.errno == errno.EMLINK
+        assert errno_of(call, first, unmounted.mnt / "one-too-many") == errno.EMLINK
     assert first.stat().st_nlink == LINK_MAX
     os.unlink(unmounted.mnt / "last")
     os.link(first, unmounted.mnt / "another")

@@ -404,8 +404,20 @@ def test_control_socket_is_the_owners(site: Site) -> None:
     assert "PermissionError" in result.stderr
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[]", b"nonsense", b'{"verb": "nonsense"}', b'{"verb": "file", "ino": -1}',
-                                  b'{"verb": "file", "ino": 99999999}', b'{"verb": ["x"]}', b"[" * 5000, b"x" * 70_000])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(b"{}", id="no-verb"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"nonsense", id="not-json"),
+        pytest.param(b'{"verb": "nonsense"}', id="unknown-verb"),
+        pytest.param(b'{"verb": ["x"]}', id="verb-is-a-list"),
+        pytest.param(b'{"verb": "file", "ino": -1}', id="negative-inode"),
+        pytest.param(b'{"verb": "file", "ino": 99999999}', id="inode-beyond-the-region"),
+        pytest.param(b"[" * 5000, id="deep"),
+        pytest.param(b"x" * 70_000, id="long"),
+    ],
+)
 def test_control_socket_answers_nonsense(shared: Site, line: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)

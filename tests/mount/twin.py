@@ -132,11 +132,11 @@ class Twin:
         told = [self._fields(value) for value in values]
         if times:
             now = [{"atime": v.st_atime_ns, "mtime": v.st_mtime_ns, "ctime": v.st_ctime_ns} for v in values]
-            before = [self.seen.get((index, value.st_ino)) for index, value in enumerate(values)]
+            before = [self.seen.get((index, value.st_ino), {}) for index, value in enumerate(values)]
             for index, value in enumerate(values):
                 self.seen[index, value.st_ino] = now[index]
                 if all(before):
-                    told[index]["changed"] = [name for name in now[index] if now[index][name] != before[index][name]]
+                    told[index]["changed"] = [name for name, time in now[index].items() if time != before[index][name]]
             coarse_tick()
         assert told[0] == told[1], f"{call}({path}):\nexpected {told[1]}\ngot      {told[0]}"
         return told[0]
