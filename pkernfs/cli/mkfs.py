@@ -1,6 +1,7 @@
 """mkfs.pkernfs: make a region."""
 
 import argparse
+import mmap
 import os
 import stat
 import uuid
@@ -55,42 +56,41 @@ def _uuid(word: str) -> uuid.UUID:
 
 
 def run(argv: Sequence[str] | None) -> int:
-    """Check everything first, then make the region.  Raises PkernfsError."""
+    """Check everything, and only then change something.  Raises PkernfsError."""
     arguments = parser().parse_args(argv)
     path = os.path.realpath(arguments.region)
     from pkernfs.format import BLOCK, MIN_BLOCKS, geometry
+    from pkernfs.fs.mkfs import check_parameters, mkfs
+    from pkernfs.region import dax_address, open_region
 
     wanted = arguments.size
     if wanted is not None and (wanted % BLOCK or wanted < MIN_BLOCKS * BLOCK):
         raise UsageError(f"--size: expected a multiple of 2 MiB, at least {human(MIN_BLOCKS * BLOCK)}, found {wanted}")
-    existed = os.path.exists(path)
-    device = existed and stat.S_ISCHR(os.stat(path).st_mode)
-    if existed:
-        _check_overwrite(path, arguments.force, device)
-    elif wanted is None:
-        raise UsageError(f"{path}: no such file", hint="--size makes one")
+    device = os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
     if device and wanted is not None:
         raise UsageError("--size: a device has the size that it has", hint="leave the option out")
-    if arguments.phys_base is not None and arguments.phys_base % BLOCK:
-        raise UsageError(f"--phys-base: expected a multiple of 2 MiB, found {arguments.phys_base:#x}")
-    from pkernfs.fs.mkfs import mkfs
-    from pkernfs.region import create_region_file, dax_address, open_region
+    phys_base = dax_address(path) if arguments.phys_base is None and device else arguments.phys_base or 0
+    if wanted is not None:
+        check_parameters(wanted, arguments.label, phys_base)
+    made = None if os.path.exists(path) else _make(path, wanted)
 
-    old_size = os.stat(path).st_size if existed and not device else None
-    try:
+    def prepare(fd: int) -> None:
+        """Under the lock: nobody else makes, mounts or resizes it between these checks and the end."""
+        size = wanted
+        if not device:
+            size = os.fstat(fd).st_size if wanted is None else wanted
+            check_parameters(size, arguments.label, phys_base)
+        if not arguments.force:
+            _check_overwrite(fd, path)
         if wanted is not None:
-            create_region_file(path, wanted)
-        with open_region(path) as region:
-            base = arguments.phys_base
-            if base is None:
-                base = dax_address(path) if device else 0
-            sb = mkfs(region, label=arguments.label, uuid=arguments.uuid, phys_base=base)
+            os.ftruncate(fd, wanted)
+
+    try:
+        with open_region(path, prepare=prepare) as region:
+            sb = mkfs(region, label=arguments.label, uuid=arguments.uuid, phys_base=phys_base)
     except BaseException:
-        # Nothing half made: a new file goes, one that was there has its old size.
-        if not existed and os.path.exists(path):
+        if made is not None and os.path.exists(path) and os.path.samestat(made, os.stat(path)):
             os.unlink(path)
-        elif old_size is not None and os.stat(path).st_size != old_size:
-            os.truncate(path, old_size)
         raise
     if not arguments.quiet:
         geo = geometry(sb.blocks)
@@ -101,22 +101,30 @@ def run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _check_overwrite(path: str, force: bool, device: bool) -> None:
-    """Refuse to overwrite a region, or anything else that is not zeros, without --force.  Raises RegionError."""
-    from pkernfs.format import BLOCK, MAGIC
-    from pkernfs.region import open_region
+def _make(path: str, size: int | None) -> os.stat_result:
+    """Make an empty file that was not there, for its owner only.  Raises UsageError, RegionError."""
+    if size is None:
+        raise UsageError(f"{path}: no such file", hint="--size makes one")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RegionError(f"{path}: cannot make the file: {error.strerror}") from None
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
 
-    mode = os.stat(path).st_mode
-    if not device and not stat.S_ISREG(mode):
-        raise RegionError(f"{path}: expected a file or a device-DAX device, found {stat.filemode(mode)}")
-    if force or (not device and os.stat(path).st_size == 0):
+
+def _check_overwrite(fd: int, path: str) -> None:
+    """Refuse to overwrite a region, or anything else that is not zeros.  Raises RegionError."""
+    from pkernfs.format import BLOCK, MAGIC, PAGE
+
+    status = os.fstat(fd)
+    length = BLOCK + PAGE if stat.S_ISCHR(status.st_mode) else min(status.st_size, BLOCK + PAGE)
+    if not length:
         return
-    if device or (os.stat(path).st_size >= 4 * BLOCK and os.stat(path).st_size % BLOCK == 0):
-        with open_region(path, readonly=True, locked=False) as region:
-            start, backup = region.read(0, BLOCK), region.read(BLOCK, 8)
-    else:
-        with open(path, "rb") as file:
-            start, backup = file.read(BLOCK), b""
+    with mmap.mmap(fd, length, prot=mmap.PROT_READ) as data:
+        start, backup = data[:BLOCK], data[BLOCK : BLOCK + 8]
     magic = MAGIC.to_bytes(8, "little")
     if magic in (start[:8], backup):
         raise RegionError(f"{path}: holds a pkernfs region already", hint="--force overwrites it")

@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     mem_path, offset = path, None
     if direct:
         facts = control(path, "direct")
+        if not facts["contiguous"] or facts["size"] != size:
+            control(path, "direct", on=False)
+            raise UsageError(f"{arguments.file}: it was changed meanwhile", hint="try again")
         mem_path, offset = facts["region"], facts["extents"][0]["region_offset"]
     if arguments.json:
         properties = {"qom-type": "memory-backend-file", "id": arguments.id, "size": size, "mem-path": mem_path}

@@ -35,6 +35,7 @@ from pkernfs.fs.pages import check_page, seal_page
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Transaction, Volume
 
+DISCARD_BLOCKS = 1 << 20  #: 2 TiB: what one record of the journal can count
 ALL_SLOTS = (1 << INODES_PER_PAGE) - 1
 _SLOTS = struct.Struct(f"<{PAGES_PER_BLOCK}H")
 
@@ -237,7 +238,9 @@ class Allocator:
 
     def has_pages(self, count: int) -> bool:
         """Whether ``count`` pages (less than a slab holds) can be had for certain."""
-        return self.free_blocks > 0 or any(self.slab(block).free >= count for block in self.with_pages)
+        return self.free_blocks > 0 or any(
+            self.table[block] == BLOCK_SLAB and self.slab(block).free >= count for block in self.with_pages
+        )
 
     def alloc_page(self, kind: int) -> int:
         """One page; its number."""
@@ -334,7 +337,8 @@ class Allocator:
                 tx.undo.append(lambda block=block: self._relist(block))  # type: ignore[misc]
         for block, count in tx.freed_blocks:
             self._set_kind(block, count, BLOCK_FREE)
-            discards.append((block * BLOCK, count * BLOCK))
+            for at in range(block, block + count, DISCARD_BLOCKS):
+                discards.append((at * BLOCK, min(DISCARD_BLOCKS, block + count - at) * BLOCK))
         return discards
 
     def _drop_slab(self, block: int) -> None:
@@ -343,8 +347,9 @@ class Allocator:
         self.with_slots.discard(block)
 
     def _relist(self, block: int) -> None:
-        self.with_pages.add(block)
-        self.with_slots.add(block)
+        if self.table[block] == BLOCK_SLAB:
+            self.with_pages.add(block)
+            self.with_slots.add(block)
 
     def forget(self, tx: Transaction) -> None:
         """An aborted transaction: drop the slabs that it changed; they are decoded again from the region."""

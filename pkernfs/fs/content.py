@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Callable
+from typing import TypeVar
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
+    FLAG_DIRECT,
     INLINE_SIZE,
     INODE_ATIME_AT,
     INODE_CTIME_AT,
@@ -19,6 +22,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.volume import Volume
+
+T = TypeVar("T")
 
 DAY = 86400 * 10**9
 I64_MAX = (1 << 63) - 1
@@ -42,6 +47,31 @@ class Content:
     def now(self) -> int:
         """The time for time stamps, ns since the epoch."""
         return self.volume.clock()
+
+    def compacting(self, change: Callable[[bool], T]) -> T:
+        """Run ``change(compact)`` in a transaction; when the space runs out with compaction, again without."""
+        try:
+            with self.volume.transaction():
+                return change(True)
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        with self.volume.transaction():
+            return change(False)
+
+    def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
+        """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
+        if inode.flags & FLAG_DIRECT:
+            for extent in FileMap(self.volume, ino, inode).extents(first):
+                start = max(extent.start, first)
+                page = extent.page + start - extent.start
+                holder = self.region.mapped_by(page * PAGE, (extent.start + extent.length - start) * PAGE)
+                if holder:
+                    raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
+
+    def finish_cut(self, ino: int) -> None:
+        """Free all that lies beyond the end of a file whose cut is pending: before it grows again."""
+        raise NotImplementedError
 
     def read(self, ino: int, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
         """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.
@@ -104,6 +134,9 @@ class Content:
         inode = volume.inode(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
+        if offset > inode.size and inode.orphan_next:
+            self.finish_cut(ino)
+            inode = volume.inode(ino)
         end = offset + len(data)
         first, last = offset // PAGE, -(-end // PAGE)
         filemap = FileMap(volume, ino, inode)
@@ -116,13 +149,17 @@ class Content:
             self.region.store(page * PAGE + offset % PAGE, data)
             self._written(ino, inode, end, now)
             return len(data)
+
+        def extend(compact: bool) -> None:
+            filemap = FileMap(volume, ino, inode, compact=compact)
+            filemap.allocate(first, last)
+            if offset > inode.size:
+                self._zero_mapped(filemap, inode.size, offset)
+            self._store(filemap, offset, data)
+            volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=now, ctime=now))
+
         try:
-            with volume.transaction():
-                filemap.allocate(first, last)
-                if offset > inode.size:
-                    self._zero_mapped(filemap, inode.size, offset)
-                self._store(filemap, offset, data)
-                volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=now, ctime=now))
+            self.compacting(extend)
         except FsError as error:
             if error.errno != errno.ENOSPC or last - first == 1:
                 raise
@@ -173,7 +210,7 @@ class Content:
                 self.region.zero(page * PAGE + skip, step)
             start += step
 
-    def resized(self, ino: int, inode: Inode, size: int) -> Inode:
+    def resized(self, ino: int, inode: Inode, size: int, *, compact: bool = True) -> Inode:
         """The inode with its content cut or grown to ``size``, within the open transaction; mtime is the caller's.
 
         Growing maps all of the new range to memory: a promise that no later store into it fails.  What a cut leaves
@@ -181,7 +218,7 @@ class Content:
         """
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG, f"size {size}")
-        filemap = FileMap(self.volume, ino, inode)
+        filemap = FileMap(self.volume, ino, inode, compact=compact)
         if size > inode.size:
             first, last = inode.size // PAGE, -(-size // PAGE)
             if last - first > self.volume.total_pages:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError
 from pkernfs.format import (
     BLOCK_DATA,
     EXTENT,
@@ -37,9 +37,14 @@ PINNED = FLAG_DIRECT  #: flags of inodes whose pages must stay where they are
 
 
 class FileMap:
-    """The extents of inode ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode."""
+    """The extents of inode ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode.
 
-    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+    ``compact``: pages may be moved together into a block, or out of one that is hardly used.  That can need space that
+    is not there: see Content.compacting.
+    """
+
+    def __init__(self, volume: Volume, ino: int, inode: Inode, *, compact: bool = True) -> None:
+        self.compact = compact
         self.volume = volume
         self.ino = ino
         self.inode = inode
@@ -216,24 +221,16 @@ class FileMap:
         """Allocate the hole [first, end)."""
         while first < end:
             chunk = first - first % PAGES_PER_BLOCK
-            chunk_end = chunk + PAGES_PER_BLOCK
-            if first == chunk and self._wants_block(chunk, end):
+            last = self._last_chunk(chunk, end) if first == chunk and self._wants_block(chunk, end) else chunk
+            if last > chunk:
                 # All whole chunks at once, and the rest of the last one with them: in one piece where possible.
-                last = self._last_chunk(chunk, end)
                 count = (last - chunk) // PAGES_PER_BLOCK
-                before = self.find(chunk - 1)[0] if chunk else 0
-                near = before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0
-                try:
-                    for block, blocks in self.volume.allocator.alloc_blocks(count, near):
-                        self._add(chunk, block * PAGES_PER_BLOCK, blocks * PAGES_PER_BLOCK)
-                        chunk += blocks * PAGES_PER_BLOCK
-                    first = last
-                    continue
-                except FsError:
-                    # No block is free: single pages may be, when few are wanted.
-                    if end - first >= PAGES_PER_BLOCK:
-                        raise
-            step = min(end, chunk_end)
+                for block, blocks in self.volume.allocator.alloc_blocks(count, self._block_behind(chunk)):
+                    self._add(chunk, block * PAGES_PER_BLOCK, blocks * PAGES_PER_BLOCK)
+                    chunk += blocks * PAGES_PER_BLOCK
+                first = last
+                continue
+            step = min(end, chunk + PAGES_PER_BLOCK)
             if not self._make_block(chunk, step - first):
                 at = first
                 for page, count in self.volume.allocator.alloc_pages(step - first, PAGE_DATA):
@@ -241,18 +238,28 @@ class FileMap:
                     at += count
             first = step
 
+    def _block_behind(self, chunk: int) -> int:
+        """The block behind the one that holds the chunk before this one: where it would be in one piece; or 0."""
+        before = self.find(chunk - 1)[0] if chunk else 0
+        return before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0
+
     def _wants_block(self, chunk: int, end: int) -> bool:
         """Whether the empty chunk, to be filled from its start to ``end``, is to be a block."""
         if self.find(chunk)[1] < PAGES_PER_BLOCK:
             return False
-        before = self.find(chunk - 1)[0] if chunk else 0
-        return end - chunk >= HALF or (before != 0 and self.is_block(before))
+        return end - chunk >= HALF or self._block_behind(chunk) != 0
 
     def _last_chunk(self, chunk: int, end: int) -> int:
-        """The end of the run of chunks from ``chunk`` on that are empty and begin below ``end``."""
-        hole = self.find(chunk)[1]
-        whole = min(-(-(end - chunk) // PAGES_PER_BLOCK), hole // PAGES_PER_BLOCK)
-        return chunk + whole * PAGES_PER_BLOCK
+        """The end of the run of chunks from ``chunk`` on that are empty, begin below ``end`` and can be blocks.
+
+        When there is a block too few, the last chunk, which is needed in part only, is left for pages.
+        """
+        hole = self.find(chunk)[1] // PAGES_PER_BLOCK
+        whole, rest = divmod(end - chunk, PAGES_PER_BLOCK)
+        count = min(whole + (rest > 0), hole)
+        if count > whole and count > self.volume.allocator.free_blocks:
+            count = whole
+        return chunk + count * PAGES_PER_BLOCK
 
     def _make_block(self, chunk: int, more: int) -> bool:
         """Turn the pages of a chunk into one block when ``more`` pages make it half full; whether it is done.
@@ -261,11 +268,9 @@ class FileMap:
         """
         old = list(self._until(chunk, chunk + PAGES_PER_BLOCK))
         mapped = sum(min(e.start + e.length, chunk + PAGES_PER_BLOCK) - max(e.start, chunk) for e in old)
-        if mapped + more < HALF or self.inode.flags & PINNED or not self.volume.allocator.free_blocks:
+        if mapped + more < HALF or not self._may_move() or not self.volume.allocator.free_blocks:
             return False
-        before = self.find(chunk - 1)[0] if chunk else 0
-        near = before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0
-        page = self.volume.allocator.alloc_blocks(1, near)[0][0] * PAGES_PER_BLOCK
+        page = self.volume.allocator.alloc_blocks(1, self._block_behind(chunk))[0][0] * PAGES_PER_BLOCK
         self._move(chunk, chunk + PAGES_PER_BLOCK, [(page, PAGES_PER_BLOCK)])
         return True
 
@@ -282,9 +287,12 @@ class FileMap:
             return False
         left = end - chunk
         allocator = self.volume.allocator
-        if left < HALF and not self.inode.flags & PINNED and allocator.has_pages(left):
+        if left < HALF and self._may_move() and allocator.has_pages(left):
             self._move(chunk, chunk + PAGES_PER_BLOCK, allocator.alloc_pages(left, PAGE_DATA))
         return True
+
+    def _may_move(self) -> bool:
+        return self.compact and not self.inode.flags & PINNED
 
     def _move(self, first: int, end: int, runs: list[tuple[int, int]]) -> None:
         """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""

@@ -79,10 +79,9 @@ class Filesystem(Names):
         """Change attributes and size together; the inode as it is then.
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
-        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL.
+        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's).
         """
         inode = self.volume.inode(ino)
-        old_size = inode.size
         now = self.now()
         changed: dict[str, Any] = {"ctime": now}
         mode = inode.mode
@@ -104,22 +103,28 @@ class Filesystem(Names):
             changed["mtime"] = clamp_time(change.mtime)
         if change.size is not None and not stat.S_ISREG(mode):
             raise FsError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"inode {ino}")
-        with self.volume.transaction():
-            if change.size is not None:
-                inode = self.resized(ino, inode, change.size)
-            inode = inode._replace(**changed)
-            self.volume.put_inode(ino, inode)
-            done = change.size is None or change.size > old_size or self._cut(ino, inode)
-        if not done:
+        if change.size is not None and change.size < inode.size:
+            self.check_unmapped(ino, inode, -(-change.size // PAGE))
+        elif change.size is not None and inode.orphan_next and change.size > inode.size:
+            self.finish_cut(ino)
+            inode = self.volume.inode(ino)
+
+        def apply(compact: bool) -> bool:
+            new = inode if change.size is None else self.resized(ino, inode, change.size, compact=compact)
+            new = new._replace(**changed)
+            self.volume.put_inode(ino, new)
+            return change.size is None or change.size > inode.size or self._cut(ino, new, compact)
+
+        if not self.compacting(apply):
             self.begin_freeing(ino)
         return self.volume.inode(ino)
 
-    def _cut(self, ino: int, inode: Inode) -> bool:
+    def _cut(self, ino: int, inode: Inode, compact: bool) -> bool:
         """Free what lies beyond the end, within the transaction when it is little; else list the inode for it.
 
         True: all is freed.
         """
-        filemap = FileMap(self.volume, ino, inode)
+        filemap = FileMap(self.volume, ino, inode, compact=compact)
         end = -(-inode.size // PAGE)
         if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
             filemap.truncate(end, STEP)

@@ -30,6 +30,7 @@ from pkernfs.format import (
     TABLE_FANOUT,
     TABLE_MAGIC,
     VERSION,
+    Geometry,
     Inode,
     JournalHeader,
     Superblock,
@@ -40,6 +41,21 @@ from pkernfs.fs.pages import seal_inode, seal_page
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 from pkernfs.region.superblock import seal_superblock
+
+
+def check_parameters(size: int, label: str, phys_base: int) -> Geometry:
+    """The geometry of a region of ``size`` bytes.  Raises FormatError (size), UsageError (label, phys_base)."""
+    blocks = size // BLOCK
+    if size % BLOCK or not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
+        raise FormatError(f"expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK} bytes, found {size}")
+    if phys_base % BLOCK or phys_base + size > 1 << 64:
+        raise UsageError(f"--phys-base: expected a multiple of 2 MiB below 2^64, found {phys_base:#x}")
+    if len(label.encode()) > 64:
+        raise UsageError(f"--label: expected at most 64 bytes, found {len(label.encode())}")
+    geo = geometry(blocks)
+    if geo.first_block >= blocks:
+        raise FormatError(f"expected more than {geo.first_block} blocks of 2 MiB, found {blocks}")
+    return geo
 
 
 def mkfs(
@@ -55,17 +71,8 @@ def mkfs(
     What the region held is lost.  The superblock is stored last, so that a half-made region is not taken for one.
     ``phys_base``: physical address of offset 0, a multiple of 2 MiB.  Raises FormatError, UsageError, FsError(ENOSPC).
     """
-    blocks = region.size // BLOCK
-    if region.size % BLOCK or not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
-        raise FormatError(f"expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK} bytes, found {region.size}")
-    if phys_base % BLOCK or phys_base + region.size > 1 << 64:
-        raise UsageError(f"--phys-base: expected a multiple of 2 MiB below 2^64, found {phys_base:#x}")
-    raw_label = label.encode()
-    if len(raw_label) > 64:
-        raise UsageError(f"--label: expected at most 64 bytes, found {len(raw_label)}")
-    geo = geometry(blocks)
-    if geo.first_block >= blocks:
-        raise FormatError(f"expected more than {geo.first_block} blocks of 2 MiB, found {blocks}")
+    geo = check_parameters(region.size, label, phys_base)
+    blocks = geo.blocks
     now = time.time_ns()
     sb = Superblock(
         magic=MAGIC,
@@ -78,7 +85,7 @@ def mkfs(
         page_size=PAGE,
         inode_size=INODE_SIZE,
         uuid=(uuid or uuid_module.uuid4()).bytes,
-        label=raw_label,
+        label=label.encode(),
         hash_seed=os.urandom(16) if hash_seed is None else hash_seed,
         blocks=blocks,
         phys_base=phys_base,

@@ -202,6 +202,8 @@ class Names(Orphans):
     def _drop_name(self, ino: int, inode: Inode, now: int) -> None:
         """Take one name from an inode, within a transaction: without one it goes, or is an orphan for now."""
         left = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        if not left:
+            self.check_unmapped(ino, inode, 0)
         inode = inode._replace(nlink=left, ctime=now)
         self.volume.put_inode(ino, inode)
         if left:
@@ -225,7 +227,9 @@ class Names(Orphans):
         self._reap_if_unused(ino)
 
     def _reap_if_unused(self, ino: int) -> None:
-        if not self.lookups.get(ino) and self.volume.allocator.inode_in_use(ino) and not self.volume.inode(ino).nlink:
+        if not self.volume.allocator.inode_in_use(ino):
+            self.pending.pop(ino, None)
+        elif not self.lookups.get(ino) and not self.volume.inode(ino).nlink:
             self.begin_freeing(ino)
 
     # -- renaming -------------------------------------------------------------------------------------------------
@@ -276,7 +280,8 @@ class Names(Orphans):
                 else:
                     target.add(new_name, old.ino, moved.mode)
                 source.remove(old)
-            self._moved(old.ino, moved, new_parent, now)
+            # Read again: listing the target as an orphan may have changed the links of this one.
+            self._moved(old.ino, self.volume.inode(old.ino), new_parent, now)
             lost = stat.S_ISDIR(new.mode) + 0 if new is not None and flags != RENAME_EXCHANGE else 0
             if source is target:
                 inode = source.finish(now)

@@ -5,15 +5,18 @@ What a step leaves is listed in the region, so that the next mount goes on after
 
 from __future__ import annotations
 
+import logging
 import stat
 from itertools import islice
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import INLINE_SIZE, INODE_SIZE, ORPHANS_INO, PAGE, Inode
 from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
+
+log = logging.getLogger("pkernfs")
 
 #: Extents and attributes that one transaction frees: what it changes must fit in the journal (an attribute's value can
 #: lie in 17 slabs), and take little time.
@@ -96,14 +99,13 @@ class Orphans(Content):
             inode = filemap.finish()
         volume.put_inode(ino, inode)
         if done:
-            self.pending.pop(ino, None)
             self.unlist_orphan(ino)
             volume.free_inode(ino, volume.inode(ino))
         return done
 
-    def _truncate_part(self, ino: int, inode: Inode) -> bool:
+    def _truncate_part(self, ino: int, inode: Inode, compact: bool) -> bool:
         """Free a part of what lies beyond the end of a file, within a transaction; True: all of it."""
-        filemap = FileMap(self.volume, ino, inode)
+        filemap = FileMap(self.volume, ino, inode, compact=compact)
         done = filemap.truncate(-(-inode.size // PAGE), STEP)
         self.volume.put_inode(ino, filemap.finish())
         if done and inode.nlink:
@@ -112,11 +114,14 @@ class Orphans(Content):
 
     def free_step(self, ino: int) -> bool:
         """One transaction that frees a part of what a listed inode has too much; True: all of it."""
-        with self.volume.transaction():
+
+        def step(compact: bool) -> bool:
             inode = self.volume.inode(ino)
             # A file that was cut may have been removed since, and still be open.
             is_used = inode.nlink or self.lookups.get(ino)
-            return self._truncate_part(ino, inode) if is_used else self.free_part(ino, inode)
+            return self._truncate_part(ino, inode, compact) if is_used else self.free_part(ino, inode)
+
+        return self.compacting(step)
 
     def begin_freeing(self, ino: int) -> None:
         """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``)."""
@@ -128,10 +133,20 @@ class Orphans(Content):
             self.settle()
 
     def pending_step(self) -> None:
-        """Take one step with the first of ``pending``."""
+        """Take one step with the first of ``pending``; one that cannot be freed stays listed for the next mount."""
         ino = next(iter(self.pending))
-        if self.free_step(ino):
+        try:
+            if self.free_step(ino):
+                self.pending.pop(ino, None)
+        except BaseException:
             self.pending.pop(ino, None)
+            raise
+
+    def finish_cut(self, ino: int) -> None:
+        """Free all that lies beyond the end of a file whose cut is pending: before it grows again."""
+        while not self.free_step(ino):
+            pass
+        self.pending.pop(ino, None)
 
     def settle(self) -> None:
         """Finish all that is pending."""
@@ -139,6 +154,16 @@ class Orphans(Content):
             self.pending_step()
 
     def finish_orphans(self) -> None:
-        """After the end of a mount: free what it kept for open files, and finish what it had begun."""
-        self.pending = dict.fromkeys(self.orphans())
-        self.settle()
+        """After the end of a mount: free what it kept for open files, and finish what it had begun.
+
+        What is damaged is logged and left: the rest of the region can be used.
+        """
+        try:
+            self.pending = dict.fromkeys(self.orphans())
+        except PkernfsError as error:
+            log.error("%s", error)
+        while self.pending:
+            try:
+                self.pending_step()
+            except PkernfsError as error:
+                log.error("%s", error)

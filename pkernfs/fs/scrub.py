@@ -41,11 +41,11 @@ class Scrubbed(NamedTuple):
 def scrub_step(fs: Filesystem, block: int) -> Scrubbed:
     """Verify what is in the next block from ``block`` on that has structures with checksums; block 0: the metadata."""
     step = _Step(fs)
+    table = fs.volume.allocator.table
     if block <= 0:
         step.metadata()
-    elif block < fs.volume.sb.blocks:
+    elif block < len(table) and table[block] == BLOCK_SLAB:  # it may have become something else since it was named
         step.slab(block)
-    table = fs.volume.allocator.table
     following = table.find(BLOCK_SLAB, max(block, 0) + 1)
     return Scrubbed(following if following >= 0 else len(table), step.structures, step.problems)
 

@@ -6,7 +6,7 @@ exclusive lock; a read-only one maps privately, so that recovery can run in memo
 """
 
 from pkernfs.region.base import MemoryRegion, Region
-from pkernfs.region.file import DaxRegion, FileRegion, create_region_file, dax_address, lock_holder, open_region
+from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_holder, open_region
 from pkernfs.region.recording import RecordingRegion, Store
 from pkernfs.region.superblock import check_superblock, read_superblock
 
@@ -18,7 +18,6 @@ __all__ = [
     "Region",
     "Store",
     "check_superblock",
-    "create_region_file",
     "dax_address",
     "lock_holder",
     "open_region",

@@ -62,6 +62,10 @@ class Region:
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of a range that nobody uses back to the host, where that is possible."""
 
+    def mapped_by(self, offset: int, length: int) -> str:
+        """Who else maps a part of the range; "" when nobody does, or nobody that may be seen."""
+        return ""
+
     def flush(self) -> None:
         """Return when all stores so far are on the medium."""
 

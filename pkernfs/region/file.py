@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
@@ -89,15 +90,20 @@ class FileRegion(Region):
 
     ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock.  Read-only: maps
     privately; with ``locked`` it takes the shared lock, without it looks at a region that may be changing.
+    ``prepare`` is called with the descriptor once the lock is held and before anything is mapped.
     """
 
-    def __init__(self, path: str, *, readonly: bool = False, locked: bool = True) -> None:
+    def __init__(
+        self, path: str, *, readonly: bool = False, locked: bool = True, prepare: Callable[[int], None] | None = None
+    ) -> None:
         self.path = path
         self.readonly = readonly
         self.fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
             if locked:
                 lock(self.fd, path, shared=readonly)
+            if prepare is not None:
+                prepare(self.fd)
             size = self._find_size()
             if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
                 raise FormatError(
@@ -135,7 +141,8 @@ class FileRegion(Region):
         except OSError as error:
             # What was allocated before the host ran out goes back at once.
             self._punch(offset, length)
-            if error.errno == errno.ENOSPC:
+            # ENOMEM: the memory cgroup's limit.  EDQUOT, EFBIG: those of the file's filesystem and of this process.
+            if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
                 raise FsError(errno.ENOSPC, f"{self.path}: no memory on the host for {length} bytes more") from None
             raise
 
@@ -153,6 +160,23 @@ class FileRegion(Region):
         """Punch a hole, where that is possible; not in a read-only mapping, which is private."""
         if not self.readonly:
             self._punch(offset, length)
+
+    def mapped_by(self, offset: int, length: int) -> str:
+        """From /proc/PID/maps, which shows the processes that this one may look at."""
+        status = os.fstat(self.fd)
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if int(pid) == os.getpid():
+                    continue
+                with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
+                    for line in lines:
+                        addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
+                        if inode == str(status.st_ino) and where == device and mode.endswith("s"):
+                            low, high = (int(word, 16) for word in addresses.split("-"))
+                            if int(at, 16) < offset + length and offset < int(at, 16) + high - low:
+                                return str(Holder(int(pid), _command(pid)))
+        return ""
 
     def flush(self) -> None:
         """msync: matters on a disk only."""
@@ -199,8 +223,10 @@ class DaxRegion(FileRegion):
         """Nothing to give back."""
 
 
-def open_region(path: str, *, readonly: bool = False, locked: bool = True) -> FileRegion:
-    """Open the region at ``path``, whatever its kind; ``locked=False`` (with ``readonly``): without the shared lock.
+def open_region(
+    path: str, *, readonly: bool = False, locked: bool = True, prepare: Callable[[int], None] | None = None
+) -> FileRegion:
+    """Open the region at ``path``, whatever its kind; the other arguments are those of FileRegion.
 
     Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
     """
@@ -208,30 +234,14 @@ def open_region(path: str, *, readonly: bool = False, locked: bool = True) -> Fi
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
-            return FileRegion(path, readonly=readonly, locked=locked)
+            return FileRegion(path, readonly=readonly, locked=locked, prepare=prepare)
         if stat.S_ISCHR(mode):
-            return DaxRegion(path, readonly=readonly, locked=locked)
+            return DaxRegion(path, readonly=readonly, locked=locked, prepare=prepare)
     except FileNotFoundError:
         raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
     except OSError as error:
         raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
     raise RegionError(f"{path}: expected a file or a device-DAX device, found {stat.filemode(mode)}")
-
-
-def create_region_file(path: str, size: int) -> None:
-    """Make the sparse file of a new region, readable for its owner only, or give an existing one a new size.
-
-    Raises RegionBusyError when it is in use, RegionError when the host refuses.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            lock(fd, path)
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise RegionError(f"{path}: cannot make a file of {size} bytes: {error.strerror}") from None
 
 
 def dax_address(path: str) -> int:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pkernfs.client import control
@@ -123,8 +123,11 @@ def fuse_options(region_path: str, options: MountOptions) -> set[str]:
     return words | set(options.kernel)
 
 
-def unmount(mountpoint: str) -> bool:
-    """umount, by fusermount3 for users; False when it is in use."""
+def unmount(mountpoint: str, device: str) -> bool:
+    """umount, by fusermount3 for users; False when it is in use, or something else is mounted on top of ``device``."""
+    mounted = mount_at(mountpoint)
+    if mounted is None or mounted.device != device:
+        return False
     command = ["umount", "-i", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", mountpoint]
     return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
 
@@ -173,6 +176,9 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
                 f"{mountpoint}: mounting failed: {said() or error}", hint="may you use /dev/fuse and this directory?"
             ) from None
 
+    mounted = mount_at(mountpoint)
+    device = mounted.device if mounted else ""
+
     async def announce() -> None:
         def settle() -> str:
             os.stat(mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
@@ -184,10 +190,12 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
         number = await anext(signals)
         log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
         # In a thread, and served meanwhile: what is dirty in the kernel's cache comes in as requests.
-        if await trio.to_thread.run_sync(unmount, mountpoint, abandon_on_cancel=True):
-            return  # the end of the mount ends the loop
+        if await trio.to_thread.run_sync(unmount, mountpoint, device, abandon_on_cancel=True):
+            # The end of the mount ends the loop, unless it is mounted elsewhere too: then the next signal does.
+            await anext(signals)
         log.warning("%s is in use: what is open there fails from now on", mountpoint)
-        await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
+        with suppress(OSError):
+            await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
         pyfuse3.terminate()
 
     async def run() -> None:

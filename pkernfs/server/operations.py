@@ -93,12 +93,13 @@ class Operations(pyfuse3.Operations):
             await self.work.wait()
             self.work = trio.Event()
             while self.fs.pending:
+                ino = next(iter(self.fs.pending))
                 try:
                     self.fs.pending_step()
                 except PkernfsError as error:
-                    ino = next(iter(self.fs.pending))
-                    del self.fs.pending[ino]
                     log.error("freeing inode %d: %s", ino, error)
+                except Exception:
+                    log.exception("a bug: freeing inode %d failed", ino)
                 await trio.lowlevel.checkpoint()
 
     def report_damage(self, error: CorruptError) -> None:

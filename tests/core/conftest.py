@@ -10,8 +10,8 @@ import pytest
 
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.region import create_region_file, open_region
-from tests.core.support import MiB, assert_sound, mkfile, new_fs, open_fs
+from pkernfs.region import open_region
+from tests.core.support import MiB, assert_sound, mkfile, new_fs, open_fs, sparse_file
 
 HOLD = """
 import sys
@@ -58,7 +58,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def made(path: str) -> str:
     """A region of 32 MiB with a file in it."""
-    create_region_file(path, 32 * MiB)
+    sparse_file(path, 32 * MiB)
     with open_region(path) as region:
         mkfs(region)
         fs = open_fs(region)

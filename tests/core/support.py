@@ -172,3 +172,9 @@ def patch_inode(fs: Filesystem, ino: int, **fields: Any) -> Inode:
     fs.region.store(ino * INODE_SIZE, seal_inode(ino, inode))
     fs.volume.inodes.clear()
     return inode
+
+
+def sparse_file(path: str, size: int) -> None:
+    """A file of ``size`` bytes, all of them a hole; one that is there gets this size."""
+    with open(path, "ab") as file:
+        file.truncate(size)

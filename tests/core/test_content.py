@@ -441,7 +441,7 @@ def test_an_aborted_allocation_leaves_nothing_behind(make_fs: Callable[..., File
     fs = make_fs(32)
     ino = mkfile(fs, b"f", b"x" * 5)
     blocks = fs.volume.allocator.free_blocks
-    unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=blocks * BLOCK + MiB + 1)))
+    unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=(blocks + 1) * BLOCK)))
     fs.setattr(ino, SetAttr(size=blocks * BLOCK))
     assert is_zero(content(fs, ino)[5:])
 

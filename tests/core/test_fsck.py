@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pkernfs.cli.fsck import main
-from pkernfs.region import create_region_file, open_region, read_superblock
-from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode
+from pkernfs.region import open_region, read_superblock
+from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode, sparse_file
 
 OPTIONS = [[], ["-n"], ["-y"], ["-p"], ["-a"], ["-f"], ["-f", "-y"]]
 Capture = pytest.CaptureFixture[str]
@@ -158,7 +158,7 @@ def test_readers_do_not_keep_it_out(made: str, hold: Callable[..., subprocess.Po
 
 def test_what_cannot_be_checked(tmp_path: Path, capsys: Capture) -> None:
     path = str(tmp_path / "region")
-    create_region_file(path, 16 * MiB)
+    sparse_file(path, 16 * MiB)
     for name, text in {
         path: "not a pkernfs region",
         f"{path}-": "no such region",

@@ -3,10 +3,11 @@
 import errno
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ORPHANS_INO, PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.orphans import STEP
@@ -330,10 +331,57 @@ def test_a_damaged_list_is_an_error_and_no_loop(fields: Callable[[int, int], dic
     assert fs.orphans() == [b, a]
     good = fs.getattr(a)
     patch_inode(fs, a, **fields(a, b))
+    other = open_fs(MemoryRegion(image=fs.region.view))  # what is damaged is logged and left, the rest can be used
     with pytest.raises(CorruptError, match="the list of orphans"):
-        open_fs(MemoryRegion(image=fs.region.view))
+        other.orphans()
+    mkfile(other, b"c")
+    other.unlink(ROOT, b"c")
     patch_inode(fs, a, orphan_next=good.orphan_next)
     assert good.orphan_next == ORPHANS_INO
     for ino in (a, b):
         assert stat.S_ISREG(fs.getattr(ino).mode)
         fs.forget(ino, 1)
+
+
+def test_rename_of_a_listed_file_over_an_open_one(fs: Filesystem) -> None:
+    """Listing the target changes the links of its neighbour, which may be the file that is renamed."""
+    fs.in_background = True
+    moved, target = sparse(fs, b"moved", 70), mkfile(fs, b"target", b"y")
+    for ino in (moved, target):
+        fs.remember(ino)
+    fs.setattr(moved, SetAttr(size=0))
+    assert fs.orphans() == [moved]
+    fs.rename(ROOT, b"moved", ROOT, b"target")
+    assert sorted(fs.orphans()) == sorted([moved, target])
+    assert_sound(fs)
+    fs.settle()
+    fs.forget(target, 1)
+    assert fs.orphans() == []
+    fs.unlink(ROOT, b"target")
+    fs.forget(moved, 1)
+    fs.settle()
+
+
+def test_growing_finishes_a_pending_cut(fs: Filesystem) -> None:
+    fs.in_background = True
+    ino = sparse(fs, b"f", 200)
+    fs.setattr(ino, SetAttr(size=0))
+    assert fs.pending
+    fs.setattr(ino, SetAttr(size=2 * MiB))
+    assert (fs.pending, fs.orphans()) == ({}, [])
+    assert content(fs, ino) == bytes(2 * MiB)
+
+
+def test_shrinking_works_where_compaction_does_not(make_fs: Callable[..., Filesystem]) -> None:
+    """A block that is hardly used stays one when there is no space to turn it into pages."""
+    fs = make_fs(32)
+    ino = mkfile(fs, b"f")
+    fs.setattr(ino, SetAttr(size=2 * MiB))
+    other = mkfile(fs, b"other")
+    number = 0
+    with suppress(FsError):
+        while fs.write(other, 2 * number * PAGE, b"z" * PAGE):
+            number += 1
+    fs.setattr(ino, SetAttr(size=400 * 1024))
+    assert fs.getattr(ino).size == 400 * 1024
+    fs.unlink(ROOT, b"other")

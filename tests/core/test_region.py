@@ -20,7 +20,6 @@ from pkernfs.region import (
     FileRegion,
     MemoryRegion,
     RecordingRegion,
-    create_region_file,
     lock_holder,
     open_region,
     read_superblock,
@@ -28,7 +27,19 @@ from pkernfs.region import (
 from pkernfs.region.base import ZERO_CHUNK
 from pkernfs.region.superblock import seal_superblock
 from tests.core.conftest import HOLD
-from tests.core.support import ROOT, MiB, assert_sound, content, digest, fails, mkfile, open_fs, tree, unchanged
+from tests.core.support import (
+    ROOT,
+    MiB,
+    assert_sound,
+    content,
+    digest,
+    fails,
+    mkfile,
+    open_fs,
+    sparse_file,
+    tree,
+    unchanged,
+)
 
 
 def one_line(error: PkernfsError) -> bool:
@@ -50,16 +61,6 @@ def test_a_region_keeps_what_was_stored(made: str) -> None:
     with open_region(made, readonly=True) as region:
         fs = open_fs(region)
         assert content(fs, fs.resolve(b"f")) == b"CONtent"
-
-
-def test_a_new_file_is_for_its_owner_and_sparse(path: str) -> None:
-    create_region_file(path, 64 * MiB)
-    status = os.stat(path)
-    assert (status.st_mode & 0o777, status.st_size, status.st_blocks) == (0o600, 64 * MiB, 0)
-    create_region_file(path, 32 * MiB)
-    assert os.stat(path).st_size == 32 * MiB
-    with pytest.raises(RegionError, match="cannot make a file of"):
-        create_region_file(f"{path}/below", 32 * MiB)
 
 
 def test_the_lock_names_its_holder(made: str, hold: Callable[..., subprocess.Popen[str]]) -> None:
@@ -135,7 +136,7 @@ def test_paths_that_are_no_regions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK, 3 * BLOCK, 4 * BLOCK - 1, 4 * BLOCK + 4096, 32 * MiB + 1])
 def test_sizes_that_no_region_has(path: str, size: int) -> None:
-    create_region_file(path, size)
+    sparse_file(path, size)
     for readonly in (False, True):
         with pytest.raises(FormatError, match=f"expected a multiple of 2 MiB, at least 8 MiB, found {size} bytes") as c:
             open_region(path, readonly=readonly)
@@ -306,7 +307,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_a_host_without_memory_is_no_space_and_no_sigbus(mounted: str) -> None:
     """A region of 64 MiB on a tmpfs of 16 MiB."""
     path = f"{mounted}/region"
-    create_region_file(path, 64 * MiB)
+    sparse_file(path, 64 * MiB)
     with open_region(path) as region:
         mkfs(region)
         fs = open_fs(region)
@@ -333,7 +334,7 @@ def test_a_host_without_memory_is_no_space_and_no_sigbus(mounted: str) -> None:
 @pytest.mark.parametrize("mounted", [("tmpfs", "size=4m")], indirect=True)
 def test_mkfs_on_a_host_without_memory(mounted: str) -> None:
     path = f"{mounted}/region"
-    create_region_file(path, 4096 * MiB)
+    sparse_file(path, 4096 * MiB)
     with open_region(path) as region, fails(errno.ENOSPC):
         mkfs(region)
     with open_region(path, readonly=True) as region, pytest.raises(FormatError, match="found zeros"):
@@ -362,10 +363,10 @@ def huge_pages() -> Iterator[None]:
 @pytest.mark.parametrize("mounted", [("hugetlbfs", "pagesize=2M")], indirect=True)
 def test_a_region_of_huge_pages(mounted: str) -> None:
     path = f"{mounted}/region"
-    create_region_file(path, 64 * MiB)
+    sparse_file(path, 64 * MiB)
     with pytest.raises(RegionError, match="Cannot allocate memory"):
         open_region(path)
-    create_region_file(path, 32 * MiB)
+    sparse_file(path, 32 * MiB)
     with open_region(path) as region:
         assert (region.kind, region.volatile) == ("hugetlbfs", False)
         mkfs(region)
