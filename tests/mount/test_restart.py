@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.mount.load import Load
-from tests.mount.site import MiB, Site, errno_of, wait_for
+from tests.mount.site import MiB, Site, below, errno_of, wait_for
 
 #: What calls on a mount get whose server is gone.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -51,7 +51,7 @@ def furnish(top: Path) -> None:
 def snapshot(top: Path) -> dict[str, Any]:
     """All that can be known of everything below a directory."""
     rows = {}
-    for path in [top, *sorted(top.rglob("*"))]:
+    for path in [top, *below(top)]:
         found = os.lstat(path)
         row: dict[str, Any] = {
             name: getattr(found, name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.site import MiB, Site, errno_of, wait_until
+from tests.mount.site import MiB, Site, below, errno_of, wait_until
 
 PAGE = 4096
 BLOCK = 2 * MiB
@@ -79,7 +79,7 @@ def test_everything_comes_back(site: Site) -> None:
         os.setxattr(top / f"some-name-{index}", "user.big", bytes(index * 20))
     os.mkfifo(top / "fifo")
     (top / "large").write_bytes(b"y" * (5 * BLOCK + 1))
-    for path in sorted(top.rglob("*"), reverse=True):
+    for path in reversed(below(top)):
         path.unlink()
     top.rmdir()
     site.wait_for_free(before.f_bfree)
@@ -111,7 +111,7 @@ def test_full_and_empty_again(site: Site, size: int) -> None:
         if path.exists():  # the last may have been refused altogether
             content = path.read_bytes()
             assert content == data or (index == count - 1 and data.startswith(content))
-    for path in site.mnt.rglob("fill*"):
+    for path in [path for path in below(site.mnt) if path.name.startswith("fill")]:
         path.unlink()
     top.rmdir()
     site.wait_for_free(before)
