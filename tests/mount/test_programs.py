@@ -152,6 +152,7 @@ def test_rsync(shared: Site, source: Path) -> None:
             path.write_bytes(path.read_bytes()[: index * 100] + b"changed" * index)
         else:
             path.unlink()
+        os.utime(path.parent, ns=(10**18, 10**18 + 10**9 * index))  # not this second, see make_tree
     for words in (["-aHAX", "--delete"], ["-aHAX", "--delete", "--inplace", "--no-whole-file"]):
         for _ in range(2):  # once leaves times of directories behind, on ext4 too
             shared.run_ok("rsync", *words, f"{outside}/", inside)
