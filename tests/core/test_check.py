@@ -489,7 +489,7 @@ DOUBLE: dict[str, tuple[set[str], Callable[[Filesystem], object]]] = {
     "extent-part-of-block": ({"block-part", "leaked-block"}, lambda fs: patch_extent(fs, b"big", length=600)),
     "extent-not-aligned": ({"block-align", "leaked-block"}, lambda fs: patch_extent(fs, b"big", start=1)),
     "extents-overlap": (
-        {"extent-order", "page-free", "page-kind", "leaked-page"},
+        {"extent-order", "double-use", "leaked-page"},
         lambda fs: extent_in_tree(fs, overlap),
     ),
     "attribute-in-wrong-pages": (
