@@ -330,7 +330,7 @@ class Walk:
             first = self._hashed(key, entry.name, names, f"{entry.name!r} in directory {ino:#x}")
             is_dir, mode = self._entry(ino, entry)
             links += is_dir
-            if mode != entry.mode or not first:
+            if not mode or mode != entry.mode or not first:
                 dropped.append(f"{'the type of ' * bool(mode and first)}the name {entry.name!r}")
             if mode and first and self.ledger.salvage:
                 kept.append((key, DIRENT.pack(Dirent(entry.ino, mode, len(entry.name))) + entry.name))

@@ -140,6 +140,9 @@ def orphans(work: Work) -> None:
     members = [ino for ino in members if ino >= FIRST_FREE_SLOT and _usable(volume, ino)]
     ring = [int(ORPHANS_INO), *members, int(ORPHANS_INO)]
     links = list(zip(ring[1:-1], ring[2:], ring, strict=False))
+    # Reserved inodes are never on the list.
+    links += [(ino, 0, 0) for ino in checker.listed | checker.says_listed if ino < FIRST_FREE_SLOT]
+    links = [link for link in links if link[0] != ORPHANS_INO]
     links.append((int(ORPHANS_INO), ring[1], ring[-2]))
     # The head at last: until then the list is as broken as it was.
     for batch in batches(links):
