@@ -243,9 +243,15 @@ class Checker(Walk):
 
     def _free_slot(self, ino: int) -> None:
         mode = int.from_bytes(self.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
-        if mode:
-            self.note("inode-free", f"inode {ino:#x}: the slot is free, found mode {mode:o} in it", ino=ino)
+        found = f"mode {mode:o} in it" if mode else ""
+        try:
+            read_inode(self.region, ino)
+        except CorruptError as error:
+            # Whoever takes the slot reads its generation first.
+            found = error.found
+        if found:
             self.free_slots.append(ino)
+            self.note("inode-free", f"inode {ino:#x}: the slot is free, found {found}", ino=ino)
 
     def link_counts(self) -> None:
         """Files have as many names as they say (directories were compared in the walk)."""
