@@ -1,4 +1,4 @@
-"""fsck.pkernfs: check a region.  Reads only, but for a journal that -y or -p may replay."""
+"""fsck.pkernfs: check a region, and repair it with -y or -p.  Without these it only reads."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.cli.words import Parser, add_version
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from pkernfs.fs.check import Checker, Problem
+    from pkernfs.fs.repair_work import Repair
     from pkernfs.region import FileRegion
 
 DESCRIPTION = """\
 Check a pkernfs region: every structure, and that they agree.  Prints one line for each problem.
 
-A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.  Problems are
-found but not repaired yet; a transaction that a crash left in the journal is replayed with -y or -p, else in memory
-only.
+With -y or -p problems are repaired: a superblock is restored from its copy, what cannot be read is taken out, counts
+are made right, memory that nobody owns is freed, and files that lost their names get one in /lost+found.  Files that
+are sound are not touched.  A repair that was interrupted is continued by the next one.  A transaction that a crash
+left in the journal is replayed with -y or -p, else in memory only.
+
+A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.
 """
 EPILOG = """\
 exit status, as fsck(8) has it; they add up:
-  0  clean                    1  the journal was replayed                 4  problems were left
+  0  clean                    1  problems were corrected, or the journal was replayed
+  4  problems were left (without -y and -p: all)
   8  it could not be checked: no region, in use, cannot be read          16  wrong usage
 """
 CORRECTED, LEFT, FAILED, USAGE = 1, 4, 8, 16
@@ -39,7 +47,9 @@ class FsckParser(Parser):
 class Outcome(NamedTuple):
     """What one run found."""
 
-    problems: list[Problem]
+    problems: list[Problem]  #: what the first check found
+    left: list[Problem]  #: what is there at the end
+    repairs: list[Repair]
     checker: Checker | None  #: None: the volume could not be opened
     records: int  #: records of the journal that were replayed
     stored: bool  #: they are in the region now, not in memory only
@@ -48,7 +58,7 @@ class Outcome(NamedTuple):
     @property
     def code(self) -> int:
         """The exit code."""
-        return CORRECTED * bool(self.records and self.stored) | LEFT * bool(self.problems)
+        return CORRECTED * bool(self.repairs or (self.records and self.stored)) | LEFT * bool(self.left)
 
 
 def parser() -> Parser:
@@ -80,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> Outcome:
-    """Open, perhaps replay, check.  Raises PkernfsError."""
+    """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
     from pkernfs.errors import RegionBusyError
     from pkernfs.fs.check import check_region
+    from pkernfs.fs.repair import repair_region
     from pkernfs.region import open_region
 
     warnings = []
@@ -93,15 +104,28 @@ def _run(arguments: argparse.Namespace) -> Outcome:
             raise RegionBusyError(error.text, hint="unmount it, or look only with -n") from None
         warnings.append(f"{error.text}: what changes meanwhile may seem damaged")
         opened = open_region(arguments.region, readonly=True, locked=False)
-    with opened as region:
-        records = _waiting(region)
-        if not records or not (arguments.yes or arguments.auto):
-            problems, checker = check_region(region)
-            return Outcome(problems, checker, records, False, warnings)
-    with open_region(arguments.region) as region:
-        problems, checker = check_region(region)
-        region.flush()
-        return Outcome(problems, checker, records if checker else 0, True, warnings)
+    with _progress(arguments) as tell:
+        with opened as region:
+            records = _waiting(region)
+            problems, checker = check_region(region, progress=tell)
+            if not (arguments.yes or arguments.auto) or not (records or problems):
+                return Outcome(problems, problems, [], checker, records, False, warnings)
+        with open_region(arguments.region) as region:
+            done = repair_region(region, progress=tell)
+        return Outcome(problems, done.left, done.repairs, done.checker, done.records, True, warnings)
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace) -> Iterator[Callable[[str], None] | None]:
+    """A line that says what is done now, while it lasts; None: no terminal to show it on."""
+    if arguments.json or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("open") as status:
+        yield status.update
 
 
 def _waiting(region: FileRegion) -> int:
@@ -120,17 +144,19 @@ def _waiting(region: FileRegion) -> int:
 
 def _report(arguments: argparse.Namespace, outcome: Outcome) -> None:
     name = arguments.region
-    problems, checker = outcome.problems, outcome.checker
+    problems, left, checker = outcome.problems, outcome.left, outcome.checker
     if arguments.json:
         found = {
             "region": os.path.realpath(name),
             "exit": outcome.code,
-            "clean": not problems,
+            "clean": not left,
             "replayed": outcome.records if outcome.stored else 0,
             "files": checker.files if checker else None,
             "directories": checker.directories if checker else None,
             "warnings": outcome.warnings,
             "problems": [problem._asdict() for problem in problems],
+            "repaired": [repair._asdict() for repair in outcome.repairs],
+            "left": [problem._asdict() for problem in left],
         }
         print(json.dumps(found, indent=2))
         return
@@ -141,11 +167,23 @@ def _report(arguments: argparse.Namespace, outcome: Outcome) -> None:
         print(f"{name}: the journal held an unfinished transaction of {outcome.records} records: {where}")
     for problem in problems:
         print(f"{name}: {problem.code}: {problem.text}")
+    for repair in outcome.repairs:
+        print(f"{name}: repaired: {repair.text}")
+    if outcome.stored and left and left != problems:
+        for problem in left:
+            print(f"{name}: left: {problem.code}: {problem.text}")
     if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        print(f"{name}: {count} found; this version finds problems and cannot repair them yet")
+        count = _count(problems, "problem")
+        if outcome.stored:
+            print(f"{name}: {count} found, {_count(outcome.repairs, 'repair')} made, {_count(left, 'problem')} left")
+        else:
+            print(f"{name}: {count} found; -y repairs what can be repaired")
     elif checker:
         print(f"{name}: clean, {checker.files} files, {checker.directories} directories{_space(checker)}")
+
+
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items)} {noun}" + "s" * (len(items) != 1)
 
 
 def _space(checker: Checker) -> str:

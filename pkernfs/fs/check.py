@@ -10,10 +10,11 @@ structure cannot be read, ``Ledger.incomplete`` keeps the last passes from takin
 from __future__ import annotations
 
 import stat
+import struct
 from collections.abc import Callable
 from typing import ClassVar
 
-from pkernfs.errors import CorruptError, FormatError
+from pkernfs.errors import CorruptError, FormatError, PkernfsError
 from pkernfs.format import (
     BLOCK,
     BLOCK_META,
@@ -21,6 +22,7 @@ from pkernfs.format import (
     INODE,
     INODE_SIZE,
     INODES_PER_PAGE,
+    IOMMU_INO,
     JOURNAL_HEADER,
     JOURNAL_MAGIC,
     ORPHANS_INO,
@@ -29,6 +31,7 @@ from pkernfs.format import (
     PAGE_INODES,
     PAGES_PER_BLOCK,
     ROOT_INO,
+    ROOT_PGTABLES_INO,
     SUPERBLOCK,
     SUPERBLOCK_CHECKED,
     TABLE_FANOUT,
@@ -37,21 +40,32 @@ from pkernfs.format import (
 )
 from pkernfs.fs.check_ledger import Problem, Tally
 from pkernfs.fs.check_walk import RESERVED, Walk
-from pkernfs.fs.pages import check_page
+from pkernfs.fs.directory import Directory
+from pkernfs.fs.pages import check_page, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region, check_superblock
 
 
 class Checker(Walk):
-    """One check of one volume.  ``run`` once; then ``problems``, ``files`` and ``directories`` tell what there is."""
+    """One check of one volume.  ``run`` once; then ``problems``, ``files`` and ``directories`` tell what there is.
 
-    def __init__(self, volume: Volume) -> None:
-        super().__init__(volume)
+    ``progress`` is called with the name of each pass.  ``salvage``: find what a repair can keep, too.
+    """
+
+    def __init__(self, volume: Volume, *, salvage: bool = False, progress: Callable[[str], None] | None = None) -> None:
+        super().__init__(volume, salvage=salvage)
         self.problems = self.ledger.problems
+        self.progress = progress
+        self.lost: list[int] = []  #: inodes with a count of names, and without a name
+        self.unlisted: list[int] = []  #: inodes without names that are not in the list of orphans
+        self.slots_elsewhere: list[int] = []  #: pages that hold no inodes, and have slots in use
+        self.free_slots: list[int] = []  #: free slots that are not empty
 
     def run(self) -> list[Problem]:
         """All passes, in order."""
         for one in self.PASSES:
+            if self.progress:
+                self.progress(one.__name__.replace("_", " "))
             self.ledger.tally = Tally(0)
             one(self)
         return self.problems
@@ -106,6 +120,7 @@ class Checker(Walk):
             for index, bits in enumerate(slab.slots):
                 if bits and slab.kinds[index] != PAGE_INODES:
                     page = block * PAGES_PER_BLOCK + index
+                    self.slots_elsewhere.append(page)
                     self.note(
                         "slab-slots", f"page {page:#x} holds no inodes, found slots {bits:#x}", offset=page * PAGE
                     )
@@ -118,10 +133,15 @@ class Checker(Walk):
             found = (stat.S_IFMT(inode.mode), inode.flags) if inode else (kind, flags)
             if ino == ORPHANS_INO and inode and (inode.pages or inode.root or inode.size or inode.xattrs):
                 self.note("reserved-inode", f"inode {ino}: expected the head of a list, found content", ino=ino)
+                self.correct(ino, pages=0, root=0, size=0, xattrs=0)
             if found != (kind, flags):
                 self.note(
                     "reserved-inode", f"inode {ino}: expected type, flags {kind:o}, {flags}, found {found}", ino=ino
                 )
+                if kind and found[0] == kind:
+                    self.correct(ino, flags=flags)
+                else:
+                    self.bad[ino] = "not what belongs there"
 
     # -- the walk -------------------------------------------------------------------------------------------------
 
@@ -132,6 +152,7 @@ class Checker(Walk):
         root = self.inode(ROOT_INO)
         if root and root.parent != ROOT_INO:
             self.note("directory-parent", f"the root: expected itself as parent, found {root.parent}", ino=ROOT_INO)
+            self.correct(ROOT_INO, parent=ROOT_INO)
         self.walk(ROOT_INO)
 
     def orphans(self) -> None:
@@ -162,6 +183,19 @@ class Checker(Walk):
 
     def lost_inodes(self) -> None:
         """Every slot in use was reached, and free slots are empty."""
+        for ino in map(int, (IOMMU_INO, ROOT_PGTABLES_INO)):
+            if not self.ledger.incomplete and self.mark(ino):
+                self.note("inode-lost", f"inode {ino}: expected a name, found none", ino=ino)
+                self.lost.append(ino)
+                inode = self.inode(ino)
+                if inode:
+                    self.reach(ino, inode)
+        for ino in self._lost_slots():
+            self._lost(ino)
+
+    def _lost_slots(self) -> list[int]:
+        """The slots that are in use and were not reached: those that others of them name at the end."""
+        found: list[int] = []
         for block, slab in self.ledger.slabs.items():
             index = slab.kinds.find(PAGE_INODES)
             while index >= 0:
@@ -169,10 +203,24 @@ class Checker(Walk):
                 lost = slab.slots[index] & ~self.seen.get(first // INODES_PER_PAGE, 0)
                 for slot in range(INODES_PER_PAGE):
                     if lost >> slot & 1:
-                        self._lost(first + slot)
+                        found.append(first + slot)
                     elif not slab.slots[index] >> slot & 1:
                         self._free_slot(first + slot)
                 index = slab.kinds.find(PAGE_INODES, index + 1)
+        if self.ledger.incomplete:
+            return []
+        named = {child for ino in found for child in self._named_by(ino)}
+        return sorted(found, key=named.__contains__)
+
+    def _named_by(self, ino: int) -> list[int]:
+        """The inodes that a lost directory names: nothing is claimed or noted, and what is damaged names none."""
+        try:
+            inode = read_inode(self.region, ino)
+            if not stat.S_ISDIR(inode.mode) or not inode.root:
+                return []
+            return [entry.ino for entry in Directory(self.volume, ino, inode).scan() if entry.ino != ino]
+        except (PkernfsError, struct.error):
+            return []
 
     def _lost(self, ino: int) -> None:
         """A slot that is in use, and that no name and no list led to."""
@@ -183,17 +231,27 @@ class Checker(Walk):
             return
         if not inode.mode:
             self.note("inode-mode", f"inode {ino:#x}: the slot is in use, found an empty one", ino=ino)
+            self.bad[ino] = "empty"
         elif not inode.nlink:
             self.note("orphan-unlisted", f"inode {ino:#x}: no name left, found it missing in the list", ino=ino)
+            self.unlisted.append(ino)
         else:
             self.note("inode-lost", f"inode {ino:#x}: expected {inode.nlink} names, found none", ino=ino)
+            self.lost.append(ino)
         if inode.mode:
             self.reach(ino, inode)
 
     def _free_slot(self, ino: int) -> None:
         mode = int.from_bytes(self.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
-        if mode:
-            self.note("inode-free", f"inode {ino:#x}: the slot is free, found mode {mode:o} in it", ino=ino)
+        found = f"mode {mode:o} in it" if mode else ""
+        try:
+            read_inode(self.region, ino)
+        except CorruptError as error:
+            # Whoever takes the slot reads its generation first.
+            found = error.found
+        if found:
+            self.free_slots.append(ino)
+            self.note("inode-free", f"inode {ino:#x}: the slot is free, found {found}", ino=ino)
 
     def link_counts(self) -> None:
         """Files have as many names as they say (directories were compared in the walk)."""
@@ -202,6 +260,7 @@ class Checker(Walk):
                 inode = self.inode(ino)
                 links = inode.nlink if inode else 0
                 self.note("link-count", f"inode {ino:#x}: expected nlink {links - left}, found {links}", ino=ino)
+                self.correct(ino, nlink=links - left)
 
     def leaks(self) -> None:
         """Memory that is allocated has an owner."""
@@ -231,14 +290,14 @@ def check(volume: Volume) -> list[Problem]:
     return Checker(volume).run()
 
 
-def check_region(region: Region) -> tuple[list[Problem], Checker | None]:
+def check_region(region: Region, progress: Callable[[str], None] | None = None) -> tuple[list[Problem], Checker | None]:
     """Open the volume in ``region`` and check it.  The journal is replayed: in memory, when the region is read-only.
 
     Where the superblock, the journal or the block table is damaged the volume cannot be opened: that is the one problem
     then, and the Checker is None.  Raises FormatError when neither copy of the superblock can be used.
     """
     try:
-        checker = Checker(Volume(region))
+        checker = Checker(Volume(region), progress=progress)
     except CorruptError as error:
         code = "journal" if "journal" in error.what else "block-table"
         return [Problem(code, f"{error.what}: {error.found}", 0, error.offset)], None

@@ -6,7 +6,7 @@ Nothing here raises on a damaged region: what a reader would raise is noted as a
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError
@@ -18,9 +18,11 @@ from pkernfs.format import (
     BLOCK_SLAB,
     INODES_PER_PAGE,
     MAX_FILE_SIZE,
+    NODE_MAGIC,
     PAGE,
     PAGE_DATA,
     PAGE_FREE,
+    PAGE_HEADER_LAYOUT,
     PAGE_INODES,
     PAGE_KINDS,
     PAGE_NODE,
@@ -51,12 +53,25 @@ class Tally:
         self.owner = owner
         self.pages = 0  #: 4 KiB pages claimed
         self.sound = True
+        self.nodes: list[int] = []  #: pages of the nodes of the tree at work
+        self.broken = False  #: a node of it could not be used as it is
+
+
+class Wrong(NamedTuple):
+    """A use of a page that the slab's header does not agree with."""
+
+    owner: int
+    kind: int  #: what the page is used as
 
 
 class Ledger:
-    """Owners of data blocks and slab pages (0: none so far), in 8 bytes each."""
+    """Owners of data blocks and slab pages (0: none so far), in 8 bytes each.
 
-    def __init__(self, volume: Volume) -> None:
+    What disagrees with the block table and the slab headers does not own anything; it is kept beside, for a repair to
+    decide who is right.  ``salvage``: trees give all that can be read, also what no inner node leads to any more.
+    """
+
+    def __init__(self, volume: Volume, *, salvage: bool = False) -> None:
         self.volume = volume
         self.region = volume.region
         self.table = volume.allocator.table
@@ -67,6 +82,14 @@ class Ledger:
         self.problems: list[Problem] = []
         self.incomplete = False  #: something could not be read, so what is below it may seem lost
         self.tally = Tally(0)
+        self.salvage = salvage
+        self.wrong_pages: dict[int, Wrong] = {}
+        self.wrong_blocks: dict[int, int] = {}  #: blocks that a file uses and the table has as something else: owner
+        self.maybe_slabs: set[int] = set()  #: blocks that are used as slabs, and are none
+        self.found: dict[int, bytearray] = {}  #: kinds of pages as they are used, of slabs with damaged headers
+        self.leaked_pages: list[tuple[int, int]] = []
+        self.leaked_blocks: list[tuple[int, int]] = []
+        self._strays: dict[int, list[int]] | None = None  #: by owner: pages of leaves
 
     # -- noting ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +118,7 @@ class Ledger:
             try:
                 self.slabs[block] = Slab.decode(self.region.read(block * BLOCK, PAGE), block)
             except CorruptError as error:
+                self.found[block] = bytearray(PAGES_PER_BLOCK)
                 self.note_damage("slab-header", error)
 
     def slot_in_use(self, ino: int) -> bool:
@@ -110,27 +134,45 @@ class Ledger:
 
     def claim(self, page: int, count: int, kind: int, what: str) -> bool:
         """The inode at work owns these slab pages; whether that holds for all of them and they can be read."""
-        good = True
+        return sum(length for _, length in self.claim_runs(page, count, kind, what)) == count
+
+    def in_slab(self, page: int, what: str) -> bool:
+        """Whether the page is one of a slab; noted when it is not."""
+        block = page // PAGES_PER_BLOCK
+        if block in self.pages:
+            return True
+        where = "beyond the region"
+        if 0 <= block < len(self.table):
+            where = BLOCK_KINDS[self.table[block]]
+            self.maybe_slabs.add(block)
+        self.note("page-range", f"{what}: expected a page of a slab, found page {page:#x}, which is {where}")
+        return False
+
+    def claim_runs(self, page: int, count: int, kind: int, what: str) -> list[tuple[int, int]]:
+        """The runs (page, count) of these slab pages that the inode at work owns now."""
+        good: list[tuple[int, int]] = []
         for at in range(page, page + count):
+            if not self.in_slab(at, what):
+                break
             block, index = divmod(at, PAGES_PER_BLOCK)
-            owners = self.pages.get(block)
-            if owners is None:
-                where = BLOCK_KINDS[self.table[block]] if 0 <= block < len(self.table) else "beyond the region"
-                self.note("page-range", f"{what}: expected a page of a slab, found page {at:#x}, which is {where}")
-                return False
+            owners = self.pages[block]
             slab = self.slabs.get(block)
+            self.tally.pages += 1
             if slab is not None and slab.kinds[index] != kind:
                 code = "page-free" if slab.kinds[index] == PAGE_FREE else "page-kind"
                 found = PAGE_KINDS[slab.kinds[index]]
                 self.note(code, f"{what}: expected kind {PAGE_KINDS[kind]!r}, found {found!r}", offset=at * PAGE)
-                owners[index] = owners[index] or self.tally.owner
-                good = False
+                self.wrong_pages.setdefault(at, Wrong(self.tally.owner, kind))
             elif owners[index]:
                 self._double(what, owners[index], at * PAGE)
-                good = False
             else:
                 owners[index] = self.tally.owner
-            self.tally.pages += 1
+                if slab is None:
+                    self.found[block][index] = kind
+                if good and sum(good[-1]) == at:
+                    good[-1] = (good[-1][0], good[-1][1] + 1)
+                else:
+                    good.append((at, 1))
         return good
 
     def _double(self, what: str, owner: int, offset: int) -> None:
@@ -138,69 +180,88 @@ class Ledger:
             "double-use", f"{what}: expected memory of its own, found memory that inode {owner} has too", offset=offset
         )
 
-    def claim_extent(self, extent: Extent) -> None:
-        """The inode at work owns the memory of ``extent``: whole data blocks and data pages of slabs."""
+    def claim_extent(self, extent: Extent) -> list[Extent]:
+        """The inode at work owns the memory of ``extent``: whole data blocks and data pages of slabs.
+
+        The parts of the extent for which that holds.
+        """
         start, page, left = extent
         what = f"extent {start:#x}+{left:#x} of inode {self.tally.owner}"
         total = self.volume.total_pages
         if not self.first_block * PAGES_PER_BLOCK <= page < page + left <= total:
             self.note("extent-range", f"{what}: expected pages of the region, found {page:#x} to {page + left:#x}")
-            return
+            return []
         if start + left > MAX_FILE_SIZE // PAGE:
             self.note("extent-range", f"{what}: expected an end within {MAX_FILE_SIZE:#x} bytes")
-            return
+            return []
+        good: list[Extent] = []
         while left:
             block, index = divmod(page, PAGES_PER_BLOCK)
             step = min(left, PAGES_PER_BLOCK - index)
+            runs = [(page, step)]
             if self.table[block] == BLOCK_SLAB:
-                self.claim(page, step, PAGE_DATA, what)
+                runs = self.claim_runs(page, step, PAGE_DATA, what)
             else:
                 self.tally.pages += step
-                self._claim_block(block, start, index, step, what)
+                if not self._claim_block(block, start, index, step, what):
+                    runs = []
+            for at, count in runs:
+                if good and good[-1].page + good[-1].length == at:
+                    good[-1] = good[-1]._replace(length=good[-1].length + count)
+                else:
+                    good.append(Extent(start + at - page, at, count))
             start, page, left = start + step, page + step, left - step
+        return good
 
-    def _claim_block(self, block: int, start: int, index: int, step: int, what: str) -> None:
-        if self.table[block] != BLOCK_DATA:
-            code = "block-free" if self.table[block] == BLOCK_FREE else "block-kind"
-            found = BLOCK_KINDS[self.table[block]]
-            self.note(code, f"{what}: expected block {block} to be 'data', found {found!r}", offset=block * BLOCK)
-        elif step != PAGES_PER_BLOCK:
+    def _claim_block(self, block: int, start: int, index: int, step: int, what: str) -> bool:
+        kind = self.table[block]
+        if step != PAGES_PER_BLOCK and kind == BLOCK_DATA:
             self.note("block-part", f"{what}: expected whole blocks, found {step} pages of block {block} from {index}")
-        elif start % PAGES_PER_BLOCK:
+        elif start % PAGES_PER_BLOCK and kind == BLOCK_DATA:
             self.note("block-align", f"{what}: expected block {block} at a multiple of 2 MiB, found page {start:#x}")
+        elif kind != BLOCK_DATA:
+            code = "block-free" if kind == BLOCK_FREE else "block-kind"
+            found = BLOCK_KINDS[kind]
+            self.note(code, f"{what}: expected block {block} to be 'data', found {found!r}", offset=block * BLOCK)
+            if step == PAGES_PER_BLOCK and not start % PAGES_PER_BLOCK:
+                self.wrong_blocks.setdefault(block, self.tally.owner)
+            else:
+                self.maybe_slabs.add(block)
         elif self.blocks[block]:
             self._double(what, self.blocks[block], block * BLOCK)
         else:
             self.blocks[block] = self.tally.owner
+            return True
+        return False
 
     # -- trees ----------------------------------------------------------------------------------------------------
 
-    def tree(self, root: int) -> Iterator[tuple[int, bytes]]:
+    def tree(self, root: int, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
         """The items of a tree of the inode at work, whose nodes are checked and claimed on the way.
 
-        A node is claimed before it is read, so that a loop ends where it comes back.
+        A node that names another owner is not claimed.  One that was seen before is not read again, so that loops end.
+        ``fits``: whether a value can be one of this tree.
         """
-        owner = self.tally.owner
+        self.tally.nodes, self.tally.broken = [], False
         todo: list[tuple[int, int | None, int, int]] = [(root, None, 0, KEY_END)] if root else []
         while todo:
             page, level, low, high = todo.pop()
-            what = f"tree node {page:#x} of inode {owner}"
-            if not self.claim(page, 1, PAGE_NODE, what):
-                self.incomplete = True
-                continue
-            try:
-                node = Node.decode(self.region.read(page * PAGE, PAGE), page, owner)
-            except CorruptError as error:
-                self.note_damage("tree-node", error)
+            what = f"tree node {page:#x} of inode {self.tally.owner}"
+            node = self._node(page, what)
+            if node is None:
+                self.tally.broken = self.incomplete = True
                 continue
             if level is not None and node.level != level:
-                self.note_unread(
-                    "tree-level", f"{what}: expected level {level}, found {node.level}", offset=page * PAGE
-                )
-                continue
+                self.tally.broken = True
+                text = f"{what}: expected level {level}, found {node.level}"
+                self.note("tree-level", text, offset=page * PAGE)
+                if node.level > level:
+                    self.incomplete = True
+                    continue
             # The first key of an inner node is not looked at by any reader.
             keys = node.keys[1:] if node.level else node.keys
             if keys and not low <= keys[0] <= keys[-1] < high:
+                self.tally.broken = True
                 self.note(
                     "tree-order",
                     f"{what}: expected keys from {low:#x} to {high - 1:#x}, found {keys[0]:#x} to {keys[-1]:#x}",
@@ -212,6 +273,45 @@ class Ledger:
             bounds = [low, *keys, high]
             children = zip(node.children, bounds, bounds[1:], strict=False)
             todo += reversed([(child, node.level - 1, first, end) for child, first, end in children])
+        if self.tally.broken and self.salvage:
+            yield from self._stray_items(fits)
+
+    def _node(self, page: int, what: str) -> Node | None:
+        """A node of the inode at work, claimed; None, and a note, when it cannot be had."""
+        if not self.in_slab(page, what):
+            return None
+        try:
+            node = Node.decode(self.region.read(page * PAGE, PAGE), page, self.tally.owner)
+        except CorruptError as error:
+            self.note_damage("tree-node", error)
+            return None
+        if not self.claim(page, 1, PAGE_NODE, what):
+            return None
+        self.tally.nodes.append(page)
+        return node
+
+    def _stray_items(self, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
+        """The items of leaves of the inode at work that no node leads to any more."""
+        if self._strays is None:
+            self._strays = {}
+            for block, slab in self.slabs.items():
+                for index, kind in enumerate(slab.kinds):
+                    if kind == PAGE_NODE:
+                        page = block * PAGES_PER_BLOCK + index
+                        header = PAGE_HEADER_LAYOUT.unpack(self.region.view, page * PAGE)
+                        if header.magic == NODE_MAGIC and not header.level:
+                            self._strays.setdefault(header.owner, []).append(page)
+        for page in self._strays.get(self.tally.owner, ()):
+            block, index = divmod(page, PAGES_PER_BLOCK)
+            if self.pages[block][index]:
+                continue
+            try:
+                node = Node.decode(self.region.read(page * PAGE, PAGE), page, self.tally.owner)
+            except CorruptError:
+                continue
+            if all(map(fits, node.values)) and self.claim(page, 1, PAGE_NODE, "a leaf"):
+                self.tally.nodes.append(page)
+                yield from zip(node.keys, node.values, strict=True)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -221,16 +321,21 @@ class Ledger:
         for block, slab in self.slabs.items():
             owners = self.pages[block]
             leaked = bytes(
-                slab.kinds[i] != PAGE_FREE and not (slab.slots[i] if slab.kinds[i] == PAGE_INODES else owners[i])
+                slab.kinds[i] != PAGE_FREE
+                and not (slab.slots[i] if slab.kinds[i] == PAGE_INODES else owners[i])
+                and block * PAGES_PER_BLOCK + i not in self.wrong_pages
                 for i in range(1, PAGES_PER_BLOCK)
             )
             for first, count in _runs(leaked):
                 page = block * PAGES_PER_BLOCK + 1 + first
+                self.leaked_pages.append((page, count))
                 self.note("leaked-page", f"pages {page:#x}+{count}: allocated, found no owner", offset=page * PAGE)
             if slab.free == PAGES_PER_BLOCK - 1:
+                self.leaked_blocks.append((block, 1))
                 self.note("leaked-block", f"block {block}: a slab without a page in use", offset=block * BLOCK)
         lost = bytes(kind == BLOCK_DATA and not owner for kind, owner in zip(self.table, self.blocks, strict=True))
         for first, count in _runs(lost):
+            self.leaked_blocks.append((first, count))
             self.note("leaked-block", f"blocks {first}+{count}: allocated, found no owner", offset=first * BLOCK)
 
 

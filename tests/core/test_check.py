@@ -372,6 +372,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "inode-without-type": ("inode-mode", lambda fs: set_mode(fs, b"g", 0o170000)),
     "inode-slot-empty": ("inode-mode", use_empty_slot),
     "inode-in-a-free-slot": ("inode-free", fill_free_slot),
+    "free-slot-damaged": ("inode-free", lambda fs: flip(fs, free_slot(fs) * 256 + 44)),
     "file-with-directory-flag": ("inode-flags", lambda fs: patch_inode(fs, fs.resolve(b"g"), flags=f.FLAG_DIR)),
     "file-with-parent": ("inode-parent", lambda fs: patch_inode(fs, fs.resolve(b"g"), parent=1)),
     "file-too-large": ("inode-size", lambda fs: patch_inode(fs, fs.resolve(b"g"), size=f.MAX_FILE_SIZE + 1)),
@@ -489,7 +490,7 @@ DOUBLE: dict[str, tuple[set[str], Callable[[Filesystem], object]]] = {
     "extent-part-of-block": ({"block-part", "leaked-block"}, lambda fs: patch_extent(fs, b"big", length=600)),
     "extent-not-aligned": ({"block-align", "leaked-block"}, lambda fs: patch_extent(fs, b"big", start=1)),
     "extents-overlap": (
-        {"extent-order", "page-free", "page-kind", "leaked-page"},
+        {"extent-order", "double-use", "leaked-page"},
         lambda fs: extent_in_tree(fs, overlap),
     ),
     "attribute-in-wrong-pages": (

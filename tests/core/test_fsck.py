@@ -54,7 +54,7 @@ def test_a_clean_region(made: str, options: list[str], capsys: Capture) -> None:
     assert digest(made) == before
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+@pytest.mark.parametrize("options", [[], ["-n"], ["-f"]], ids=" ".join)
 def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> None:
     damage(made)
     before = digest(made)
@@ -63,8 +63,23 @@ def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> No
     assert len(lines) == 2
     assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
     assert lines[0].endswith(": expected 1 pages, found a count of 99")
-    assert lines[1] == f"{made}: 1 problem found; this version finds problems and cannot repair them yet"
+    assert lines[1] == f"{made}: 1 problem found; -y repairs what can be repaired"
     assert digest(made) == before
+
+
+@pytest.mark.parametrize("options", [["-y"], ["-p"], ["-a"], ["-f", "-y"]], ids=" ".join)
+def test_a_problem_is_repaired(made: str, options: list[str], capsys: Capture) -> None:
+    damage(made)
+    assert main([*options, made]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
+    assert lines[1].startswith(f"{made}: repaired: inode 0x")
+    assert lines[1].endswith(": set pages 1")
+    assert lines[2] == f"{made}: 1 problem found, 1 repair made, 0 problems left"
+    after = digest(made)
+    assert main([*options, made]) == 0
+    assert digest(made) == after
 
 
 @pytest.mark.parametrize("options", [["-y"], ["-p"]], ids=" ".join)
@@ -90,10 +105,15 @@ def test_the_journal_is_replayed_in_memory_only(made: str, options: list[str], c
     assert digest(made) == before
 
 
-def test_replayed_and_still_damaged(made: str) -> None:
+def test_replayed_and_repaired(made: str, capsys: Capture) -> None:
     damage(made)
     seal_again(made)
-    assert main(["-y", made]) == 5
+    assert main(["-y", "--json", made]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["replayed"] > 0
+    assert [repair["text"].endswith(": set pages 1") for repair in found["repaired"]] == [True]
+    assert found["left"] == []
+    assert main([made]) == 0
 
 
 def test_a_damaged_journal(made: str, capsys: Capture) -> None:
@@ -102,9 +122,12 @@ def test_a_damaged_journal(made: str, capsys: Capture) -> None:
         at = read_superblock(region).journal_offset + 2 * 4096
         region.store(at, b"damage")
     before = digest(made)
-    assert main(["-y", made]) == 4
+    assert main([made]) == 4
     assert capsys.readouterr().out.startswith(f"{made}: journal: the journal")
     assert digest(made) == before
+    assert main(["-y", made]) == 1
+    assert "repaired: retired a transaction that cannot be trusted (the journal: " in capsys.readouterr().out
+    assert main([made]) == 0
 
 
 def test_a_damaged_superblock(made: str, capsys: Capture) -> None:
@@ -112,6 +135,8 @@ def test_a_damaged_superblock(made: str, capsys: Capture) -> None:
         region.store(100, b"damage")
     assert main([made]) == 4
     assert "the copy at 0x200000 is sound" in capsys.readouterr().out
+    assert main(["-y", made]) == 1
+    assert main([made]) == 0
 
 
 def test_json(made: str, capsys: Capture) -> None:
@@ -126,6 +151,8 @@ def test_json(made: str, capsys: Capture) -> None:
         "directories": 2,
         "warnings": [],
         "problems": [],
+        "repaired": [],
+        "left": [],
     }
     damage(made)
     assert main(["--json", made]) == 4

@@ -1,0 +1,86 @@
+"""The core of fsck.pkernfs -y: check, repair, check again.
+
+    repair_region(region) -> Outcome
+
+``STAGES`` is the order.  What memory is used for comes first, so that what is stored later never takes memory that is
+in use; then inodes, what they hold, and what follows from that; memory is freed, and lost inodes are named, when
+everything can be read.  A stage that changes something ends its round: the next check sees what is true then.  Every
+stage works through transactions, so that a crash leaves a region that the next repair goes on with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pkernfs.fs.check import Checker, Problem
+from pkernfs.fs.repair_content import contents, lost
+from pkernfs.fs.repair_frame import mend_frame
+from pkernfs.fs.repair_inodes import bad_inodes, fields, free_slots, orphans
+from pkernfs.fs.repair_space import block_kinds, leaks, page_kinds, slab_headers, slots
+from pkernfs.fs.repair_work import Repair, Work
+from pkernfs.fs.volume import Volume
+from pkernfs.region import Region
+
+MAX_ROUNDS = 40  #: a round makes one stage's changes; damage that is not gone after so many stays
+
+STAGES: tuple[Callable[[Work], None], ...] = (
+    block_kinds,
+    slab_headers,
+    page_kinds,
+    slots,
+    bad_inodes,
+    contents,
+    fields,
+    free_slots,
+    orphans,
+    leaks,
+    lost,
+)
+
+
+class Outcome(NamedTuple):
+    """What a repair did."""
+
+    repairs: list[Repair]
+    left: list[Problem]  #: what the last check found
+    checker: Checker
+    records: int  #: records of the journal that were replayed
+
+
+def repair_region(region: Region, progress: Callable[[str], None] | None = None) -> Outcome:
+    """Repair the region, which must be open for writing.
+
+    ``progress`` is called with what is done now.  Raises FormatError when no superblock can be used.
+    """
+    repairs, records = mend_frame(region)
+    seen: set[tuple[Problem, ...]] = set()
+    for number in range(1, MAX_ROUNDS + 1):
+
+        def tell(name: str, number: int = number) -> None:
+            if progress:
+                progress(f"round {number}: {name}")
+
+        checker = Checker(Volume(region), salvage=True, progress=tell)
+        problems = checker.run()
+        state = tuple(problems)
+        if not problems or state in seen:
+            break
+        seen.add(state)
+        done = _one_stage(checker, tell)
+        if not done:
+            break
+        repairs += done
+    region.flush()
+    return Outcome(repairs, problems, checker, records)
+
+
+def _one_stage(checker: Checker, tell: Callable[[str], None]) -> list[Repair]:
+    """The first stage that changes something."""
+    for stage in STAGES:
+        work = Work(Volume(checker.region), checker)
+        tell(f"repair, {stage.__name__.replace('_', ' ')}")
+        stage(work)
+        if work.repairs:
+            return work.repairs
+    return []

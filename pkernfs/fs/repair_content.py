@@ -1,0 +1,190 @@
+"""Repair of what inodes hold: trees are made anew from what can be kept, and what lost its name gets one."""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    DIRENT,
+    EXTENT,
+    EXTENT_VALUE,
+    FLAG_DIR,
+    INLINE_EXTENTS,
+    INLINE_SIZE,
+    INODE_SIZE,
+    IOMMU_INO,
+    KEY_SLOTS,
+    ROOT_INO,
+    ROOT_PGTABLES_INO,
+    XATTR_HEAD,
+    Extent,
+    Inode,
+    name_key,
+)
+from pkernfs.fs.btree import Node, Tree
+from pkernfs.fs.check_walk import Salvage
+from pkernfs.fs.directory import Directory
+from pkernfs.fs.pages import read_inode
+from pkernfs.fs.repair_work import BATCH, Work
+from pkernfs.fs.volume import Volume
+
+LOST_FOUND = b"lost+found"
+#: reserved inode -> where its name belongs
+PLACES: dict[int, tuple[int, bytes]] = {
+    IOMMU_INO: (ROOT_INO, b"iommu"),
+    ROOT_PGTABLES_INO: (IOMMU_INO, b"root-pgtables"),
+}
+
+
+class NewTree(Tree):
+    """A tree that is made anew: in the pages that the old one had, as far as they go.
+
+    Those are stored through the journal, so that a crash leaves the old tree or the new one.
+    """
+
+    def __init__(self, volume: Volume, owner: int, old: list[int]) -> None:
+        super().__init__(volume, owner, 0)
+        self.old = old[:BATCH]
+
+    def _new(self, level: int) -> Node:
+        if not self.old:
+            return super()._new(level)
+        node = Node(self.old.pop(), self.owner, level, fresh=False)
+        self.volume.nodes[node.offset] = node
+        self.volume.change(node)
+        self.pages += 1
+        return node
+
+
+def contents(work: Work) -> None:
+    """Extents, entries and attributes that cannot stay as they are: the tree is made anew without the bad ones."""
+    for (ino, field), salvage in work.checker.salvaged.items():
+        try:
+            inode = read_inode(work.volume.region, ino)
+        except CorruptError:
+            continue
+        what = {"xattrs": "attributes", "root": "extents"}[field]
+        try:
+            with work.volume.transaction():
+                if field == "root" and stat.S_ISDIR(inode.mode):
+                    what = "entries"
+                if field == "root" and not stat.S_ISDIR(inode.mode) and not inode.root:
+                    inode = inode._replace(inline=_inline(salvage))
+                else:
+                    root = _tree(work.volume, ino, salvage, what)
+                    inode = inode._replace(root=root) if field == "root" else inode._replace(xattrs=root)
+                    if what == "extents" and not inode.root:
+                        inode = inode._replace(inline=bytes(INLINE_SIZE))
+                work.volume.put_inode(ino, inode)
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            continue
+        text = f"inode {ino:#x}: {what} made anew, {len(salvage.items)} kept"
+        if salvage.dropped:
+            more = len(salvage.dropped) - 3
+            text += "; dropped: " + ", ".join(salvage.dropped[:3]) + f" and {more} more" * (more > 0)
+        work.note(what, text, ino=ino, offset=ino * INODE_SIZE)
+
+
+def _inline(salvage: Salvage) -> bytes:
+    """The extents inside the inode.  Cutting one can make more than fit: those at the end go."""
+    extents = [Extent(start, *EXTENT_VALUE.unpack(value)) for start, value in salvage.items]
+    raw = b"".join(map(EXTENT.pack, extents[:INLINE_EXTENTS]))
+    return raw + bytes(INLINE_SIZE - len(raw))
+
+
+def _tree(volume: Volume, ino: int, salvage: Salvage, what: str) -> int:
+    """Make the tree anew within a transaction; the page of its root."""
+    tree = NewTree(volume, ino, list(reversed(salvage.nodes)))
+    items: dict[int, bytes] = {}
+    for old, value in salvage.items:
+        key = old
+        if what != "extents":
+            first = name_key(volume.sb.hash_seed, _name(value, what))
+            if not first <= key < first + KEY_SLOTS or key in items:
+                key = next((k for k in range(first, first + KEY_SLOTS) if k not in items), old)
+        items.setdefault(key, value)
+    for key, value in sorted(items.items()):
+        tree.put(key, value)
+    for page in {*salvage.nodes[BATCH:], *tree.old}:
+        volume.allocator.free_pages_later(page)
+    return tree.root
+
+
+def _name(value: bytes, what: str) -> bytes:
+    """The name in an entry or an attribute."""
+    if what == "entries":
+        return value[DIRENT.size :]
+    return value[XATTR_HEAD.size : XATTR_HEAD.size + XATTR_HEAD.unpack(value).name_length]
+
+
+def lost(work: Work) -> None:
+    """Inodes without a name get one: the reserved ones theirs, all others "#" and their number in /lost+found."""
+    volume = work.volume
+    for ino in work.checker.lost:
+        try:
+            inode = read_inode(volume.region, ino)
+            if ino in PLACES:
+                parent, name = PLACES[ino]
+            else:
+                parent, name = _lost_found(work), b"#%d" % ino
+            while Directory(volume, parent, volume.inode(parent)).find(name):
+                name += b"~"
+            _add_name(volume, parent, name, ino, inode)
+        except CorruptError:
+            continue
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return
+        where = "its place" if ino in PLACES else "/lost+found"
+        work.note("inode-lost", f"inode {ino:#x}: named {name.decode(errors='replace')!r} in {where}", ino=ino)
+
+
+def _lost_found(work: Work) -> int:
+    """The inode of /lost+found, made when there is none."""
+    volume = work.volume
+    root = volume.inode(ROOT_INO)
+    name = LOST_FOUND
+    while entry := Directory(volume, ROOT_INO, root).find(name):
+        if stat.S_ISDIR(entry.mode):
+            return entry.ino
+        name += b"~"
+    now = volume.clock()
+    with volume.transaction():
+        ino = volume.allocator.alloc_inode()
+        made = Inode(
+            atime=now,
+            mtime=now,
+            ctime=now,
+            btime=now,
+            mode=stat.S_IFDIR | 0o700,
+            generation=(read_inode(volume.region, ino).generation + 1) & 0xFFFFFFFF,
+            uid=root.uid,
+            gid=root.gid,
+            flags=FLAG_DIR,
+            nlink=2,
+            parent=ROOT_INO,
+        )
+        directory = Directory(volume, ROOT_INO, root)
+        directory.add(name, ino, made.mode)
+        root = directory.finish(now)
+        volume.put_inode(ROOT_INO, root._replace(nlink=root.nlink + 1))
+        volume.put_inode(ino, made)
+    work.note("inode-lost", f"made /{name.decode()}", ino=ino)
+    return ino
+
+
+def _add_name(volume: Volume, parent: int, name: bytes, ino: int, inode: Inode) -> None:
+    """Name an inode that no directory names.  A file's count of names may be wrong then: the next round's work."""
+    is_dir = stat.S_ISDIR(inode.mode)
+    with volume.transaction():
+        directory = Directory(volume, parent, volume.inode(parent))
+        directory.add(name, ino, inode.mode)
+        above = directory.finish(volume.clock())
+        volume.put_inode(parent, above._replace(nlink=above.nlink + is_dir))
+        if is_dir:
+            volume.put_inode(ino, inode._replace(parent=parent))

@@ -1,0 +1,153 @@
+"""Repair of what must be sound before a volume can be opened: the superblocks, the journal, the block table.
+
+What is stored here is not in a transaction, for the journal is not to be trusted yet, but each store can be torn: the
+other superblock, or the next repair, makes up for it.
+"""
+
+from __future__ import annotations
+
+from pkernfs.errors import CorruptError, FormatError
+from pkernfs.format import (
+    BLOCK,
+    BLOCK_FREE,
+    BLOCK_KINDS,
+    BLOCK_META,
+    BLOCK_SLAB,
+    JOURNAL_HEADER,
+    JOURNAL_MAGIC,
+    MAX_BLOCKS,
+    MIN_BLOCKS,
+    PAGE,
+    PAGE_HEADER_LAYOUT,
+    SUPERBLOCK,
+    SUPERBLOCK_CHECKED,
+    TABLE_FANOUT,
+    TABLE_MAGIC,
+    JournalHeader,
+    Superblock,
+    geometry,
+)
+from pkernfs.fs.allocator import Slab
+from pkernfs.fs.journal import Journal
+from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.repair_work import Repair, batches
+from pkernfs.region import Region, check_superblock
+
+MAX_SEQUENCE = 1 << 62  #: of the journal: more are damage, and could not be counted on
+
+
+def find_copy(region: Region) -> tuple[int, Superblock] | None:
+    """Offset and content of the sound copy of the superblock, wherever the region's size allows it to be."""
+    blocks = region.size // BLOCK
+    if not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
+        return None
+    for block in range(1, geometry(blocks).journal_offset // BLOCK + 1):
+        try:
+            sb = check_superblock(region.read(block * BLOCK, SUPERBLOCK.size), region.size, "copy", readonly=True)
+        except FormatError:
+            continue
+        if sb.journal_offset == block * BLOCK:
+            return block * BLOCK, sb
+    return None
+
+
+def mend_superblocks(region: Region) -> list[Repair]:
+    """Restore either superblock from the other.  Raises FormatError when none can be used."""
+    try:
+        sb = check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region")
+    except FormatError as error:
+        copy = find_copy(region)
+        if copy is None:
+            raise FormatError(error.text, hint="no copy of the superblock can be used either") from None
+        # A superblock that allows reading only, or is too new, is not changed.
+        check_superblock(region.read(copy[0], SUPERBLOCK.size), region.size, "the copy of the superblock")
+        raw = region.read(copy[0], SUPERBLOCK_CHECKED)
+        # The magic last: a superblock without it is not taken for one.
+        region.store(8, raw[8:])
+        region.store_word(0, int.from_bytes(raw[:8], "little"))
+        return [Repair("superblock", f"restored from its copy at {copy[0]:#x}")]
+    raw = region.read(0, SUPERBLOCK_CHECKED)
+    if region.read(sb.journal_offset, SUPERBLOCK_CHECKED) == raw:
+        return []
+    region.store(sb.journal_offset, raw)
+    return [Repair("superblock", "the copy was written anew", 0, sb.journal_offset)]
+
+
+def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
+    """Replay is the volume's; here a sealed transaction that cannot be trusted is retired, and a header made sound."""
+    journal = Journal(region, sb)
+    at = journal.header_at
+    seal = region.word(at)
+    done = []
+    try:
+        if seal & 1:
+            list(journal.records(seal >> 1))
+    except CorruptError as error:
+        seal &= ~1
+        region.store_word(at, seal)
+        text = f"retired a transaction that cannot be trusted ({error.what}: {error.found}); it was not applied"
+        done.append(Repair("journal", text, 0, at))
+    magic = JOURNAL_HEADER.unpack(region.read(at, JOURNAL_HEADER.size)).magic
+    if magic != JOURNAL_MAGIC or seal >> 1 > MAX_SEQUENCE:
+        seal = seal if seal >> 1 <= MAX_SEQUENCE else 0
+        region.store(at, JOURNAL_HEADER.pack(JournalHeader(seal & ~1, JOURNAL_MAGIC, 0, seal >> 1, 0, 0)))
+        done.append(Repair("journal", "its header was written anew", 0, at))
+    return done
+
+
+def mend_table(region: Region, sb: Superblock) -> list[Repair]:
+    """Pages of the block table have right headers and possible kinds; what blocks are used for comes later.
+
+    To be called when no transaction waits in the journal.
+    """
+    stores = []
+    done = []
+    for index in range(sb.table_pages):
+        offset = PAGE + index * PAGE
+        raw = region.read(offset, PAGE)
+        found = raw[PAGE_HEADER_LAYOUT.size :]
+        first = index * TABLE_FANOUT
+        kinds = bytearray(found)
+        for at, kind in enumerate(found):
+            block = first + at
+            if block < sb.first_block:
+                kinds[at] = BLOCK_META
+            elif block >= sb.blocks:
+                kinds[at] = BLOCK_FREE
+            elif kind == BLOCK_META or kind not in BLOCK_KINDS:
+                kinds[at] = BLOCK_SLAB if is_slab(region, block) else BLOCK_FREE
+        try:
+            check_page(raw, TABLE_MAGIC, offset, index, "the block table")
+            text = f"page {index} of the block table named kinds of blocks that cannot be"
+        except CorruptError as error:
+            text = f"page {index} of the block table was damaged ({error.found}): its checksum was made right"
+        else:
+            if kinds == found:
+                continue
+        stores.append((offset, seal_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
+        done.append(Repair("block-table", text, 0, offset))
+    journal = Journal(region, sb)
+    for batch in batches(stores):
+        journal.commit(batch, [])
+    return done
+
+
+def is_slab(region: Region, block: int) -> bool:
+    """Whether the block begins with a sound header of a slab."""
+    try:
+        Slab.decode(region.read(block * BLOCK, PAGE), block)
+    except CorruptError:
+        return False
+    return True
+
+
+def mend_frame(region: Region) -> tuple[list[Repair], int]:
+    """Make it possible to open the volume; the repairs, and the number of records of the journal that were replayed.
+
+    Raises FormatError when no superblock can be used.
+    """
+    done = mend_superblocks(region)
+    sb = check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region")
+    done += mend_journal(region, sb)
+    records = Journal(region, sb).recover()
+    return done + mend_table(region, sb), records

@@ -1,0 +1,160 @@
+"""Repair of inodes: slots, fields, counts, the reserved ones and the list of orphans."""
+
+from __future__ import annotations
+
+import stat
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    FIRST_FREE_SLOT,
+    INODE,
+    INODE_SIZE,
+    ORPHANS_INO,
+    PAGE,
+    PAGES_PER_BLOCK,
+    ROOT_INO,
+    Inode,
+)
+from pkernfs.fs.btree import Node
+from pkernfs.fs.check_walk import RESERVED
+from pkernfs.fs.pages import read_inode
+from pkernfs.fs.repair_work import Work, batches
+from pkernfs.fs.volume import Volume
+
+
+def raw_inode(volume: Volume, ino: int) -> Inode:
+    """The fields of a slot, damaged or not."""
+    return INODE.unpack(volume.region.read(ino * INODE_SIZE, INODE_SIZE))
+
+
+def empty_slot(volume: Volume, ino: int) -> Inode:
+    """What a free slot holds: the number that tells its users apart goes on."""
+    return Inode(generation=raw_inode(volume, ino).generation)
+
+
+def bad_inodes(work: Work) -> None:
+    """An inode that cannot be kept is cleared, a reserved one made anew; what it had is freed later.
+
+    Only the slot: the names that are left lead to nothing then, and go in the next round.
+    """
+    volume, allocator = work.volume, work.volume.allocator
+    for batch in batches(work.checker.bad.items()):
+        with volume.transaction():
+            for ino, why in batch:
+                if ino < FIRST_FREE_SLOT:
+                    volume.put_inode(ino, _reserved(volume, ino))
+                    work.note(
+                        "reserved-inode",
+                        f"inode {ino} was {why}: {'made anew' if ino in RESERVED else 'cleared'}",
+                        ino=ino,
+                    )
+                    continue
+                if not allocator.inode_in_use(ino):
+                    continue
+                volume.free_inode(ino, empty_slot(volume, ino))
+                work.note("inode-checksum", f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
+
+
+def _reserved(volume: Volume, ino: int) -> Inode:
+    """A reserved inode as mkfs makes it; a directory keeps the tree that is certainly its own."""
+    if ino not in RESERVED:
+        return Inode()
+    raw = raw_inode(volume, ino)
+    kind, flags = RESERVED[ino]
+    is_dir = kind == stat.S_IFDIR
+    now = volume.clock()
+    permissions = 0o755 if ino != ROOT_INO + 3 else 0o600
+    root = raw.root if is_dir and _is_root_of(volume, raw.root, ino) else 0
+    listed = ORPHANS_INO if ino == ORPHANS_INO else 0
+    try:
+        owner = read_inode(volume.region, ROOT_INO)
+    except CorruptError:
+        owner = Inode()
+    return Inode(
+        atime=now,
+        mtime=now,
+        ctime=now,
+        btime=now,
+        mode=kind | permissions,
+        nlink=2 if is_dir else 1,
+        uid=owner.uid,
+        gid=owner.gid,
+        flags=flags,
+        parent=ROOT_INO if is_dir else 0,
+        root=root,
+        orphan_next=listed,
+        orphan_prev=listed,
+    )
+
+
+def _is_root_of(volume: Volume, page: int, ino: int) -> bool:
+    """Whether the page holds a node that names the inode as its owner."""
+    if not volume.sb.first_block * PAGES_PER_BLOCK <= page < volume.total_pages:
+        return False
+    try:
+        Node.decode(volume.region.read(page * PAGE, PAGE), page, ino)
+    except CorruptError:
+        return False
+    return True
+
+
+def free_slots(work: Work) -> None:
+    """A free slot is empty."""
+    volume = work.volume
+    for batch in batches(work.checker.free_slots):
+        with volume.transaction():
+            for ino in batch:
+                volume.put_inode(ino, empty_slot(volume, ino))
+                work.note("inode-free", f"inode {ino:#x}: the free slot was emptied", ino=ino, offset=ino * INODE_SIZE)
+
+
+def fields(work: Work) -> None:
+    """Types, flags, parents, sizes and counts are what the walk found."""
+    volume = work.volume
+    for batch in batches(work.checker.fixes.items()):
+        with volume.transaction():
+            for ino, wanted in batch:
+                try:
+                    inode = read_inode(volume.region, ino)
+                except CorruptError:
+                    continue
+                fixed = inode._replace(**wanted)
+                if fixed == inode:
+                    continue
+                volume.put_inode(ino, fixed)
+                text = ", ".join(f"{name} {_short(value)}" for name, value in wanted.items())
+                work.note("inode", f"inode {ino:#x}: set {text}", ino=ino, offset=ino * INODE_SIZE)
+
+
+def _short(value: object) -> str:
+    return f"{value:#x}" if isinstance(value, int) and value > 9 else "anew" if isinstance(value, bytes) else str(value)
+
+
+def orphans(work: Work) -> None:
+    """The list of orphans is made anew from those that it has, that say they are on it, and that should be."""
+    checker, volume = work.checker, work.volume
+    codes = {problem.code for problem in checker.problems}
+    if not codes & {"orphan-list", "orphan-links", "orphan-unlisted"}:
+        return
+    members = sorted((checker.listed | checker.says_listed | set(checker.unlisted)) - {int(ORPHANS_INO)})
+    members = [ino for ino in members if ino >= FIRST_FREE_SLOT and _usable(volume, ino)]
+    ring = [int(ORPHANS_INO), *members, int(ORPHANS_INO)]
+    links = list(zip(ring[1:-1], ring[2:], ring, strict=False))
+    # Reserved inodes are never on the list.
+    links += [(ino, 0, 0) for ino in checker.listed | checker.says_listed if ino < FIRST_FREE_SLOT]
+    links = [link for link in links if link[0] != ORPHANS_INO]
+    links.append((int(ORPHANS_INO), ring[1], ring[-2]))
+    # The head at last: until then the list is as broken as it was.
+    for batch in batches(links):
+        with volume.transaction():
+            for ino, after, before in batch:
+                inode = read_inode(volume.region, ino)
+                volume.put_inode(ino, inode._replace(orphan_next=after, orphan_prev=before))
+    work.note("orphan-list", f"the list of orphans was made anew: {len(members)} inodes", ino=ORPHANS_INO)
+
+
+def _usable(volume: Volume, ino: int) -> bool:
+    try:
+        return bool(volume.allocator.inode_in_use(ino) and volume.inode(ino).mode)
+    except (CorruptError, FsError):
+        return False

@@ -1,0 +1,191 @@
+"""Repair of who owns what: block kinds and slab headers follow from what is used, and what nobody uses is freed."""
+
+from __future__ import annotations
+
+import stat
+from array import array
+
+from pkernfs.errors import CorruptError
+from pkernfs.format import (
+    BLOCK,
+    BLOCK_DATA,
+    BLOCK_SLAB,
+    INODES_PER_PAGE,
+    NODE_MAGIC,
+    PAGE,
+    PAGE_DATA,
+    PAGE_FREE,
+    PAGE_HEADER,
+    PAGE_HEADER_LAYOUT,
+    PAGE_INODES,
+    PAGE_KINDS,
+    PAGE_NODE,
+    PAGES_PER_BLOCK,
+    TABLE_FANOUT,
+)
+from pkernfs.fs.allocator import Slab
+from pkernfs.fs.pages import check_page, read_inode
+from pkernfs.fs.repair_frame import is_slab
+from pkernfs.fs.repair_work import Work, batches
+from pkernfs.fs.volume import Volume
+
+
+def block_kinds(work: Work) -> None:
+    """A block that a file uses whole is its data; one that is used as a slab, has a slab's header and is nobody's
+    data is a slab."""
+    ledger = work.ledger
+    wanted = {}
+    for block in ledger.maybe_slabs:
+        free = ledger.first_block <= block < len(ledger.table) and not ledger.blocks[block]
+        if free and ledger.table[block] != BLOCK_SLAB and is_slab(work.volume.region, block):
+            wanted[block] = BLOCK_SLAB
+    for block in ledger.wrong_blocks:
+        wanted.setdefault(block, BLOCK_DATA)
+    for block, kinds in ledger.found.items():
+        # The place of a slab's header belongs to a file: there is no slab.
+        if kinds[0] == PAGE_DATA:
+            wanted[block] = BLOCK_DATA
+    for batch in batches(wanted.items()):
+        with work.volume.transaction():
+            for block, kind in batch:
+                work.volume.allocator.table[block] = kind
+                work.volume.change(work.volume.allocator.pages[block // TABLE_FANOUT])
+                name = "a slab" if kind == BLOCK_SLAB else "data"
+                work.note("block-kind", f"block {block} is in use, and marked as {name} now", offset=block * BLOCK)
+
+
+def slab_headers(work: Work) -> None:
+    """A damaged header is made anew from what the walk found, and what the pages hold."""
+    for batch in batches(work.ledger.found.items()):
+        with work.volume.transaction():
+            for block, kinds in batch:
+                slab = _rebuilt(work.volume, block, kinds)
+                work.volume.allocator.slabs[block] = slab
+                work.volume.change(slab)
+                text = f"the header of slab {block} was made anew: {PAGES_PER_BLOCK - 1 - slab.free} pages in use"
+                work.note("slab-header", text, offset=block * BLOCK)
+
+
+def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
+    """Pages of inodes are known by their inodes.  A page that is not zero and that nobody was seen to use is kept
+    until everything can be read: it may belong to what is lost."""
+    slab = Slab(block, bytearray(kinds), array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=False)
+    slab.kinds[0] = PAGE_HEADER
+    for index in range(1, PAGES_PER_BLOCK):
+        if kinds[index]:
+            continue
+        page = block * PAGES_PER_BLOCK + index
+        raw = volume.region.read(page * PAGE, PAGE)
+        if not any(raw):
+            continue
+        for slot in range(INODES_PER_PAGE):
+            if is_inode(volume, page * INODES_PER_PAGE + slot):
+                slab.slots[index] |= 1 << slot
+        slab.kinds[index] = PAGE_INODES if slab.slots[index] else PAGE_NODE if is_node(raw, page) else PAGE_DATA
+    slab.free = slab.kinds.count(PAGE_FREE)
+    return slab
+
+
+def is_inode(volume: Volume, ino: int) -> bool:
+    """Whether a slot holds a sound inode."""
+    try:
+        inode = read_inode(volume.region, ino)
+    except CorruptError:
+        return False
+    return bool(inode.mode)
+
+
+def is_node(raw: bytes, page: int) -> bool:
+    """Whether a page holds a sound node, of any inode."""
+    try:
+        check_page(raw, NODE_MAGIC, page * PAGE, PAGE_HEADER_LAYOUT.unpack(raw).owner, "a node")
+    except CorruptError:
+        return False
+    return True
+
+
+def page_kinds(work: Work) -> None:
+    """A page is what the one that uses it takes it for, unless somebody else uses it as what it is marked."""
+    ledger, region = work.ledger, work.volume.region
+    wanted: dict[int, dict[int, int]] = {}
+    for page, wrong in ledger.wrong_pages.items():
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        slab = ledger.slabs[block]
+        kind = slab.kinds[index]
+        is_other = kind == PAGE_HEADER or (kind == PAGE_INODES and slab.slots[index])
+        if is_other or ledger.pages[block][index]:
+            continue
+        if kind == PAGE_NODE and is_node(region.read(page * PAGE, PAGE), page):
+            continue
+        wanted.setdefault(block, {})[index] = wrong.kind
+    for batch in batches(wanted.items()):
+        with work.volume.transaction():
+            for block, changes in batch:
+                slab = work.volume.allocator.slab(block)
+                work.volume.change(slab)
+                for index, kind in changes.items():
+                    slab.kinds[index] = kind
+                    slab.slots[index] = 0
+                    page = block * PAGES_PER_BLOCK + index
+                    text = f"page {page:#x} is in use, and marked as {PAGE_KINDS[kind]} now"
+                    work.note("page-kind", text, offset=page * PAGE)
+                slab.free = slab.kinds.count(PAGE_FREE)
+
+
+def slots(work: Work) -> None:
+    """A slot that is named and holds a sound inode of that type is in use; pages of other kinds have no slots."""
+    ledger, volume = work.ledger, work.volume
+    used: dict[int, list[int]] = {}
+    for ino, mode in work.checker.wrong_slots.items():
+        page = ino // INODES_PER_PAGE
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        slab = ledger.slabs.get(block)
+        if slab is None or not index or ledger.pages[block][index] or not is_inode(volume, ino):
+            continue
+        kind = slab.kinds[index]
+        is_node_page = kind == PAGE_NODE and is_node(volume.region.read(page * PAGE, PAGE), page)
+        if stat.S_IFMT(read_inode(volume.region, ino).mode) == mode and not is_node_page:
+            used.setdefault(block, []).append(ino)
+    for batch in batches(used.items()):
+        with volume.transaction():
+            for block, inos in batch:
+                slab = volume.allocator.slab(block)
+                volume.change(slab)
+                for ino in inos:
+                    index = ino // INODES_PER_PAGE % PAGES_PER_BLOCK
+                    if slab.kinds[index] != PAGE_INODES:
+                        slab.kinds[index], slab.slots[index] = PAGE_INODES, 0
+                    slab.slots[index] |= 1 << ino % INODES_PER_PAGE
+                    work.note("slab-slots", f"inode {ino:#x} is named, and marked as in use now", ino=ino)
+                slab.free = slab.kinds.count(PAGE_FREE)
+    if used:
+        return
+    for pages in batches(work.checker.slots_elsewhere):
+        with volume.transaction():
+            for page in pages:
+                block, index = divmod(page, PAGES_PER_BLOCK)
+                slab = volume.allocator.slab(block)
+                volume.change(slab)
+                slab.slots[index] = 0
+                work.note("slab-slots", f"page {page:#x} holds no inodes: its slots were cleared", offset=page * PAGE)
+
+
+def leaks(work: Work) -> None:
+    """Free what nobody owns."""
+    volume = work.volume
+    for pages in batches(work.ledger.leaked_pages):
+        with volume.transaction():
+            for page, count in pages:
+                volume.allocator.free_pages_later(page, count)
+                block, index = divmod(page, PAGES_PER_BLOCK)
+                slab = volume.allocator.slab(block)
+                volume.change(slab)
+                slab.slots[index : index + count] = array("H", bytes(2 * count))
+                work.note("leaked-page", f"pages {page:#x}+{count} had no owner: freed", offset=page * PAGE)
+    for batch in batches(work.ledger.leaked_blocks):
+        with volume.transaction() as tx:
+            for block, count in batch:
+                # A slab may be free already, with the last of its pages.
+                if volume.allocator.table[block]:
+                    tx.freed_blocks.append((block, count))
+                    work.note("leaked-block", f"blocks {block}+{count} had no owner: freed", offset=block * BLOCK)

@@ -1,0 +1,461 @@
+"""fsck -y: what was planted is mended, a second run is clean, and files that were sound are what they were."""
+
+import json
+import os
+import random
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pkernfs import format as f
+from pkernfs.cli.fsck import main
+from pkernfs.errors import CorruptError, FormatError
+from pkernfs.fs.check import check, check_region
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.repair import Outcome, repair_region
+from pkernfs.fs.volume import Volume
+from pkernfs.region import MemoryRegion, RecordingRegion, Region
+from tests.core.support import ROOT, MiB, Shape, full, mkdir, mkfile, new_fs, open_fs, patch_inode
+from tests.core.test_check import (
+    DOUBLE,
+    FAULTS,
+    child,
+    damage,
+    drop_name,
+    flip,
+    inode_of,
+    is_metadata,
+    orphan_files,
+    page_of,
+    set_block,
+    set_kind,
+    slab_of,
+    sparse_tree,
+)
+from tests.core.test_crash import CowRegion, cast, torn
+
+Plant = Callable[[Filesystem], object]
+
+#: Paths that a fault (by the beginning of its name) may change: what was damaged itself, and the counts of the root.
+VICTIMS: dict[str, set[bytes]] = {
+    "inode-damaged": {b"/g", b"/d/f", b"/d"},
+    "inode-of-a-directory-damaged": {b"/d", b"/g", b"/d/f", b"/d/e", b"/d/e/inner"},
+    "inode-without-type": {b"/g", b"/d/f", b"/d"},
+    "file-too-large": {b"/g", b"/d/f"},
+    "name-does-not-fit-its-key": {b"/g", b"/h"},
+    "name-twice": {b"/g", b"/d/f"},
+    "name-with-slash": {b"/g", b"/d/f"},
+    "name-length": {b"/big"},
+    "name-of-nothing": {b"/nothing", b"/big"},
+    "name-of-the-list-of-orphans": {b"/nothing", b"/big"},
+    "directory-with-two-names": {b"/empty", b"/again"},
+    "lost-file": {b"/big"},
+    "lost-directory": {b"/empty"},
+    "node-of-directory-damaged": {b"/g", b"/d", b"/d/f", b"/d/e", b"/d/e/inner", b"/empty", b"/big", b"/sparse"}
+    | {b"/link", b"/iommu", b"/iommu/root-pgtables"},
+    "node-": {b"/sparse"},
+    "extent-of-shared": {b"/two"},
+    "extent-": {b"/big"},
+    "extents-overlap": {b"/sparse"},
+    "attribute-": {b"/d"},
+    "fifo-": {b"/made"},
+    "link-with": {b"/made"},
+    "orphan-says-listed": set(),
+}
+
+
+def shapes(region: Region) -> dict[bytes, Shape | None]:
+    """Every path with what stands there; None where it cannot be read."""
+    fs = Filesystem(Volume(MemoryRegion(image=region.view)))
+    fs.atime_policy = "noatime"
+    found: dict[bytes, Shape | None] = {}
+    todo = [(b"", int(ROOT))]
+    while todo:
+        path, ino = todo.pop()
+        try:
+            inode = fs.getattr(ino)
+            size = min(inode.size, 16 * MiB)
+            data = fs.readlink(ino) if stat.S_ISLNK(inode.mode) else b""
+            data = bytes(fs.read(ino, 0, size)) if stat.S_ISREG(inode.mode) else data
+            xattrs = tuple(sorted((name, fs.getxattr(ino, name)) for name in fs.listxattr(ino)))
+            found[path] = Shape(
+                inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, inode.size, inode.pages, data, xattrs
+            )
+            if stat.S_ISDIR(inode.mode):
+                todo += [(path + b"/" + entry.name, entry.ino) for entry in fs.readdir(ino)]
+        except CorruptError:
+            found[path] = None
+    return found
+
+
+def sound(image: bytes | memoryview) -> dict[bytes, Shape | None]:
+    """The shapes of a sound region."""
+    region = MemoryRegion(image=image)
+    assert check(Volume(region)) == []
+    return shapes(region)
+
+
+def mended(region: Region, *, nothing_left: bool = True) -> Outcome:
+    """Repair; a second run has nothing to do and changes nothing."""
+    outcome = repair_region(region)
+    if nothing_left:
+        assert outcome.left == []
+        image = bytes(region.view)
+        again = repair_region(region)
+        assert (again.repairs, again.left) == ([], [])
+        assert bytes(region.view) == image
+        check_usable(region)
+    for repair in outcome.repairs:
+        assert repair.text
+        assert "\n" not in repair.text
+    return outcome
+
+
+def check_usable(region: Region) -> None:
+    """The volume can be written: what the repair left in use is not given away again."""
+    twin = MemoryRegion(image=region.view)
+    fs = open_fs(twin)
+    mkfile(fs, b"after the repair", b"x" * (3 * MiB))
+    mkdir(fs, b"and a directory")
+    assert check(fs.volume) == []
+
+
+def victims(name: str) -> set[bytes]:
+    return VICTIMS.get(name) or next((found for start, found in VICTIMS.items() if name.startswith(start)), set())
+
+
+@pytest.fixture
+def victim() -> Filesystem:
+    """A filesystem with a bit of everything, for damage."""
+    fs = new_fs(20)
+    cast(fs)
+    return fs
+
+
+ALL = {name: plant for name, (_, plant) in (FAULTS | DOUBLE).items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_fault_is_mended(victim: Filesystem, name: str) -> None:
+    before = shapes(victim.region)
+    ALL[name](victim)
+    region = MemoryRegion(image=victim.region.view)
+    outcome = mended(region)
+    assert outcome.repairs
+    after = sound(region.view)
+    changed = {path for path in before if after.get(path) != before[path]}
+    assert changed <= victims(name) | {b""}, [repair.text for repair in outcome.repairs]
+    # The root may have lost or got names, and nothing else.
+    root, was = after[b""], before[b""]
+    assert root
+    assert was
+    assert root[:1] + root[2:5] + root[7:] == was[:1] + was[2:5] + was[7:]
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_leaves_beside_a_damaged_root_are_kept(victim: Filesystem) -> None:
+    root = sparse_tree(victim)
+    before = sound(victim.region.view)
+    flip(victim, root * f.PAGE + 99)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_a_damaged_leaf_is_dropped_and_its_neighbours_are_kept(victim: Filesystem) -> None:
+    root = sparse_tree(victim)
+    before = sound(victim.region.view)[b"/sparse"]
+    flip(victim, child(victim, root, 1) * f.PAGE + 99)
+    mended(victim.region)
+    after = sound(victim.region.view)[b"/sparse"]
+    assert before
+    assert after
+    assert after.size == before.size
+    assert len(after.content) == len(before.content)
+    pages = range(0, before.size, f.PAGE)
+    kept = [at for at in pages if after.content[at : at + f.PAGE] == before.content[at : at + f.PAGE]]
+    assert len(pages) // 2 < len(kept) < len(pages)
+    assert all(not any(after.content[at : at + f.PAGE]) for at in pages if at not in kept)
+
+
+def test_a_directory_without_its_root_node_keeps_its_leaves() -> None:
+    fs = new_fs(20)
+    many = mkdir(fs, b"many")
+    for n in range(300):
+        mkfile(fs, b"file%d" % n, b"%d" % n, many)
+    before = sound(fs.region.view)
+    flip(fs, inode_of(fs, b"many").root * f.PAGE + 50)
+    mended(fs.region)
+    after = sound(fs.region.view)
+    # Nodes that are filled in one go are fewer.
+    assert {path for path in before if after[path] != before[path]} <= {b"/many"}
+    assert after.keys() == before.keys()
+
+
+def test_a_lost_tree_is_named_once(victim: Filesystem) -> None:
+    """A directory without a name goes to lost+found as a whole."""
+    ino = victim.resolve(b"d")
+    before = sound(victim.region.view)
+    drop_name(victim, b"d")
+    mended(victim.region)
+    after = sound(victim.region.view)
+    place = b"/lost+found/#%d" % ino
+    assert {path.replace(b"/d", place, 1): found for path, found in before.items() if path.startswith(b"/d")} == {
+        path: found for path, found in after.items() if path.startswith(place)
+    }
+    assert after[b"/lost+found"]
+    assert stat.S_IMODE(after[b"/lost+found"].mode) == 0o700
+
+
+def test_a_loop_of_lost_directories(victim: Filesystem) -> None:
+    """/d names nothing above it any more, and /d/e names /d."""
+    outer, inner = victim.resolve(b"d"), victim.resolve(b"d/e")
+    directory = victim.directory(inner)
+    with victim.volume.transaction():
+        directory.add(b"loop", outer, stat.S_IFDIR)
+        inode = directory.finish(0)
+        victim.volume.put_inode(inner, inode._replace(nlink=3))
+        victim.volume.put_inode(outer, victim.volume.inode(outer)._replace(parent=inner))
+    drop_name(victim, b"d")
+    mended(victim.region)
+    after = sound(victim.region.view)
+    assert len([path for path in after if path.startswith(b"/lost+found/#")]) >= 3
+    assert b"content" not in after
+
+
+def test_a_damaged_slab_header_loses_nothing(victim: Filesystem) -> None:
+    orphan_files(victim)
+    drop_name(victim, b"big")
+    before = sound_contents(victim)
+    flip(victim, slab_of(victim) * f.BLOCK + 100)
+    mended(victim.region)
+    assert sound_contents(victim) >= before
+
+
+def sound_contents(fs: Filesystem) -> set[bytes]:
+    """The contents of all files that have names."""
+    return {shape.content for shape in shapes(fs.region).values() if shape}
+
+
+def test_a_slab_that_the_table_has_as_free(victim: Filesystem) -> None:
+    """Everything stands in it."""
+    before = sound(victim.region.view)
+    set_block(victim, slab_of(victim), f.BLOCK_FREE)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_a_data_block_that_the_table_has_as_a_slab(victim: Filesystem) -> None:
+    before = sound(victim.region.view)
+    set_block(victim, page_of(victim, b"big") // 512, f.BLOCK_SLAB)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_a_page_of_inodes_that_the_slab_has_as_data(victim: Filesystem) -> None:
+    before = sound(victim.region.view)
+    set_kind(victim, victim.resolve(b"g") // 16, f.PAGE_DATA)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+@pytest.mark.parametrize("ino", [f.ROOT_INO, f.ORPHANS_INO, f.IOMMU_INO, f.ROOT_PGTABLES_INO])
+def test_reserved_inodes_are_made_anew(victim: Filesystem, ino: int) -> None:
+    before = sound(victim.region.view)
+    flip(victim, ino * 256 + 50)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_reserved_inodes_get_their_names_back(victim: Filesystem) -> None:
+    before = sound(victim.region.view)
+    drop_name(victim, b"iommu")
+    assert {problem.code for problem in check(Volume(victim.region))} == {"inode-lost"}
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_many_faults_at_once(victim: Filesystem) -> None:
+    before = sound(victim.region.view)
+    patch_inode(victim, victim.resolve(b"big"), pages=7)
+    patch_inode(victim, victim.resolve(b"g"), nlink=9)
+    flip(victim, 5000)
+    flip(victim, slab_of(victim) * f.BLOCK + 100)
+    flip(victim, 60)
+    mended(victim.region)
+    assert sound(victim.region.view) == before
+
+
+def test_a_full_region_is_repaired_in_place() -> None:
+    """A tree that is made anew takes the pages of the old one."""
+    fs = new_fs(20)
+    cast(fs)
+    full(fs)
+    before = sound(fs.region.view)
+    sparse_root = inode_of(fs, b"sparse").root * f.PAGE + 99
+    flip(fs, sparse_root)
+    assert repair_region(fs.region).left == []
+    after = sound(fs.region.view)
+    assert {path for path in before if after[path] != before[path]} == {b"/sparse"}
+
+
+def test_what_cannot_be_repaired_is_left() -> None:
+    """No page is free for lost+found; with one it is."""
+    fs = new_fs(20)
+    cast(fs)
+    filler = full(fs)
+    assert filler
+    drop_name(fs, b"empty")
+    region = MemoryRegion(image=fs.region.view)
+    before = shapes(region)
+    outcome = repair_region(region)
+    codes = {problem.code for problem in outcome.left}
+    assert codes <= {"inode-lost"}
+    assert {path for path in before if shapes(region).get(path) != before[path]} <= {b""}
+
+
+def test_no_superblock_at_all(victim: Filesystem) -> None:
+    flip(victim, 60)
+    flip(victim, victim.volume.sb.journal_offset + 60)
+    image = bytes(victim.region.view)
+    with pytest.raises(FormatError, match="no copy of the superblock"):
+        repair_region(victim.region)
+    assert bytes(victim.region.view) == image
+
+
+def test_the_copy_of_a_smaller_filesystem_in_a_larger_region(victim: Filesystem) -> None:
+    before = sound(victim.region.view)
+    region = MemoryRegion(image=bytes(victim.region.view) + bytes(44 * MiB))
+    region.store(0, bytes(200))
+    mended(region)
+    assert sound(region.view) == before
+
+
+# -- crashes ----------------------------------------------------------------------------------------------------------
+
+CRASHES = [
+    "superblock-damaged",
+    "superblock-copy-damaged",
+    "journal-sealed-and-damaged",
+    "block-table-damaged",
+    "slab-header-damaged",
+    "inode-of-a-directory-damaged",
+    "node-of-directory-damaged",
+    "name-does-not-fit-its-key",
+    "orphan-list-loop",
+    "extent-of-shared-page",
+    "attribute-value-damaged",
+    "lost-directory",
+    "page-without-owner",
+    "block-without-owner",
+    "slot-of-a-file-free",
+]
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_crash_within_a_repair(victim: Filesystem, name: str) -> None:
+    """A second repair goes on to a sound end; at most 40 to 80 stores of the first are tried as its last."""
+    before = shapes(victim.region)
+    ALL[name](victim)
+    image = bytes(victim.region.view)
+    recorder = RecordingRegion(image=image)
+    mended_once = repair_region(recorder)
+    assert mended_once.left == []
+    log = list(recorder.log)
+    fd = os.memfd_create("image")
+    os.write(fd, image)
+    rng = random.Random(name)
+    for cut in range(0, len(log), 1 + len(log) // 40):
+        region = CowRegion(fd)
+        for store in log[:cut]:
+            region.store(store.offset, store.data)
+        if rng.random() < 0.5:
+            for store in torn(log[cut], cut % 3):
+                region.store(store.offset, store.data)
+        outcome = repair_region(region)
+        assert outcome.left == [], (cut, outcome)
+        after = shapes(region)
+        assert {path for path in before if after.get(path) != before[path]} <= victims(name) | {b""}, cut
+        region.view.release()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_damage_is_mended(seed: int) -> None:
+    """Random damage of metadata, half of it with right checksums: nothing raises, and in the end all is sound."""
+    rng = random.Random(seed)
+    fs = new_fs(20)
+    cast(fs)
+    orphan_files(fs, 3)
+    for n in range(200):
+        mkfile(fs, b"name%d" % n, b"x" if n % 3 == 0 else b"")
+    fd = os.memfd_create("image")
+    os.write(fd, fs.region.view)
+    pages = [page for page in range(fs.volume.total_pages) if is_metadata(fs, page)]
+    for _ in range(25):
+        region = CowRegion(fd)
+        twin = Filesystem(Volume(region))
+        for _ in range(rng.choice([1, 3, 20])):
+            damage(twin, rng, rng.choice(pages))
+        try:
+            outcome = repair_region(region)
+        except FormatError:
+            continue
+        assert outcome.left == []
+        assert check_region(region)[0] == []
+        Filesystem.open(region)
+        assert check_region(region)[0] == []
+    os.close(fd)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(victim: Filesystem) -> Iterator[Callable[[str], str]]:
+    """A region in a file on tmpfs, with a fault."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-test-") as directory:
+
+        def make(name: str) -> str:
+            ALL[name](victim)
+            path = Path(directory) / "region"
+            path.write_bytes(victim.region.view)
+            return str(path)
+
+        yield make
+
+
+COMMANDS = ["superblock-damaged", "journal-sealed-and-damaged", "slab-header-damaged", "lost-file", "node-damaged"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("option", ["-y", "-p", "-a"])
+def test_the_command(file: Callable[[str], str], capsys: pytest.CaptureFixture[str], name: str, option: str) -> None:
+    path = file(name)
+    before = Path(path).read_bytes()
+    for left in ([], ["-n"]):
+        assert main([*left, path]) == 4
+        assert Path(path).read_bytes() == before
+    capsys.readouterr()
+    assert main([option, path]) == 1
+    out, err = capsys.readouterr()
+    assert f"{path}: repaired: " in out
+    assert out.endswith(" made, 0 problems left\n")
+    assert err == ""
+    assert main([option, path]) == 0
+    assert ": clean, " in capsys.readouterr().out
+    sound(Path(path).read_bytes())
+
+
+def test_the_command_in_json(file: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = file("lost-file")
+    assert main(["-y", "--json", path]) == 1
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (found["exit"], found["clean"], found["left"]) == (1, True, [])
+    assert [problem["code"] for problem in found["problems"]] == ["inode-lost"]
+    assert [repair["code"] for repair in found["repaired"]][:1] == ["inode-lost"]
