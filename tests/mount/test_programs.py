@@ -267,7 +267,8 @@ def test_fio_verifies(shared: Site, engine: str, mode: str) -> None:
     folder.mkdir()
     shared.run_ok(
         "fio", "--name=job", f"--directory={folder}", f"--ioengine={engine}", f"--rw={mode}", "--bs=4k", "--size=12M",
-        "--numjobs=2", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=500", "--randseed=1",
+        "--numjobs=2", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--do_verify=1",
+        "--fsync=500", "--randseed=1",
         "--bssplit=4k/60:64k/30:256k/10" if engine == "psync" else "--bs=4k", "--output=/dev/null",
     )  # fmt: skip
     shutil.rmtree(folder)
@@ -278,7 +279,7 @@ def test_fio_verifies_after_a_restart(site: Site) -> None:
     needs("fio")
     words = [
         "fio", "--name=job", f"--filename={site.mnt}/f", "--rw=randwrite", "--bs=4k", "--size=16M", "--randseed=7",
-        "--verify=crc32c", "--verify_fatal=1", "--output=/dev/null",
+        "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--output=/dev/null",
     ]  # fmt: skip
     site.run_ok(*words, "--do_verify=0")
     site.restart()
