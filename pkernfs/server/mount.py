@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import logging.handlers
@@ -24,6 +25,10 @@ from pkernfs.region import open_region
 from pkernfs.server.options import MountOptions
 
 log = logging.getLogger("pkernfs")
+
+#: Flags of mount(2); statvfs(3) has the same values.
+MS_REMOUNT = 32
+MS_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024}
 
 
 def check_mountpoint(path: str) -> str:
@@ -61,9 +66,14 @@ def remount(path: str, options: MountOptions) -> None:
         raise RegionError(f"{path}: expected a pkernfs mount to change", hint="findmnt -t fuse.pkernfs lists them")
     if not options.readonly and control(real, "info")["readonly"]:
         raise RegionError(f"{path}: its region was opened for reading only", hint="umount it and mount it anew")
-    words = ["remount", "ro" if options.readonly else "rw", *options.kernel]
-    if subprocess.run(["mount", "-i", "-o", ",".join(words), real], check=False).returncode:
-        raise RegionError(f"{path}: the kernel refuses the new flags")
+    # mount(2) itself: the mount(8) of util-linux 2.41 hands FUSE's own options on, which the kernel then refuses.
+    flags = MS_REMOUNT | os.statvfs(real).f_flag & sum(MS_FLAGS.values()) & ~MS_FLAGS["ro"]
+    for word in ("ro", *options.kernel) if options.readonly else options.kernel:
+        positive = word if word in MS_FLAGS else "no" + word
+        flags = flags | MS_FLAGS[word] if word in MS_FLAGS else flags & ~MS_FLAGS.get(positive, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"none", os.fsencode(real), None, ctypes.c_ulong(flags), None):
+        raise RegionError(f"{path}: the kernel refuses the new flags: {os.strerror(ctypes.get_errno())}")
 
 
 def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:
