@@ -1,7 +1,5 @@
 """Damaged regions: operations give a result or an error that names the damage; none hangs, none is a bug."""
 
-import os
-import random
 import stat
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +9,8 @@ import pytest
 from pkernfs.errors import PkernfsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.names import RENAME_EXCHANGE
-from pkernfs.fs.volume import Volume
-from tests.core.support import ME, ROOT, mkfile, new_fs, open_fs
-from tests.core.test_check import damage, is_metadata, orphan_files
-from tests.core.test_crash import CowRegion, cast
+from tests.core.support import ME, ROOT, open_fs
+from tests.core.test_check import damaged_regions
 
 
 def attempt(operation: Callable[..., Any], *args: Any) -> Any:
@@ -69,23 +65,9 @@ def change_everything(fs: Filesystem) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_damaged_regions_can_be_used(seed: int) -> None:
-    rng = random.Random(seed)
-    fs = new_fs(20)
-    cast(fs)
-    orphan_files(fs, 3)
-    for n in range(200):
-        mkfile(fs, b"name%d" % n, b"x" if n % 3 == 0 else b"")
-    fd = os.memfd_create("image")
-    os.write(fd, fs.region.view)
-    pages = [page for page in range(fs.volume.total_pages) if is_metadata(fs, page)]
-    for _ in range(40):
-        region = CowRegion(fd)
-        twin = Filesystem(Volume(region))
-        for _ in range(rng.choice([1, 3, 20])):
-            damage(twin, rng, rng.choice(pages))
+    for region in damaged_regions(seed, 40):
         damaged = attempt(open_fs, region)
         if damaged:
             read_everything(damaged)
             change_everything(damaged)
             assert damaged.volume.tx is None
-    os.close(fd)

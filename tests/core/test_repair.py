@@ -24,11 +24,10 @@ from tests.core.test_check import (
     DOUBLE,
     FAULTS,
     child,
-    damage,
+    damaged_regions,
     drop_name,
     flip,
     inode_of,
-    is_metadata,
     orphan_files,
     page_of,
     set_block,
@@ -388,20 +387,7 @@ def test_a_crash_within_a_repair(victim: Filesystem, name: str) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_any_damage_is_mended(seed: int) -> None:
     """Random damage of metadata, half of it with right checksums: nothing raises, and in the end all is sound."""
-    rng = random.Random(seed)
-    fs = new_fs(20)
-    cast(fs)
-    orphan_files(fs, 3)
-    for n in range(200):
-        mkfile(fs, b"name%d" % n, b"x" if n % 3 == 0 else b"")
-    fd = os.memfd_create("image")
-    os.write(fd, fs.region.view)
-    pages = [page for page in range(fs.volume.total_pages) if is_metadata(fs, page)]
-    for _ in range(25):
-        region = CowRegion(fd)
-        twin = Filesystem(Volume(region))
-        for _ in range(rng.choice([1, 3, 20])):
-            damage(twin, rng, rng.choice(pages))
+    for region in damaged_regions(seed, 25):
         try:
             outcome = repair_region(region)
         except FormatError:
@@ -410,7 +396,6 @@ def test_any_damage_is_mended(seed: int) -> None:
         assert check_region(region)[0] == []
         Filesystem.open(region)
         assert check_region(region)[0] == []
-    os.close(fd)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
