@@ -31,7 +31,7 @@ def mount_of(path: str) -> Mount | None:
     return found if found is not None and found.fstype == FSTYPE else None
 
 
-def control(path: str, verb: str, timeout: float = 60.0, **arguments: Any) -> dict[str, Any]:
+def control(path: str, verb: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
     """Ask the server of the mount that ``path`` is in; ``path`` itself goes along as an inode number.
 
     Raises UsageError when ``path`` is not in a pkernfs mount, ControlError when the server refuses or is gone.

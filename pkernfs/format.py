@@ -39,6 +39,10 @@ Orphans.  Inodes without a name that are still open, and files whose memory beyo
 in a circular list: orphan_next and orphan_prev, beginning and ending at the reserved inode ORPHANS_INO.  The next mount
 that may write finishes what is listed.  (A list through the inodes, so that removing a file never allocates.)
 
+Quotas.  New inodes take over ``project`` from the directory that they are made in.  What counts against a directory
+with a quota counts against the quotas above it too: next is the project of its parent.  In a directory that has a limit
+every entry's project is that directory's, but for directories with a quota of their own.
+
 Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's header names the page's own offset and its
 owner; an inode's checksum continues from the low 32 bits of its number as from the crc of earlier bytes; so a misplaced
 copy is found.
@@ -221,11 +225,11 @@ class Inode(NamedTuple):
     pages: u64 = 0  #: 4 KiB pages of content, trees and attributes that belong to this inode
     root: u64 = 0  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
     xattrs: u64 = 0  #: page number of the root of the attributes' tree, or 0
-    quota: u64 = 0  #: pages that may be used below this directory; 0: no limit
+    project: u64 = 0  #: the directory whose quota this inode counts against; of one with a quota itself; 0: none
     reserved0: u64 = 0
     orphan_next: u64 = 0  #: the next and the previous inode of the list of orphans; 0: not listed
     orphan_prev: u64 = 0
-    inline: bytes120 = bytes(120)  #: extents (Extent[5]), or the target of a short symbolic link
+    inline: bytes120 = bytes(120)  #: extents (Extent[5]), the target of a short symbolic link, or a Quota
 
 
 INODE = layout(Inode, size=INODE_SIZE)
@@ -254,6 +258,16 @@ class ExtentValue(NamedTuple):
 
 
 EXTENT_VALUE = layout(ExtentValue, size=16)
+
+
+class Quota(NamedTuple):
+    """Inline in a directory whose ``project`` is itself."""
+
+    limit: u64  #: bytes that may be used; 0: it is being set or taken away, and limits and counts nothing
+    used: u64  #: bytes that are: INODE_SIZE for each inode, PAGE for each of its pages
+
+
+QUOTA = layout(Quota, size=16)
 
 
 class Dirent(NamedTuple):

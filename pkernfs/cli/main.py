@@ -12,6 +12,7 @@ VERBS = {
     "cat": ("cat", "print a file of a region that need not be mounted"),
     "explain": ("explain", "what owns a block or an address of a region"),
     "scrub": ("scrub", "verify every checksum of a mounted region"),
+    "quota": ("quota", "what a directory and all below it may use"),
     "qemu-args": ("qemu_args", "QEMU's -object option for a file as guest memory"),
 }
 

@@ -29,6 +29,7 @@ from pkernfs.format import (
     SLAB_SLOTS_AT,
     TABLE_FANOUT,
     TABLE_MAGIC,
+    Inode,
 )
 from pkernfs.fs.pages import check_page, seal_page
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pkernfs.fs.volume import Transaction, Volume
 
 DISCARD_BLOCKS = 1 << 20  #: 2 TiB: what one record of the journal can count
+FREE_SLOT = Inode()
 ALL_SLOTS = (1 << INODES_PER_PAGE) - 1
 _SLOTS = struct.Struct(f"<{PAGES_PER_BLOCK}H")
 
@@ -297,7 +299,10 @@ class Allocator:
         slot = (free & -free).bit_length() - 1
         slab.slots[index] |= 1 << slot
         slab.inodes += 1
-        return (slab.block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE + slot
+        ino = (slab.block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE + slot
+        assert self.volume.tx is not None
+        self.volume.tx.before[ino] = FREE_SLOT
+        return ino
 
     def free_inode_later(self, ino: int) -> None:
         """Free a slot when the transaction commits."""

@@ -25,6 +25,8 @@ from pkernfs.fs.volume import Volume
 
 T = TypeVar("T")
 
+#: errnos that say that a change would take too much, of the region or of a quota
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DAY = 86400 * 10**9
 I64_MAX = (1 << 63) - 1
 
@@ -49,12 +51,15 @@ class Content:
         return self.volume.clock()
 
     def compacting(self, change: Callable[[bool], T]) -> T:
-        """Run ``change(compact)`` in a transaction; when the space runs out with compaction, again without."""
+        """Run ``change(compact)`` in a transaction; when the space runs out with compaction, again without.
+
+        Without, no more is taken than is asked for.  Raises FsError: ENOSPC, EDQUOT.
+        """
         try:
             with self.volume.transaction():
                 return change(True)
         except FsError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in OUT_OF_SPACE:
                 raise
         with self.volume.transaction():
             return change(False)
@@ -121,7 +126,8 @@ class Content:
     def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
 
-        ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC.
+        ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC,
+        EDQUOT.
         """
         if offset >= MAX_FILE_SIZE and data:
             raise FsError(errno.EFBIG, f"offset {offset}")
@@ -161,7 +167,7 @@ class Content:
         try:
             self.compacting(extend)
         except FsError as error:
-            if error.errno != errno.ENOSPC or last - first == 1:
+            if error.errno not in OUT_OF_SPACE or last - first == 1:
                 raise
             middle = (first + last) // 2 * PAGE
             return self.write(ino, offset, data[: middle - offset])
@@ -214,7 +220,7 @@ class Content:
         """The inode with its content cut or grown to ``size``, within the open transaction; mtime is the caller's.
 
         Growing maps all of the new range to memory: a promise that no later store into it fails.  What a cut leaves
-        beyond the end is still mapped.  Raises FsError: EFBIG, ENOSPC.
+        beyond the end is still mapped.  Raises FsError: EFBIG, ENOSPC, EDQUOT.
         """
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG, f"size {size}")

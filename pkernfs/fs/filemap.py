@@ -27,6 +27,7 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.charge import check_room
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
@@ -39,8 +40,8 @@ PINNED = FLAG_DIRECT  #: flags of inodes whose pages must stay where they are
 class FileMap:
     """The extents of inode ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode.
 
-    ``compact``: pages may be moved together into a block, or out of one that is hardly used.  That can need space that
-    is not there: see Content.compacting.
+    ``compact``: a block may be taken where pages would do, and pages may be moved together into a block, or out of one
+    that is hardly used.  That can need space that is not there: see Content.compacting.
     """
 
     def __init__(self, volume: Volume, ino: int, inode: Inode, *, compact: bool = True) -> None:
@@ -208,14 +209,20 @@ class FileMap:
             count -= step
 
     def allocate(self, first: int, end: int) -> None:
-        """Map every hole in pages [first, end) to zeroed memory.  Raises FsError(ENOSPC)."""
-        page = first
-        while page < end:
-            found, run = self.find(page)
-            run = min(run, end - page)
-            if not found:
-                self._fill(page, page + run)
-            page += run
+        """Map every hole in pages [first, end) to zeroed memory.  Raises FsError: ENOSPC, EDQUOT."""
+        if self.inode.project:
+            check_room(self.volume, self.inode.project, sum(until - at for at, until in self._holes(first, end)))
+        for at, until in self._holes(first, end):
+            self._fill(at, until)
+
+    def _holes(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """The holes in pages [first, end), each as it is when the one before has been looked at."""
+        while first < end:
+            page, run = self.find(first)
+            run = min(run, end - first)
+            if not page:
+                yield first, first + run
+            first += run
 
     def _fill(self, first: int, end: int) -> None:
         """Allocate the hole [first, end)."""
@@ -247,17 +254,19 @@ class FileMap:
         """Whether the empty chunk, to be filled from its start to ``end``, is to be a block."""
         if self.find(chunk)[1] < PAGES_PER_BLOCK:
             return False
+        if not self.compact:
+            return end - chunk >= PAGES_PER_BLOCK
         return end - chunk >= HALF or self._block_behind(chunk) != 0
 
     def _last_chunk(self, chunk: int, end: int) -> int:
         """The end of the run of chunks from ``chunk`` on that are empty, begin below ``end`` and can be blocks.
 
-        When there is a block too few, the last chunk, which is needed in part only, is left for pages.
+        When there is a block too few, or none is to be taken for a part, the last chunk is left for pages.
         """
         hole = self.find(chunk)[1] // PAGES_PER_BLOCK
         whole, rest = divmod(end - chunk, PAGES_PER_BLOCK)
         count = min(whole + (rest > 0), hole)
-        if count > whole and count > self.volume.allocator.free_blocks:
+        if count > whole and (not self.compact or count > self.volume.allocator.free_blocks):
             count = whole
         return chunk + count * PAGES_PER_BLOCK
 

@@ -20,6 +20,7 @@ from pkernfs.format import (
     Ino,
     Inode,
 )
+from pkernfs.fs.charge import cost, project_above, quota_of, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
@@ -98,7 +99,7 @@ class Names(Orphans):
     def create(self, parent: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b"") -> Ino:
         """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
 
-        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC.
+        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT.
         """
         volume = self.volume
         now = self.now()
@@ -126,6 +127,7 @@ class Names(Orphans):
                 flags=FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0,
                 btime=now,
                 parent=parent if is_dir else 0,
+                project=above.project,
             )
             if target:
                 inode = self._with_target(ino, inode, target)
@@ -144,7 +146,10 @@ class Names(Orphans):
         return filemap.finish()._replace(size=len(target))
 
     def link(self, ino: int, parent: int, name: bytes) -> None:
-        """Another name for a file.  Raises FsError: EPERM for directories, EMLINK, ENOENT when it has no name left."""
+        """Another name for a file.
+
+        Raises FsError: EPERM for directories, EMLINK, ENOENT when it has no name left, EXDEV under another quota.
+        """
         inode = self.volume.inode(ino)
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EPERM, "a directory has one name")
@@ -155,6 +160,7 @@ class Names(Orphans):
             raise FsError(errno.EMLINK, f"{LINK_MAX} names")
         now = self.now()
         directory = self._new_name(parent, name)
+        self._check_project(inode, directory.inode)
         with self.volume.transaction():
             directory.add(name, ino, inode.mode)
             self.volume.put_inode(parent, directory.finish(now))
@@ -205,6 +211,8 @@ class Names(Orphans):
         if not left:
             self.check_unmapped(ino, inode, 0)
         inode = inode._replace(nlink=left, ctime=now)
+        if inode.project == ino:
+            inode = self._drop_quota(ino, inode)
         self.volume.put_inode(ino, inode)
         if left:
             return
@@ -212,6 +220,15 @@ class Names(Orphans):
             self.free_part(ino, inode)
         else:
             self.list_orphan(ino)
+
+    def _drop_quota(self, ino: int, inode: Inode) -> Inode:
+        """A directory with a quota goes: what counts against it, files without a name, counts above from now on."""
+        above = project_above(self.volume, ino, inode)
+        for orphan in self.orphans() if quota_of(inode).used > cost(inode) else ():
+            other = self.volume.inode(orphan)
+            if other.project == ino:
+                self.volume.put_inode(orphan, other._replace(project=above))
+        return without_quota(inode, above)
 
     def remember(self, ino: int) -> None:
         """Somebody refers to the inode (FUSE: the kernel looked it up)."""
@@ -238,7 +255,7 @@ class Names(Orphans):
         """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
 
         Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM,
-        ENOSPC.
+        ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas of other filesystems have it).
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL, f"flags {flags:#x}")
@@ -262,6 +279,7 @@ class Names(Orphans):
             return
         else:
             self._check_removable(new.ino, new_name)
+        self._check_project(source.inode, target.inode)
         now = self.now()
         with self.volume.transaction():
             if flags == RENAME_EXCHANGE and new is not None:
@@ -301,6 +319,10 @@ class Names(Orphans):
             raise FsError(errno.EEXIST, repr(name))
         if not target.inode.nlink:
             raise FsError(errno.ENOENT, "the directory was removed")
+
+    def _check_project(self, one: Inode, other: Inode) -> None:
+        if one.project != other.project:
+            raise FsError(errno.EXDEV, "from one quota to another")
 
     def _check_not_below(self, ino: int, place: int) -> None:
         """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""

@@ -29,6 +29,7 @@ class Work:
 
     def __init__(self, volume: Volume, checker: Checker) -> None:
         self.volume = volume
+        volume.charges = False
         self.checker = checker
         self.ledger = checker.ledger
         self.repairs: list[Repair] = []

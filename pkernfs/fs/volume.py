@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superblock
 from pkernfs.fs.allocator import Allocator
+from pkernfs.fs.charge import charge
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.pages import Page, read_inode, seal_inode
 from pkernfs.region import Region, read_superblock
@@ -22,6 +23,7 @@ class Transaction:
     def __init__(self) -> None:
         self.pages: dict[int, Page] = {}  #: by offset
         self.inodes: dict[int, Inode] = {}
+        self.before: dict[int, Inode] = {}  #: what those were; a free slot has mode 0
         self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
         self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
         self.freed_inodes: list[int] = []
@@ -44,6 +46,7 @@ class Volume:
         self.tx: Transaction | None = None
         self.total_pages = self.sb.blocks * BLOCK // PAGE
         self.allocator = Allocator(self)
+        self.charges = True  #: False: a repair is at work, which counts anew what the quotas charge
         self.clock: Callable[[], int] = time.time_ns
 
     # -- transactions ---------------------------------------------------------------------------------------------
@@ -66,6 +69,8 @@ class Volume:
             self.tx = None
 
     def _commit(self, tx: Transaction) -> None:
+        if self.charges:
+            charge(self, tx)
         discards = self.allocator.apply_frees(tx)
         stores = []
         for offset, page in tx.pages.items():
@@ -115,12 +120,18 @@ class Volume:
     def put_inode(self, ino: int, inode: Inode) -> None:
         """Change an inode within the open transaction."""
         assert self.tx is not None
+        self._keep_before(self.tx, ino)
         self.inodes[ino] = inode
         self.tx.inodes[ino] = inode
+
+    def _keep_before(self, tx: Transaction, ino: int) -> None:
+        if self.charges and ino not in tx.before:
+            tx.before[ino] = self.inodes.get(ino) or read_inode(self.region, ino)
 
     def free_inode(self, ino: int, inode: Inode) -> None:
         """Empty the slot and free it when the open transaction commits."""
         assert self.tx is not None
+        self._keep_before(self.tx, ino)
         self.inodes.pop(ino, None)
         self.tx.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=0, xattrs=0, inline=b"")
         self.allocator.free_inode_later(ino)

@@ -16,6 +16,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode
+from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.names import Caller
@@ -47,7 +48,7 @@ def handler(
                 try:
                     return function(self, *args, **kwargs)
                 except PkernfsError as error:
-                    if error.errno != errno.ENOSPC or not self.fs.orphans():
+                    if error.errno not in OUT_OF_SPACE or not self.fs.orphans():
                         raise
                 # What was removed may be just what is missing: it is freed when the kernel forgets it, which can come
                 # behind this request.  Nothing was changed, so others may come in between.

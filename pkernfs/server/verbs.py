@@ -11,6 +11,7 @@ import trio
 
 from pkernfs.errors import FsError
 from pkernfs.fs.facts import file_facts, region_facts
+from pkernfs.fs.quota import get_quota, set_quota
 from pkernfs.fs.scrub import scrub_step
 from pkernfs.server.control import Verb
 from pkernfs.server.operations import Operations
@@ -54,4 +55,14 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
                 raise
         return await file(request)
 
-    return {"info": info, "file": file, "direct": direct, "scrub": scrub}
+    async def quota(request: dict[str, Any]) -> dict[str, Any]:
+        """The quota of a directory (or what is above it), after setting it to "limit" bytes if that is there."""
+        ino = _ino(request)
+        limit = request.get("limit")
+        if limit is None:
+            return get_quota(fs, ino)._asdict()
+        if not isinstance(limit, int) or not 0 <= limit < 1 << 63:
+            raise FsError(errno.EINVAL, f'"limit": expected bytes, found {limit!r}')
+        return set_quota(fs, ino, limit)._asdict()
+
+    return {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}

@@ -37,7 +37,7 @@ class Inode(NamedTuple):
     pages: int
     root: int
     xattrs: int
-    quota: int
+    project: int
     reserved0: int
     orphan_next: int
     orphan_prev: int

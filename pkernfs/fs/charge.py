@@ -1,0 +1,92 @@
+"""Charging quotas: what a transaction takes counts against the directories with a quota that it is taken below."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import INLINE_SIZE, INODE_SIZE, PAGE, QUOTA, ROOT_INO, Inode, Quota
+
+if TYPE_CHECKING:
+    from pkernfs.fs.volume import Transaction, Volume
+
+
+def cost(inode: Inode) -> int:
+    """Bytes that an inode counts for: its slot and its pages."""
+    return INODE_SIZE + inode.pages * PAGE if inode.mode else 0
+
+
+def quota_of(inode: Inode) -> Quota:
+    """The quota of a directory that has one."""
+    return QUOTA.unpack(inode.inline)
+
+
+def with_quota(inode: Inode, quota: Quota) -> Inode:
+    """The directory with this quota in it."""
+    return inode._replace(inline=QUOTA.pack(quota) + bytes(INLINE_SIZE - QUOTA.size))
+
+
+def without_quota(inode: Inode, above: int) -> Inode:
+    """A directory whose quota is taken away, in project ``above``."""
+    return inode._replace(project=above, inline=bytes(INLINE_SIZE))
+
+
+def project_above(volume: Volume, ino: int, inode: Inode) -> int:
+    """The project that the directory with a quota ``ino`` itself is in, or 0."""
+    return 0 if ino == ROOT_INO else volume.inode(inode.parent).project
+
+
+def chain(volume: Volume, tx: Transaction | None, project: int) -> Iterator[tuple[int, Inode]]:
+    """The directories with a quota against which counts what is in ``project``.  Raises CorruptError."""
+    seen = set()
+    while project:
+        if project in seen:
+            raise CorruptError(f"inode {project}", project * INODE_SIZE, "a quota above itself")
+        seen.add(project)
+        inode = (tx and tx.inodes.get(project)) or volume.inode(project)
+        if inode.project == project:
+            if not stat.S_ISDIR(inode.mode):
+                raise CorruptError(f"inode {project}", project * INODE_SIZE, "a quota that is not a directory's")
+            yield project, inode
+            project = project_above(volume, project, inode)
+        else:
+            # Its quota is taken away in this very transaction.
+            project = inode.project
+
+
+def charge(volume: Volume, tx: Transaction) -> None:
+    """Add to the quotas what the transaction takes, and subtract what it gives back.  Raises FsError(EDQUOT).
+
+    What only gives back always succeeds, also beyond the limit.
+    """
+    moved: dict[int, int] = {}
+    for ino, inode in tx.inodes.items():
+        before = tx.before[ino]
+        if before.project or inode.project:
+            moved[before.project] = moved.get(before.project, 0) - cost(before)
+            moved[inode.project] = moved.get(inode.project, 0) + cost(inode)
+    sums: dict[int, int] = {}
+    for project, amount in moved.items():
+        if amount:
+            for above, _ in chain(volume, tx, project):
+                sums[above] = sums.get(above, 0) + amount
+    for project, amount in sums.items():
+        inode = volume.inode(project)
+        quota = quota_of(inode)
+        if not quota.limit or not amount:
+            continue
+        if amount > 0 and quota.used + amount > quota.limit:
+            raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {amount} more wanted")
+        # A count that is too small is damage, which fsck mends: it must not keep anything from being removed.
+        volume.put_inode(project, with_quota(inode, quota._replace(used=max(quota.used + amount, 0))))
+
+
+def check_room(volume: Volume, project: int, pages: int) -> None:
+    """Raise FsError(EDQUOT) when ``pages`` more do not fit: before they are allocated."""
+    for _, inode in chain(volume, volume.tx, project):
+        quota = quota_of(inode)
+        if quota.limit and quota.used + pages * PAGE > quota.limit:
+            raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {pages * PAGE} more wanted")

@@ -1,0 +1,125 @@
+"""Quotas of directories: what a directory and all that is below it may use of the region.
+
+They are kept by marking every inode below (``project``), so that all that is taken can be charged where it is taken;
+setting and taking away mark a tree anew.  While the limit is 0 nothing is counted, so that a crash in between leaves
+marks that mean nothing; setting it again finishes them.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from pkernfs.errors import FsError
+from pkernfs.format import Inode, Quota
+from pkernfs.fs.charge import chain, cost, project_above, quota_of, with_quota, without_quota
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.volume import Volume
+
+BATCH = 1000  #: inodes that one transaction marks: less than the journal holds
+
+
+class Use(NamedTuple):
+    """A quota: of which directory, and how much of it is used; bytes.  ``ino`` 0: there is none."""
+
+    ino: int
+    limit: int
+    used: int
+
+
+def get_quota(fs: Filesystem, ino: int) -> Use:
+    """The quota that counts first for what is made in (or written to) ``ino``."""
+    for project, inode in chain(fs.volume, None, fs.getattr(ino).project):
+        quota = quota_of(inode)
+        if quota.limit:
+            return Use(project, quota.limit, quota.used)
+    return Use(0, 0, 0)
+
+
+def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
+    """Limit directory ``ino`` to ``limit`` bytes, of which more may be used already; 0 takes the quota away.
+
+    Raises FsError: ENOTDIR; EXDEV when a file below has a name elsewhere too: it could not count for both.
+    """
+    volume = fs.volume
+    inode = fs.directory(ino).inode
+    had = inode.project == ino
+    if had and limit and quota_of(inode).limit:
+        # All is marked and counted.
+        _store(volume, ino, with_quota(inode, quota_of(inode)._replace(limit=limit)))
+        return get_quota(fs, ino)
+    if not had and not limit:
+        return get_quota(fs, ino)
+    if limit:
+        _check_links(fs, ino)
+    above = project_above(volume, ino, inode)
+    _store(volume, ino, with_quota(inode._replace(project=ino), Quota(0, 0)))
+    used = cost(volume.inode(ino)) + _mark(fs, ino, ino if limit else above)
+    inode = volume.inode(ino)
+    if limit:
+        _store(volume, ino, with_quota(inode, Quota(limit, used)))
+    else:
+        _store(volume, ino, without_quota(inode, above))
+    return get_quota(fs, ino)
+
+
+def _store(volume: Volume, ino: int, inode: Inode) -> None:
+    with volume.transaction():
+        volume.put_inode(ino, inode)
+
+
+def _below(fs: Filesystem, top: int) -> Iterator[tuple[int, Inode]]:
+    """Everything below a directory, each directory before what is in it, each file once for each of its names.
+
+    A directory with a limit of its own is given, and what is below it is not.
+    """
+    todo = [top]
+    while todo:
+        for entry in fs.directory(todo.pop()).scan(0):
+            inode = fs.getattr(entry.ino)
+            yield entry.ino, inode
+            if stat.S_ISDIR(inode.mode) and not _counts(entry.ino, inode):
+                todo.append(entry.ino)
+
+
+def _counts(ino: int, inode: Inode) -> bool:
+    """Whether a directory has a quota that counts."""
+    return inode.project == ino and bool(quota_of(inode).limit)
+
+
+def _check_links(fs: Filesystem, top: int) -> None:
+    """Raise FsError(EXDEV) when a file below ``top`` has a name elsewhere too."""
+    names: dict[int, int] = {}
+    for ino, inode in _below(fs, top):
+        if not stat.S_ISDIR(inode.mode) and inode.nlink > 1:
+            names[ino] = names.get(ino, inode.nlink) - 1
+    for ino, left in names.items():
+        if left:
+            raise FsError(errno.EXDEV, f"inode {ino} has {left} more names elsewhere: find -inum {ino} lists them")
+
+
+def _mark(fs: Filesystem, top: int, project: int) -> int:
+    """Let everything below ``top`` count against ``project``; the bytes that it all uses."""
+    volume = fs.volume
+    used = 0
+    seen: set[int] = set()
+    below = _below(fs, top)
+    while batch := list(islice(below, BATCH)):
+        with volume.transaction():
+            for ino, inode in batch:
+                if stat.S_ISDIR(inode.mode) and _counts(ino, inode):
+                    used += quota_of(inode).used
+                    continue
+                if inode.nlink > 1 and not stat.S_ISDIR(inode.mode):
+                    if ino in seen:
+                        continue
+                    seen.add(ino)
+                used += cost(inode)
+                if inode.project == ino:
+                    volume.put_inode(ino, without_quota(inode, project))
+                elif inode.project != project:
+                    volume.put_inode(ino, inode._replace(project=project))
+    return used
