@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pkernfs.fs.check import Checker, Problem
-    from pkernfs.fs.repair_work import Repair
+    from pkernfs.fs.repair.work import Repair
     from pkernfs.region import FileRegion
 
 DESCRIPTION = """\

@@ -14,7 +14,7 @@ from pkernfs.errors import FormatError
 from pkernfs.fs.allocator import Slab
 from pkernfs.fs.btree import Node
 from pkernfs.fs.check import Checker, check, check_region
-from pkernfs.fs.check_ledger import MAX_PROBLEMS
+from pkernfs.fs.check.ledger import MAX_PROBLEMS
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pages import read_inode, seal_page

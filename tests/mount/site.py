@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pkernfs.format import JOURNAL_HEADER, MiB
-from pkernfs.fs.check import check
-from pkernfs.fs.check_ledger import Problem
+from pkernfs.fs.check import Problem, check
 from pkernfs.fs.volume import Volume
 from pkernfs.mounts import mount_at
 from pkernfs.region import open_region

@@ -1,4 +1,4 @@
-"""The ledger of a check: who owns each block and page, and the walks that fill it (trees, extents, runs of pages).
+"""The ledger of a check: who owns each block and page, and the problems found.
 
 Nothing here raises on a damaged region: what a reader would raise is noted as a Problem, and the walk goes on.
 """
@@ -6,7 +6,6 @@ Nothing here raises on a damaged region: what a reader would raise is noted as a
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError
@@ -18,23 +17,18 @@ from pkernfs.format import (
     BLOCK_SLAB,
     INODES_PER_PAGE,
     MAX_FILE_SIZE,
-    NODE_MAGIC,
     PAGE,
     PAGE_DATA,
     PAGE_FREE,
-    PAGE_HEADER_LAYOUT,
     PAGE_INODES,
     PAGE_KINDS,
-    PAGE_NODE,
     PAGES_PER_BLOCK,
     Extent,
 )
 from pkernfs.fs.allocator import Slab
-from pkernfs.fs.btree import Node
 from pkernfs.fs.volume import Volume
 
 MAX_PROBLEMS = 10_000  #: more are not collected
-KEY_END = 1 << 64
 
 
 class Problem(NamedTuple):
@@ -89,7 +83,7 @@ class Ledger:
         self.found: dict[int, bytearray] = {}  #: kinds of pages as they are used, of slabs with damaged headers
         self.leaked_pages: list[tuple[int, int]] = []
         self.leaked_blocks: list[tuple[int, int]] = []
-        self._strays: dict[int, list[int]] | None = None  #: by owner: pages of leaves
+        self.strays: dict[int, list[int]] | None = None  #: by owner: pages of leaves
 
     # -- noting ---------------------------------------------------------------------------------------------------
 
@@ -233,117 +227,3 @@ class Ledger:
             self.blocks[block] = self.tally.owner
             return True
         return False
-
-    # -- trees ----------------------------------------------------------------------------------------------------
-
-    def tree(self, root: int, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
-        """The items of a tree of the inode at work, whose nodes are checked and claimed on the way.
-
-        A node that names another owner is not claimed.  One that was seen before is not read again, so that loops end.
-        ``fits``: whether a value can be one of this tree.
-        """
-        self.tally.nodes, self.tally.broken = [], False
-        todo: list[tuple[int, int | None, int, int]] = [(root, None, 0, KEY_END)] if root else []
-        while todo:
-            page, level, low, high = todo.pop()
-            what = f"tree node {page:#x} of inode {self.tally.owner}"
-            node = self._node(page, what)
-            if node is None:
-                self.tally.broken = self.incomplete = True
-                continue
-            if level is not None and node.level != level:
-                self.tally.broken = True
-                text = f"{what}: expected level {level}, found {node.level}"
-                self.note("tree-level", text, offset=page * PAGE)
-                if node.level > level:
-                    self.incomplete = True
-                    continue
-            # The first key of an inner node is not looked at by any reader.
-            keys = node.keys[1:] if node.level else node.keys
-            if keys and not low <= keys[0] <= keys[-1] < high:
-                self.tally.broken = True
-                self.note(
-                    "tree-order",
-                    f"{what}: expected keys from {low:#x} to {high - 1:#x}, found {keys[0]:#x} to {keys[-1]:#x}",
-                    offset=page * PAGE,
-                )
-            if not node.level:
-                yield from zip(node.keys, node.values, strict=True)
-                continue
-            bounds = [low, *keys, high]
-            children = zip(node.children, bounds, bounds[1:], strict=False)
-            todo += reversed([(child, node.level - 1, first, end) for child, first, end in children])
-        if self.tally.broken and self.salvage:
-            yield from self._stray_items(fits)
-
-    def _node(self, page: int, what: str) -> Node | None:
-        """A node of the inode at work, claimed; None, and a note, when it cannot be had."""
-        if not self.in_slab(page, what):
-            return None
-        try:
-            node = Node.decode(self.region.read(page * PAGE, PAGE), page, self.tally.owner)
-        except CorruptError as error:
-            self.note_damage("tree-node", error)
-            return None
-        if not self.claim(page, 1, PAGE_NODE, what):
-            return None
-        self.tally.nodes.append(page)
-        return node
-
-    def _stray_items(self, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
-        """The items of leaves of the inode at work that no node leads to any more."""
-        if self._strays is None:
-            self._strays = {}
-            for block, slab in self.slabs.items():
-                for index, kind in enumerate(slab.kinds):
-                    if kind == PAGE_NODE:
-                        page = block * PAGES_PER_BLOCK + index
-                        header = PAGE_HEADER_LAYOUT.unpack(self.region.view, page * PAGE)
-                        if header.magic == NODE_MAGIC and not header.level:
-                            self._strays.setdefault(header.owner, []).append(page)
-        for page in self._strays.get(self.tally.owner, ()):
-            block, index = divmod(page, PAGES_PER_BLOCK)
-            if self.pages[block][index]:
-                continue
-            try:
-                node = Node.decode(self.region.read(page * PAGE, PAGE), page, self.tally.owner)
-            except CorruptError:
-                continue
-            if all(map(fits, node.values)) and self.claim(page, 1, PAGE_NODE, "a leaf"):
-                self.tally.nodes.append(page)
-                yield from zip(node.keys, node.values, strict=True)
-
-    # -- the end --------------------------------------------------------------------------------------------------
-
-    def note_leaks(self) -> None:
-        """Note memory that is allocated and has no owner, a run at a time."""
-        self.tally = Tally(0)
-        for block, slab in self.slabs.items():
-            owners = self.pages[block]
-            leaked = bytes(
-                slab.kinds[i] != PAGE_FREE
-                and not (slab.slots[i] if slab.kinds[i] == PAGE_INODES else owners[i])
-                and block * PAGES_PER_BLOCK + i not in self.wrong_pages
-                for i in range(1, PAGES_PER_BLOCK)
-            )
-            for first, count in _runs(leaked):
-                page = block * PAGES_PER_BLOCK + 1 + first
-                self.leaked_pages.append((page, count))
-                self.note("leaked-page", f"pages {page:#x}+{count}: allocated, found no owner", offset=page * PAGE)
-            if slab.free == PAGES_PER_BLOCK - 1:
-                self.leaked_blocks.append((block, 1))
-                self.note("leaked-block", f"block {block}: a slab without a page in use", offset=block * BLOCK)
-        lost = bytes(kind == BLOCK_DATA and not owner for kind, owner in zip(self.table, self.blocks, strict=True))
-        for first, count in _runs(lost):
-            self.leaked_blocks.append((first, count))
-            self.note("leaked-block", f"blocks {first}+{count}: allocated, found no owner", offset=first * BLOCK)
-
-
-def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
-    """(first, count) of each run of ones."""
-    first = flags.find(1)
-    while first >= 0:
-        end = flags.find(0, first)
-        end = len(flags) if end < 0 else end
-        yield first, end - first
-        first = flags.find(1, end)

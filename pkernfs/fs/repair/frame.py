@@ -30,7 +30,7 @@ from pkernfs.format import (
 from pkernfs.fs.allocator import Slab
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.pages import check_page, seal_page
-from pkernfs.fs.repair_work import Repair, batches
+from pkernfs.fs.repair.work import Repair, batches
 from pkernfs.region import Region, check_superblock
 
 MAX_SEQUENCE = 1 << 62  #: of the journal: more are damage, and could not be counted on

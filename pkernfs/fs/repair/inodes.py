@@ -16,9 +16,9 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.btree import Node
-from pkernfs.fs.check_walk import RESERVED
+from pkernfs.fs.check.inodes import RESERVED
 from pkernfs.fs.pages import read_inode
-from pkernfs.fs.repair_work import Work, batches
+from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume
 
 

@@ -1,6 +1,4 @@
-"""The core of fsck.pkernfs -y: check, repair, check again.
-
-    repair_region(region) -> Outcome
+"""The rounds of a repair, and the order of its stages.
 
 ``STAGES`` is the order.  What memory is used for comes first, so that what is stored later never takes memory that is
 in use; then inodes, what they hold, and what follows from that; memory is freed, and lost inodes are named, when
@@ -14,11 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pkernfs.fs.check import Checker, Problem
-from pkernfs.fs.repair_content import contents, lost
-from pkernfs.fs.repair_frame import mend_frame
-from pkernfs.fs.repair_inodes import bad_inodes, fields, free_slots, orphans
-from pkernfs.fs.repair_space import block_kinds, leaks, page_kinds, slab_headers, slots
-from pkernfs.fs.repair_work import Repair, Work
+from pkernfs.fs.repair.content import contents, lost
+from pkernfs.fs.repair.frame import mend_frame
+from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
+from pkernfs.fs.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
+from pkernfs.fs.repair.work import Repair, Work
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 

@@ -24,10 +24,10 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs.btree import Node, Tree
-from pkernfs.fs.check_walk import Salvage
+from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
-from pkernfs.fs.repair_work import BATCH, Work
+from pkernfs.fs.repair.work import BATCH, Work
 from pkernfs.fs.volume import Volume
 
 LOST_FOUND = b"lost+found"

@@ -25,8 +25,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.allocator import Slab
 from pkernfs.fs.pages import check_page, read_inode
-from pkernfs.fs.repair_frame import is_slab
-from pkernfs.fs.repair_work import Work, batches
+from pkernfs.fs.repair.frame import is_slab
+from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume
 
 

@@ -1,0 +1,104 @@
+"""One check of one volume: what was reached so far, what is to be looked at, and what was found."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from pkernfs.errors import CorruptError
+from pkernfs.format import INODES_PER_PAGE, Inode
+from pkernfs.fs.check.ledger import Ledger, Problem, Tally
+from pkernfs.fs.check.order import EACH_INODE, PASSES
+from pkernfs.fs.check.trees import Salvage
+from pkernfs.fs.pages import read_inode
+from pkernfs.fs.volume import Volume
+
+
+class Checker:
+    """``run`` once; then ``problems``, ``files`` and ``directories`` tell what there is.
+
+    ``progress`` is called with the name of each pass.  For a repair: ``fixes``, fields that inodes should have;
+    ``bad``, inodes that cannot be kept, and why; with ``salvage``, what can be kept of structures that cannot stay.
+    """
+
+    def __init__(self, volume: Volume, *, salvage: bool = False, progress: Callable[[str], None] | None = None) -> None:
+        self.volume = volume
+        self.region = volume.region
+        self.ledger = Ledger(volume, salvage=salvage)
+        self.problems = self.ledger.problems
+        self.note = self.ledger.note
+        self.progress = progress
+        self.files = 0
+        self.directories = 0
+        self.todo: list[int] = []  #: directories to walk
+        self.seen: dict[int, int] = {}  #: by page of inodes: bitmap of the slots that were reached
+        self.names_left: dict[int, int] = {}  #: files of which not all names, or too many, were found yet
+        self.says_listed: set[int] = set()  #: inodes that say they are on the list of orphans
+        self.listed: set[int] = set()  #: those that are
+        self.lost: list[int] = []  #: inodes with a count of names, and without a name
+        self.unlisted: list[int] = []  #: inodes without names that are not in the list of orphans
+        self.slots_elsewhere: list[int] = []  #: pages that hold no inodes, and have slots in use
+        self.free_slots: list[int] = []  #: free slots that are not empty
+        self.wrong_slots: dict[int, int] = {}  #: inodes that are named, and whose slots are free: type
+        self.fixes: dict[int, dict[str, Any]] = {}
+        self.bad: dict[int, str] = {}
+        self.salvaged: dict[tuple[int, str], Salvage] = {}  #: by inode and the field of the root, "root" or "xattrs"
+        self._damaged: set[int] = set()  #: inodes whose damage was noted
+
+    def run(self) -> list[Problem]:
+        """All passes, in order."""
+        for one in PASSES:
+            if self.progress:
+                self.progress(one.__name__.replace("_", " "))
+            self.ledger.tally = Tally(0)
+            one(self)
+        return self.problems
+
+    # -- inodes ---------------------------------------------------------------------------------------------------
+
+    def in_use(self, ino: int) -> bool:
+        """Whether an inode may be read from the slot."""
+        return self.ledger.slot_in_use(ino) and ino < self.volume.total_pages * INODES_PER_PAGE
+
+    def mark(self, ino: int) -> bool:
+        """Note that the inode was reached; whether for the first time."""
+        page, slot = divmod(ino, INODES_PER_PAGE)
+        seen = self.seen.get(page, 0)
+        self.seen[page] = seen | 1 << slot
+        return not seen >> slot & 1
+
+    def inode(self, ino: int) -> Inode | None:
+        """The inode; None when it is damaged, which is noted once."""
+        try:
+            return read_inode(self.region, ino)
+        except CorruptError as error:
+            if ino not in self._damaged:
+                self._damaged.add(ino)
+                self.bad[ino] = "damaged"
+                self.ledger.note_damage("inode-checksum", error, ino=ino)
+            return None
+
+    def correct(self, ino: int, **fields: Any) -> None:
+        """Note what fields of an inode should be."""
+        self.fixes.setdefault(ino, {}).update(fields)
+
+    def content(self, ino: int, inode: Inode) -> None:
+        """The inode itself and all that it holds; of a directory the subdirectories are put on the list to walk."""
+        outer, self.ledger.tally = self.ledger.tally, Tally(ino)
+        if stat.S_ISDIR(inode.mode):
+            self.directories += 1
+        else:
+            self.files += 1
+        for one in EACH_INODE:
+            one(self, ino, inode)
+        self.ledger.tally = outer
+
+    def walk(self, ino: int) -> None:
+        """Inode ``ino`` and all below it; a list and no recursion, for names may be nested without a limit."""
+        self.todo.append(ino)
+        while self.todo:
+            ino = self.todo.pop()
+            inode = self.inode(ino)
+            if inode:
+                self.content(ino, inode)

@@ -1,0 +1,119 @@
+"""The fields of one inode, and the counts of names."""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING
+
+from pkernfs.format import (
+    FIRST_FREE_SLOT,
+    FLAG_DIR,
+    FLAG_FILE,
+    FLAG_IOMMU_DIR,
+    FLAG_IOMMU_ROOT_PGTABLES,
+    INLINE_SIZE,
+    IOMMU_INO,
+    MAX_FILE_SIZE,
+    ORPHANS_INO,
+    ROOT_INO,
+    ROOT_PGTABLES_INO,
+    SYMLINK_MAX,
+    Inode,
+)
+
+if TYPE_CHECKING:
+    from pkernfs.fs.check.checker import Checker
+
+TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
+#: type -> the largest size; a directory's is compared with its entries
+SIZE_LIMITS = {stat.S_IFREG: MAX_FILE_SIZE, stat.S_IFLNK: SYMLINK_MAX}
+
+#: inode -> (type, flags) of the slots that mkfs fills
+RESERVED: dict[int, tuple[int, int]] = {
+    ROOT_INO: (stat.S_IFDIR, FLAG_DIR),
+    ORPHANS_INO: (stat.S_IFREG, FLAG_FILE),
+    IOMMU_INO: (stat.S_IFDIR, FLAG_DIR | FLAG_IOMMU_DIR),
+    ROOT_PGTABLES_INO: (stat.S_IFREG, FLAG_FILE | FLAG_IOMMU_ROOT_PGTABLES),
+}
+
+
+def has_extents(inode: Inode) -> bool:
+    """Whether the content stands in extents: of regular files, and of long symbolic links."""
+    return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
+
+
+def may_be_named(ino: int) -> bool:
+    """Whether a name may lead to the inode: not to a reserved slot without use, and not to the list of orphans."""
+    return ino >= FIRST_FREE_SLOT or (ino in RESERVED and ino != ORPHANS_INO)
+
+
+def mode(checker: Checker, ino: int, inode: Inode) -> None:
+    """A type and permissions, and nothing else."""
+    if stat.S_IFMT(inode.mode) not in TYPES:
+        checker.bad[ino] = "of no type"
+    elif inode.mode >> 16:
+        checker.correct(ino, mode=inode.mode & 0xFFFF)
+    else:
+        return
+    checker.note("inode-mode", f"inode {ino:#x}: expected a type and permissions, found mode {inode.mode:o}")
+
+
+def flags(checker: Checker, ino: int, inode: Inode) -> None:
+    """The flags say what the type says."""
+    wanted = FLAG_FILE * stat.S_ISREG(inode.mode) | FLAG_DIR * stat.S_ISDIR(inode.mode)
+    if ino not in checker.bad and inode.flags & (FLAG_FILE | FLAG_DIR) != wanted:
+        checker.note(
+            "inode-flags", f"inode {ino:#x}: expected the flags of mode {inode.mode:o}, found {inode.flags:#x}"
+        )
+        right = inode.flags & ~(FLAG_FILE | FLAG_DIR) | wanted
+        checker.correct(ino, flags=RESERVED[ino][1] if ino in RESERVED else right)
+
+
+def parent(checker: Checker, ino: int, inode: Inode) -> None:
+    """Only directories have a parent; theirs is compared where they are named."""
+    if inode.parent and not stat.S_ISDIR(inode.mode):
+        checker.note("inode-parent", f"inode {ino:#x}: expected no parent, found {inode.parent:#x}")
+        checker.correct(ino, parent=0)
+
+
+def size(checker: Checker, ino: int, inode: Inode) -> None:
+    """A size that the type allows."""
+    limit = SIZE_LIMITS.get(stat.S_IFMT(inode.mode), 0)
+    if inode.size > limit and not stat.S_ISDIR(inode.mode):
+        checker.note("inode-size", f"inode {ino:#x}: expected at most {limit} bytes, found {inode.size}")
+        checker.correct(ino, size=limit)
+
+
+def symlink(checker: Checker, ino: int, inode: Inode) -> None:
+    """A short target stands in the inode, and nothing behind it."""
+    if not stat.S_ISLNK(inode.mode) or has_extents(inode):
+        return
+    if inode.root or inode.inline[inode.size :].strip(b"\0"):
+        checker.note("symlink", f"inode {ino:#x}: expected a target of {inode.size} bytes, found {inode.inline!r}")
+        checker.correct(ino, root=0, inline=inode.inline[: inode.size] + bytes(INLINE_SIZE - inode.size))
+
+
+def no_content(checker: Checker, ino: int, inode: Inode) -> None:
+    """Devices, FIFOs and sockets have no content."""
+    kind = stat.S_IFMT(inode.mode)
+    if kind not in SIZE_LIMITS and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
+        checker.note("inode-content", f"inode {ino:#x}: expected no content for mode {inode.mode:o}, found some")
+        checker.correct(ino, root=0, inline=bytes(INLINE_SIZE))
+
+
+def pages(checker: Checker, ino: int, inode: Inode) -> None:
+    """The inode counts the pages that it holds."""
+    tally = checker.ledger.tally
+    if tally.sound and tally.pages != inode.pages:
+        checker.note("inode-pages", f"inode {ino:#x}: expected {tally.pages} pages, found a count of {inode.pages}")
+        checker.correct(ino, pages=tally.pages)
+
+
+def link_counts(checker: Checker) -> None:
+    """Files have as many names as they say (directories were compared in the walk)."""
+    for ino, left in checker.names_left.items():
+        if left < 0 or (left and not checker.ledger.incomplete):
+            inode = checker.inode(ino)
+            links = inode.nlink if inode else 0
+            checker.note("link-count", f"inode {ino:#x}: expected nlink {links - left}, found {links}", ino=ino)
+            checker.correct(ino, nlink=links - left)

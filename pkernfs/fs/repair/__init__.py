@@ -1,0 +1,11 @@
+"""The core of fsck.pkernfs -y: check, repair, check again.
+
+    repair_region(region) -> Outcome
+
+``stages`` is the order; the other modules hold the stages by subject, and ``work`` what they share.
+"""
+
+from pkernfs.fs.repair.stages import Outcome, repair_region
+from pkernfs.fs.repair.work import Repair
+
+__all__ = ["Outcome", "Repair", "repair_region"]
