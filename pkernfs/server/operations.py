@@ -85,6 +85,7 @@ class Operations(pyfuse3.Operations):
         self.fs = fs
         self.facts = facts
         self.damaged: dict[int, CorruptError] = {}
+        self.unwritten: dict[int, tuple[int, PkernfsError]] = {}  #: where a write ended too soon, and why
         self.work = trio.Event()
         fs.in_background = True
 
@@ -178,6 +179,8 @@ class Operations(pyfuse3.Operations):
         for ino, count in inode_list:
             try:
                 self.fs.forget(ino, count)
+                if ino not in self.fs.lookups:
+                    self.unwritten.pop(ino, None)
             except PkernfsError as error:
                 log.error("forgetting inode %d: %s", ino, error)
             except Exception:
@@ -288,7 +291,19 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
-        return self.fs.write(fh & INO, off, buf, kill_priv=bool(fh & KILL_PRIV))
+        ino = fh & INO
+        if self.unwritten.get(ino, (-1,))[0] == off:
+            del self.unwritten[ino]
+        done = self.fs.write(ino, off, buf, kill_priv=bool(fh & KILL_PRIV))
+        while done < len(buf):
+            try:
+                done += self.fs.write(ino, off + done, buf[done:])
+            except PkernfsError as error:
+                # A caller of write(2) sees the count and asks again for the rest.  The kernel, when it writes back
+                # pages that were changed through a mapping, does not look at it: fsync and msync tell.
+                self.unwritten[ino] = (off + done, error)
+                break
+        return done
 
     @handler
     def release(self, fh: int) -> None:
@@ -297,6 +312,8 @@ class Operations(pyfuse3.Operations):
     @handler
     def fsync(self, fh: int, datasync: bool) -> None:
         self.fs.region.flush()
+        if fh & INO in self.unwritten:
+            raise self.unwritten.pop(fh & INO)[1]
 
     @handler
     def fsyncdir(self, fh: int, datasync: bool) -> None:

@@ -41,6 +41,9 @@ class Checker:
         self.slots_elsewhere: list[int] = []  #: pages that hold no inodes, and have slots in use
         self.free_slots: list[int] = []  #: free slots that are not empty
         self.wrong_slots: dict[int, int] = {}  #: inodes that are named, and whose slots are free: type
+        self.used: dict[int, int] = {}  #: by project: bytes of the inodes that name it
+        self.odd_projects: dict[tuple[int, int], int] = {}  #: (directory, other project of an entry): the entry's inode
+        self.projects_wrong = False
         self.fixes: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}
         self.salvaged: dict[tuple[int, str], Salvage] = {}  #: by inode and the field of the root, "root" or "xattrs"

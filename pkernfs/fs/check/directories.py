@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pkernfs.errors import CorruptError
 from pkernfs.format import DIRENT, FIRST_FREE_SLOT, ORPHANS_INO, ROOT_INO, Dirent, Inode
 from pkernfs.fs.check.inodes import may_be_named
+from pkernfs.fs.check.quotas import project
 from pkernfs.fs.check.trees import hashed, is_entry, items, keep
 from pkernfs.fs.directory import Directory, Entry
 
@@ -45,7 +46,7 @@ def entries(checker: Checker, ino: int, inode: Inode) -> None:
             dropped.append(f"a name that cannot be, {value[DIRENT.size :]!r}")
             continue
         first = hashed(checker, key, entry.name, names, f"{entry.name!r} in directory {ino:#x}")
-        is_dir, mode = _entry(checker, ino, entry)
+        is_dir, mode = _entry(checker, ino, inode, entry)
         links += is_dir
         if not mode or mode != entry.mode or not first:
             dropped.append(f"{'the type of ' * bool(mode and first)}the name {entry.name!r}")
@@ -62,7 +63,7 @@ def entries(checker: Checker, ino: int, inode: Inode) -> None:
         checker.correct(ino, nlink=links)
 
 
-def _entry(checker: Checker, parent: int, entry: Entry) -> tuple[bool, int]:
+def _entry(checker: Checker, parent: int, above: Inode, entry: Entry) -> tuple[bool, int]:
     """One name: the inode that it stands for.  Whether that is a subdirectory; the type it has, 0: name it not."""
     ino = entry.ino
     what = f"{entry.name!r} in directory {parent:#x}"
@@ -78,6 +79,7 @@ def _entry(checker: Checker, parent: int, entry: Entry) -> tuple[bool, int]:
     if entry.mode != stat.S_IFMT(inode.mode):
         checker.note("dirent-mode", f"{what}: expected mode {stat.S_IFMT(inode.mode):o}, found {entry.mode:o}")
     kind = stat.S_IFMT(inode.mode)
+    project(checker, parent, above, ino, inode)
     if not stat.S_ISDIR(inode.mode):
         _file_name(checker, ino, inode, first=first)
         return False, kind

@@ -16,6 +16,7 @@ from pkernfs.fs.check.extents import extents
 from pkernfs.fs.check.frame import block_table, journal, reserved_inodes, slab_headers, superblocks
 from pkernfs.fs.check.inodes import flags, link_counts, mode, no_content, pages, parent, size, symlink
 from pkernfs.fs.check.orphans import lost_inodes, orphans, says_listed
+from pkernfs.fs.check.quotas import quota_form, quotas
 from pkernfs.fs.check.space import leaks
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PASSES: tuple[Callable[[Checker], None], ...] = (
     orphans,  # and for those of the list
     lost_inodes,  # and for all others
     link_counts,
+    quotas,
     leaks,
 )
 
@@ -49,6 +51,7 @@ EACH_INODE: tuple[Callable[[Checker, int, Inode], None], ...] = (
     extents,
     no_content,
     pages,
+    quota_form,
 )
 
 #: What must hold, in the order of the checks: the name that a Problem gives, and the statement.
@@ -97,6 +100,9 @@ INVARIANTS: dict[str, str] = {
     "directory-parent": "a directory says where it is named",
     "directory-size": "a directory counts its entries",
     "link-count": "a file counts its names, a directory itself and its subdirectories",
+    # quotas
+    "project": "an inode counts against the quota that is next above it",
+    "quota": "a quota says what is used by all that count against it, and nothing stands behind it",
     # what no name leads to
     "orphan-list": "the list of orphans is a circle of inodes in use",
     "orphan-links": "its links go both ways, and who says to be on it is",

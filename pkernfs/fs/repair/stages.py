@@ -15,6 +15,7 @@ from pkernfs.fs.check import Checker, Problem
 from pkernfs.fs.repair.content import contents, lost
 from pkernfs.fs.repair.frame import mend_frame
 from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
+from pkernfs.fs.repair.quotas import projects
 from pkernfs.fs.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
 from pkernfs.fs.repair.work import Repair, Work
 from pkernfs.fs.volume import Volume
@@ -34,6 +35,7 @@ STAGES: tuple[Callable[[Work], None], ...] = (
     orphans,
     leaks,
     lost,
+    projects,
 )
 
 

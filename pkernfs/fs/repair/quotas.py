@@ -1,0 +1,58 @@
+"""Repair of quotas: what each inode counts against.  What is used is a field, which the next round sets."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+
+from pkernfs.errors import PkernfsError
+from pkernfs.format import ORPHANS_INO, ROOT_INO
+from pkernfs.fs.directory import Directory
+from pkernfs.fs.repair.work import Work, batches
+from pkernfs.fs.volume import Volume
+
+
+def projects(work: Work) -> None:
+    """Every inode counts against the quota that is next above it; one without a name against none."""
+    if not work.checker.projects_wrong:
+        return
+    volume = work.volume
+    for batch in batches(_wanted(volume, work.checker.listed)):
+        with volume.transaction():
+            for ino, project in batch:
+                inode = volume.inode(ino)
+                volume.put_inode(ino, inode._replace(project=project))
+                work.note("project", f"inode {ino:#x}: counts against {project:#x}, not {inode.project:#x}", ino=ino)
+
+
+def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
+    """(inode, project) of all that name another one.  What is damaged is left to other stages."""
+    if volume.inode(ROOT_INO).project not in (0, ROOT_INO):
+        yield ROOT_INO, 0
+    seen = set()
+    todo = [(int(ROOT_INO), int(ROOT_INO) if _has_quota(volume, ROOT_INO) else 0)]
+    while todo:
+        top, project = todo.pop()
+        for entry in list(Directory(volume, top, volume.inode(top)).scan()):
+            try:
+                inode = volume.inode(entry.ino)
+            except PkernfsError:
+                continue
+            own = _has_quota(volume, entry.ino)
+            if stat.S_ISDIR(inode.mode) and entry.ino not in seen:
+                seen.add(entry.ino)
+                todo.append((entry.ino, entry.ino if own else project))
+            if not own and inode.project != project:
+                yield entry.ino, project
+    for ino in orphans - {ORPHANS_INO}:
+        project = volume.inode(ino).project
+        if project and ino not in seen and not _has_quota(volume, project):
+            yield ino, 0
+
+
+def _has_quota(volume: Volume, ino: int) -> bool:
+    try:
+        inode = volume.inode(ino)
+    except PkernfsError:
+        return False
+    return stat.S_ISDIR(inode.mode) and inode.project == ino
