@@ -21,6 +21,8 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
+MAX_SEQUENCE = 1 << 62  #: of the journal: more are damage, and could not be counted on
+
 
 class Journal:
     """The journal of one region.  ``commit`` makes a set of stores happen together, ``recover`` finishes them."""

@@ -19,12 +19,10 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.repair import Outcome, repair_region
 from pkernfs.fs.volume import Volume
 from pkernfs.region import MemoryRegion, RecordingRegion, Region
-from tests.core.support import ROOT, MiB, Shape, full, mkdir, mkfile, new_fs, open_fs, patch_inode
-from tests.core.test_check import (
+from tests.core.faults import (
     DOUBLE,
     FAULTS,
     child,
-    damaged_regions,
     drop_name,
     flip,
     inode_of,
@@ -35,6 +33,8 @@ from tests.core.test_check import (
     slab_of,
     sparse_tree,
 )
+from tests.core.support import ME, ROOT, MiB, Shape, full, mkdir, mkfile, new_fs, open_fs, patch_inode
+from tests.core.test_check import damaged_regions
 from tests.core.test_crash import CowRegion, cast, torn
 
 Plant = Callable[[Filesystem], object]
@@ -47,7 +47,10 @@ VICTIMS: dict[str, set[bytes]] = {
     "file-too-large": {b"/g", b"/d/f"},
     "name-does-not-fit-its-key": {b"/g", b"/h"},
     "name-twice": {b"/g", b"/d/f"},
-    "name-with-slash": {b"/g", b"/d/f"},
+    "name-with-": {b"/g", b"/d/f"},
+    "name-is-a-dot": {b"/g", b"/d/f"},
+    "name-is-empty": {b"/big"},
+    "directory-loop-apart": {b"/d", b"/d/f", b"/d/e", b"/d/e/inner"},
     "name-length": {b"/big"},
     "name-of-nothing": {b"/nothing", b"/big"},
     "name-of-the-list-of-orphans": {b"/nothing", b"/big"},
@@ -274,7 +277,6 @@ def test_reserved_inodes_are_made_anew(victim: Filesystem, ino: int) -> None:
 def test_reserved_inodes_get_their_names_back(victim: Filesystem) -> None:
     before = sound(victim.region.view)
     drop_name(victim, b"iommu")
-    assert {problem.code for problem in check(Volume(victim.region))} == {"inode-lost"}
     mended(victim.region)
     assert sound(victim.region.view) == before
 
@@ -304,7 +306,7 @@ def test_a_full_region_is_repaired_in_place() -> None:
 
 
 def test_what_cannot_be_repaired_is_left() -> None:
-    """No page is free for lost+found; with one it is."""
+    """No page is free for what lost+found holds; with one it is."""
     fs = new_fs(20)
     cast(fs)
     filler = full(fs)
@@ -313,9 +315,38 @@ def test_what_cannot_be_repaired_is_left() -> None:
     region = MemoryRegion(image=fs.region.view)
     before = shapes(region)
     outcome = repair_region(region)
-    codes = {problem.code for problem in outcome.left}
-    assert codes <= {"inode-lost"}
+    assert {problem.code for problem in outcome.left} == {"inode-lost"}
     assert {path for path in before if shapes(region).get(path) != before[path]} <= {b""}
+    victim = open_fs(region)
+    victim.unlink(ROOT, b"big")
+    outcome = mended(region)
+    assert [repair.code for repair in outcome.repairs] == ["inode-lost"]
+    assert len([path for path in sound(region.view) if path.startswith(b"/lost+found/#")]) == 1
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO], ids=["file", "link", "fifo"])
+def test_lost_found_is_no_directory(victim: Filesystem, kind: int) -> None:
+    """What has the name keeps it."""
+    victim.create(ROOT, b"lost+found", kind | 0o644, ME, target=b"d" if kind == stat.S_IFLNK else b"")
+    before = sound(victim.region.view)
+    ino = victim.resolve(b"big")
+    drop_name(victim, b"big")
+    mended(victim.region)
+    after = sound(victim.region.view)
+    assert after[b"/lost+found"] == before[b"/lost+found"]
+    assert after[b"/lost+found~/#%d" % ino] == before[b"/big"]
+
+
+def test_names_in_lost_found_are_not_taken_twice(victim: Filesystem) -> None:
+    ino = victim.resolve(b"big")
+    earlier = mkfile(victim, b"#%d" % ino, b"from an earlier run", mkdir(victim, b"lost+found"))
+    before = sound(victim.region.view)
+    drop_name(victim, b"big")
+    mended(victim.region)
+    after = sound(victim.region.view)
+    assert after[b"/lost+found/#%d" % ino] == before[b"/lost+found/#%d" % ino]
+    assert after[b"/lost+found/#%d~" % ino] == before[b"/big"]
+    assert Filesystem.open(victim.region).resolve(b"lost+found/#%d" % ino) == earlier
 
 
 def test_no_superblock_at_all(victim: Filesystem) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import DIRENT, FIRST_FREE_SLOT, ORPHANS_INO, ROOT_INO, Dirent, Inode
-from pkernfs.fs.check.inodes import may_be_named
+from pkernfs.fs.check.inodes import in_its_place, may_be_named
 from pkernfs.fs.check.quotas import project
 from pkernfs.fs.check.trees import hashed, is_entry, items, keep
 from pkernfs.fs.directory import Directory, Entry
@@ -71,6 +71,9 @@ def _entry(checker: Checker, parent: int, above: Inode, entry: Entry) -> tuple[b
         checker.note("dirent-dangling", f"{what}: expected an inode in use, found {ino:#x}, which is free")
         if ino >= FIRST_FREE_SLOT:
             checker.wrong_slots.setdefault(ino, entry.mode)
+        return stat.S_ISDIR(entry.mode), 0
+    if not in_its_place(ino, parent, entry.name):
+        checker.note("reserved-name", f"{what}: expected another inode in this place, found {ino:#x}")
         return stat.S_ISDIR(entry.mode), 0
     first = checker.mark(ino)
     inode = checker.inode(ino)

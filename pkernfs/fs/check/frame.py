@@ -22,6 +22,7 @@ from pkernfs.format import (
     TABLE_MAGIC,
 )
 from pkernfs.fs.check.inodes import RESERVED
+from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.pages import check_page
 from pkernfs.region import check_superblock
 
@@ -51,6 +52,8 @@ def journal(checker: Checker) -> None:
         checker.note("journal", f"expected no transaction to apply, found seal {header.seal:#x}", offset=at)
     elif header.magic != JOURNAL_MAGIC:
         checker.note("journal", f"journal magic: expected {JOURNAL_MAGIC:#x}, found {header.magic:#x}", offset=at)
+    elif header.seal >> 1 > MAX_SEQUENCE:
+        checker.note("journal", f"expected a count of transactions, found seal {header.seal:#x}", offset=at)
 
 
 def block_table(checker: Checker) -> None:

@@ -35,6 +35,12 @@ RESERVED: dict[int, tuple[int, int]] = {
     IOMMU_INO: (stat.S_IFDIR, FLAG_DIR | FLAG_IOMMU_DIR),
     ROOT_PGTABLES_INO: (stat.S_IFREG, FLAG_FILE | FLAG_IOMMU_ROOT_PGTABLES),
 }
+#: inode -> its one name: directory, name
+PLACES: dict[int, tuple[int, bytes]] = {
+    IOMMU_INO: (ROOT_INO, b"iommu"),
+    ROOT_PGTABLES_INO: (IOMMU_INO, b"root-pgtables"),
+}
+_INO_AT = {place: ino for ino, place in PLACES.items()}
 
 
 def has_extents(inode: Inode) -> bool:
@@ -45,6 +51,12 @@ def has_extents(inode: Inode) -> bool:
 def may_be_named(ino: int) -> bool:
     """Whether a name may lead to the inode: not to a reserved slot without use, and not to the list of orphans."""
     return ino >= FIRST_FREE_SLOT or (ino in RESERVED and ino != ORPHANS_INO)
+
+
+def in_its_place(ino: int, parent: int, name: bytes) -> bool:
+    """Whether the name may lead to the inode: those of iommu/ have one, and nothing else has it."""
+    place = (parent, name)
+    return PLACES.get(ino, place) == place and _INO_AT.get(place, ino) == ino
 
 
 def mode(checker: Checker, ino: int, inode: Inode) -> None:

@@ -79,6 +79,7 @@ class Ledger:
         self.salvage = salvage
         self.wrong_pages: dict[int, Wrong] = {}
         self.wrong_blocks: dict[int, int] = {}  #: blocks that a file uses and the table has as something else: owner
+        self.misused_blocks: set[int] = set()  #: data blocks that a file uses in part, or not in their place
         self.maybe_slabs: set[int] = set()  #: blocks that are used as slabs, and are none
         self.found: dict[int, bytearray] = {}  #: kinds of pages as they are used, of slabs with damaged headers
         self.leaked_pages: list[tuple[int, int]] = []
@@ -209,15 +210,18 @@ class Ledger:
 
     def _claim_block(self, block: int, start: int, index: int, step: int, what: str) -> bool:
         kind = self.table[block]
-        if step != PAGES_PER_BLOCK and kind == BLOCK_DATA:
+        whole, aligned = step == PAGES_PER_BLOCK, not start % PAGES_PER_BLOCK
+        if kind == BLOCK_DATA and not (whole and aligned):
+            self.misused_blocks.add(block)
+        if not whole and kind == BLOCK_DATA:
             self.note("block-part", f"{what}: expected whole blocks, found {step} pages of block {block} from {index}")
-        elif start % PAGES_PER_BLOCK and kind == BLOCK_DATA:
+        elif not aligned and kind == BLOCK_DATA:
             self.note("block-align", f"{what}: expected block {block} at a multiple of 2 MiB, found page {start:#x}")
         elif kind != BLOCK_DATA:
             code = "block-free" if kind == BLOCK_FREE else "block-kind"
             found = BLOCK_KINDS[kind]
             self.note(code, f"{what}: expected block {block} to be 'data', found {found!r}", offset=block * BLOCK)
-            if step == PAGES_PER_BLOCK and not start % PAGES_PER_BLOCK:
+            if whole and aligned:
                 self.wrong_blocks.setdefault(block, self.tally.owner)
             else:
                 self.maybe_slabs.add(block)

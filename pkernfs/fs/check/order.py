@@ -64,6 +64,7 @@ INVARIANTS: dict[str, str] = {
     "slab-header": "the headers of slabs are sound",
     "slab-slots": "only pages of inodes have slots in use",
     "reserved-inode": "the reserved inodes, those of iommu/ too, hold what mkfs made, and the other slots nothing",
+    "reserved-name": "the inodes of iommu/ have their names, one each, and nothing else has them",
     # one inode
     "inode-checksum": "an inode has the checksum of its bytes and its number",
     "inode-mode": "an inode in use has a type and permissions",

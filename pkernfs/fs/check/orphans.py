@@ -11,13 +11,12 @@ from pkernfs.format import (
     INODE,
     INODE_SIZE,
     INODES_PER_PAGE,
-    IOMMU_INO,
     ORPHANS_INO,
     PAGE_INODES,
     PAGES_PER_BLOCK,
-    ROOT_PGTABLES_INO,
     Inode,
 )
+from pkernfs.fs.check.inodes import PLACES
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
 
@@ -60,9 +59,9 @@ def orphans(checker: Checker) -> None:
 
 def lost_inodes(checker: Checker) -> None:
     """Every slot in use was reached, and free slots are empty."""
-    for ino in map(int, (IOMMU_INO, ROOT_PGTABLES_INO)):
+    for ino, (_, name) in PLACES.items():
         if not checker.ledger.incomplete and checker.mark(ino):
-            checker.note("inode-lost", f"inode {ino}: expected a name, found none", ino=ino)
+            checker.note("reserved-name", f"inode {ino}: expected it as {name.decode()!r}, found no name", ino=ino)
             checker.lost.append(ino)
             inode = checker.inode(ino)
             if inode:

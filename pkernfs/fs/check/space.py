@@ -35,13 +35,15 @@ def _note_leaks(ledger: Ledger) -> None:
         if slab.free == PAGES_PER_BLOCK - 1:
             ledger.leaked_blocks.append((block, 1))
             ledger.note("leaked-block", f"block {block}: a slab without a page in use", offset=block * BLOCK)
-    lost = bytes(kind == BLOCK_DATA and not owner for kind, owner in zip(ledger.table, ledger.blocks, strict=True))
+    lost = bytearray(kind == BLOCK_DATA and not owner for kind, owner in zip(ledger.table, ledger.blocks, strict=True))
+    for block in ledger.misused_blocks:
+        lost[block] = 0
     for first, count in _runs(lost):
         ledger.leaked_blocks.append((first, count))
         ledger.note("leaked-block", f"blocks {first}+{count}: allocated, found no owner", offset=first * BLOCK)
 
 
-def _runs(flags: bytes) -> Iterator[tuple[int, int]]:
+def _runs(flags: bytes | bytearray) -> Iterator[tuple[int, int]]:
     """(first, count) of each run of ones."""
     first = flags.find(1)
     while first >= 0:

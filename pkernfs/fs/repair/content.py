@@ -14,16 +14,15 @@ from pkernfs.format import (
     INLINE_EXTENTS,
     INLINE_SIZE,
     INODE_SIZE,
-    IOMMU_INO,
     KEY_SLOTS,
     ROOT_INO,
-    ROOT_PGTABLES_INO,
     XATTR_HEAD,
     Extent,
     Inode,
     name_key,
 )
 from pkernfs.fs.btree import Node, Tree
+from pkernfs.fs.check.inodes import PLACES, in_its_place
 from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
@@ -31,11 +30,6 @@ from pkernfs.fs.repair.work import BATCH, Work
 from pkernfs.fs.volume import Volume
 
 LOST_FOUND = b"lost+found"
-#: reserved inode -> where its name belongs
-PLACES: dict[int, tuple[int, bytes]] = {
-    IOMMU_INO: (ROOT_INO, b"iommu"),
-    ROOT_PGTABLES_INO: (IOMMU_INO, b"root-pgtables"),
-}
 
 
 class NewTree(Tree):
@@ -133,6 +127,8 @@ def lost(work: Work) -> None:
                 parent, name = _lost_found(work), b"#%d" % ino
             while Directory(volume, parent, volume.inode(parent)).find(name):
                 name += b"~"
+            if not in_its_place(ino, parent, name):
+                continue  # what has the name goes first
             _add_name(volume, parent, name, ino, inode)
         except CorruptError:
             continue

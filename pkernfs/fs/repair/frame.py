@@ -28,12 +28,10 @@ from pkernfs.format import (
     geometry,
 )
 from pkernfs.fs.allocator import Slab
-from pkernfs.fs.journal import Journal
+from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, seal_page
 from pkernfs.fs.repair.work import Repair, batches
 from pkernfs.region import Region, check_superblock
-
-MAX_SEQUENCE = 1 << 62  #: of the journal: more are damage, and could not be counted on
 
 
 def find_copy(region: Region) -> tuple[int, Superblock] | None:
