@@ -1,16 +1,24 @@
 """Reading a region without a mount: read-only, the journal replayed in memory, nothing written."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.mounts import mountpoints_of
+from pkernfs.mounts import FSTYPE, mountpoints_of, mounts
 from pkernfs.region import lock_holder, open_region
 
 T = TypeVar("T")
 TRIES = 5
+
+
+def region_of(path: str) -> str:
+    """The region that ``path`` is, or that is mounted there."""
+    real = os.path.realpath(path)
+    found = [mount.source for mount in mounts() if mount.mountpoint == real and mount.fstype == FSTYPE]
+    return found[-1] if found else path
 
 
 def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: str = "pkernfs") -> T:

@@ -50,6 +50,12 @@ def human(count: int) -> str:
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
 
 
+def printable(name: str) -> str:
+    """A name as part of a line on a terminal or in a pipe: what is no printable UTF-8 becomes an escape."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def region_and_path(word: str) -> tuple[str, str]:
     """Split REGION[:PATH]; the region is the longest part before a colon that exists.  Raises UsageError."""
     at = len(word)

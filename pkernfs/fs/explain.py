@@ -9,34 +9,45 @@ import os
 import stat
 from typing import Any
 
-from pkernfs.errors import PkernfsError, UsageError
+from pkernfs.errors import UsageError
 from pkernfs.format import (
     BLOCK,
     BLOCK_DATA,
     BLOCK_FREE,
     BLOCK_KINDS,
     BLOCK_META,
+    EXTENT_VALUE,
     INODE_SIZE,
     INODES_PER_PAGE,
+    JOURNAL_HEADER,
+    JOURNAL_RECORD,
     PAGE,
     PAGE_FREE,
     PAGE_HEADER,
     PAGE_INODES,
     PAGE_KINDS,
+    PAGE_NODE,
+    PAGE_XATTR,
     PAGES_PER_BLOCK,
-    ROOT_INO,
+    STORE,
     SUPERBLOCK,
+    Inode,
 )
+from pkernfs.fs.btree import Tree
 from pkernfs.fs.check import Checker
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import read_inode
+from pkernfs.fs.paths import paths_of
+from pkernfs.fs.xattrs import Xattrs
 
 
 def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
     """What is at region offset ``offset`` (bytes).
 
-    The result has ``offset``, ``physical``, ``block``, ``page``, ``structure``; where something owns it ``ino`` and
-    ``path`` (of one of its names, or None); for content ``file_offset``.  Raises UsageError outside the region.
+    The result has ``offset``, ``physical``, ``block``, ``page``, ``structure``; where something owns it ``ino``,
+    ``paths`` (of all its names), ``path`` (the first, or None) and ``orphan`` (removed, and still open); for content
+    ``file_offset``, ``size``, ``beyond_end`` and ``extent``; for tree nodes ``tree``, for values of attributes
+    ``attribute``, for the journal ``record``.  All in bytes.  Raises UsageError outside the region, CorruptError.
     """
     sb = fs.volume.sb
     if not 0 <= offset < sb.blocks * BLOCK:
@@ -55,7 +66,7 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
     if kind == BLOCK_FREE:
         return facts | {"structure": "free"}
     if kind == BLOCK_DATA:
-        return facts | _owned(fs, offset, "data", _checker(fs).ledger.blocks[block])
+        return facts | _owned(fs, offset, "data")
     slab = fs.volume.allocator.slab(block)
     index = page % PAGES_PER_BLOCK
     structure = PAGE_KINDS[slab.kinds[index]]
@@ -66,7 +77,7 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
         ino = offset // INODE_SIZE
         used = slab.slots[index] >> ino % INODES_PER_PAGE & 1
         return facts | (_named(fs, "inode", ino) if used else {"structure": "free inode"})
-    return facts | _owned(fs, offset, structure, _checker(fs).ledger.pages[block][index])
+    return facts | _owned(fs, offset, structure)
 
 
 def _of_metadata(fs: Filesystem, offset: int) -> dict[str, Any]:
@@ -85,50 +96,88 @@ def _of_metadata(fs: Filesystem, offset: int) -> dict[str, Any]:
     if journal.header_at <= offset < journal.body_at:
         return {"structure": "journal header"}
     if journal.body_at <= offset < journal.body_at + journal.capacity:
-        return {"structure": "journal body"}
+        return _journal_record(fs, offset)
     return {"structure": "unused metadata"}
 
 
-def _checker(fs: Filesystem) -> Checker:
+def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
+    """Which record of the last transaction stands at an offset in the journal's body, and what it is for.
+
+    The transaction is retired, or the body of one that was never sealed: nothing of it is relied on, here neither.
+    """
+    volume = fs.volume
+    at = volume.journal.body_at
+    header = JOURNAL_HEADER.unpack(fs.region.read(volume.journal.header_at, JOURNAL_HEADER.size))
+    end = min(at + header.length, at + volume.journal.capacity)
+    for number in range(header.records):
+        if at + JOURNAL_RECORD.size > end or offset < at:
+            break
+        record = JOURNAL_RECORD.unpack(fs.region.read(at, JOURNAL_RECORD.size))
+        after = at + JOURNAL_RECORD.size + (record.length if record.kind == STORE else 0)
+        if offset < after:
+            return {
+                "structure": f"journal record {number} of the last transaction",
+                "record": {
+                    "sequence": header.sequence,
+                    "kind": "store" if record.kind == STORE else "discard",
+                    "offset": record.offset,
+                    "length": record.length if record.kind == STORE else record.length * PAGE,
+                },
+            }
+        at = after
+    return {"structure": "journal body, not in use"}
+
+
+def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
+    """Of a data block, or of a page that is neither free nor of inodes nor a header."""
     checker = Checker(fs.volume)
     checker.run()
-    return checker
-
-
-def _owned(fs: Filesystem, offset: int, structure: str, ino: int) -> dict[str, Any]:
+    page = offset // PAGE
+    block, index = divmod(page, PAGES_PER_BLOCK)
+    pages = checker.ledger.pages.get(block)
+    ino = checker.ledger.blocks[block] if pages is None else pages[index]
     if not ino:
-        return {"structure": f"{structure}, allocated but owned by nobody"}
+        unread = ", or by something that cannot be read: run fsck.pkernfs" if checker.ledger.incomplete else ""
+        return {"structure": f"{structure}, allocated but owned by nobody{unread}"}
     facts = _named(fs, structure, ino)
-    inode = fs.getattr(ino)
-    if stat.S_ISREG(inode.mode):
-        for extent in fs.extents(ino):
-            if extent.page <= offset // PAGE < extent.page + extent.length:
-                facts["file_offset"] = extent.start * PAGE + offset - extent.page * PAGE
-                facts["beyond_end"] = facts["file_offset"] >= inode.size
+    inode = read_inode(fs.region, ino)
+    facts["orphan"] = ino in checker.listed
+    if structure == PAGE_KINDS[PAGE_NODE]:
+        return facts | {"tree": _tree_of(fs, ino, inode, page)}
+    if structure == PAGE_KINDS[PAGE_XATTR]:
+        return facts | {"attribute": _attribute_at(fs, ino, inode, page)}
+    for extent in fs.extents(ino):
+        if extent.page <= page < extent.page + extent.length:
+            facts["file_offset"] = extent.start * PAGE + offset - extent.page * PAGE
+            facts["beyond_end"] = facts["file_offset"] >= inode.size
+            facts["size"] = inode.size
+            facts["extent"] = {
+                "file_offset": extent.start * PAGE,
+                "region_offset": extent.page * PAGE,
+                "physical": fs.physical(extent.page * PAGE),
+                "length": extent.length * PAGE,
+            }
     return facts
 
 
-def _named(fs: Filesystem, structure: str, ino: int) -> dict[str, Any]:
-    return {"structure": structure, "ino": ino, "path": path_of(fs, ino)}
+def _tree_of(fs: Filesystem, ino: int, inode: Inode, page: int) -> str:
+    """Which of an inode's trees has a node."""
+    if inode.xattrs and page in Tree(fs.volume, ino, inode.xattrs).all_pages():
+        return "attributes"
+    return "directory" if stat.S_ISDIR(inode.mode) else "extents"
 
 
-def path_of(fs: Filesystem, ino: int) -> str | None:
-    """A path of the inode from the root on, or None when it has no name.  Reads directories until it is found."""
-    if ino == ROOT_INO:
-        return "/"
-    todo = [(b"/", int(ROOT_INO))]
-    seen = set()
-    while todo:
-        path, directory = todo.pop()
-        if directory in seen:
-            continue
-        seen.add(directory)
-        try:
-            for entry in fs.directory(directory).scan():
-                if entry.ino == ino:
-                    return os.fsdecode(path + entry.name)
-                if stat.S_ISDIR(entry.mode):
-                    todo.append((path + entry.name + b"/", entry.ino))
-        except PkernfsError:
-            continue  # a damaged directory hides what is below it
+def _attribute_at(fs: Filesystem, ino: int, inode: Inode, page: int) -> str | None:
+    """The name of the attribute whose value has a page."""
+    for attribute in Xattrs(fs.volume, ino, inode).all():
+        if attribute.head.external:
+            payload = attribute.payload
+            runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
+            if any(run.page <= page < run.page + run.length for run in runs):
+                return os.fsdecode(attribute.name)
     return None
+
+
+def _named(fs: Filesystem, structure: str, ino: int) -> dict[str, Any]:
+    paths = [os.fsdecode(path) for path in paths_of(fs.volume, {ino}).get(ino, [])]
+    return {"structure": structure, "ino": ino, "path": paths[0] if paths else None, "paths": paths}
