@@ -1,60 +1,117 @@
-"""pkernfs scrub: verify every checksum of a mounted region."""
+"""pkernfs scrub: verify every checksum of a region, mounted or not."""
+
+from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from pkernfs.cli.words import printable
+from pkernfs.errors import PkernfsError
+
+if TYPE_CHECKING:
+    from pkernfs.cli.progress import Advance
 
 DESCRIPTION = """\
-Verify every checksum of a region while it is mounted and in use.  Single structures are looked at; whether they agree
-with each other is what fsck.pkernfs finds out, without a mount.
+Verify every checksum of a region: of the superblock and its copy, the journal, the block table, slabs, inodes, tree
+nodes and values of attributes.  A mounted region goes on being used meanwhile.  Single structures are looked at;
+whether they agree with each other is what fsck.pkernfs finds out, without a mount.
 
   pkernfs scrub /mnt/pkernfs
+  pkernfs scrub /dev/shm/pkernfs.img
 
-exit status:  0  all is well     1  it failed     4  damage was found
+exit status:  0  all is well     1  it failed     2  wrong usage     4  damage was found
 """
 DAMAGED = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MOUNT."""
-    parser.add_argument("mount", metavar="MOUNT")
+    """MOUNT or REGION."""
+    parser.add_argument("target", metavar="MOUNT|REGION")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the server for one block after the other.  Raises PkernfsError."""
-    from pkernfs.client import control
+    """Scrub, and name the files that are concerned.  Raises PkernfsError."""
+    from pkernfs.cli.progress import bar
+    from pkernfs.client import mount_of
+    from pkernfs.mounts import mountpoints_of
 
-    blocks = control(arguments.mount, "info")["blocks"]
-    problems: list[str] = []
-    structures = at = 0
-    with _progress(blocks, quiet=arguments.json) as advance:
-        while at < blocks:
-            step = control(arguments.mount, "scrub", block=at)
-            at = step["next"]
-            structures += step["structures"]
-            problems += step["problems"]
-            advance(at)
+    target = arguments.target
+    mounted = mountpoints_of(os.path.realpath(target))
+    mount = mount_of(target) or (mount_of(mounted[-1]) if mounted else None)
+    with bar(quiet=arguments.json) as advance:
+        if mount:
+            region, (structures, problems) = mount.source, _all(_online(mount.mountpoint), advance)
+        else:
+            region, (structures, problems) = target, _offline(target, advance)
+    paths = _paths(region, {problem["ino"] for problem in problems} - {0})
+    for problem in problems:
+        problem["path"] = paths.get(problem["ino"])
     if arguments.json:
         print(json.dumps({"structures": structures, "clean": not problems, "problems": problems}, indent=2))
     else:
         for problem in problems:
-            print(problem)
-        print(f"{arguments.mount}: {structures} structures verified, {len(problems)} damaged")
+            print((f"{printable(problem['path'])}: " if problem["path"] else "") + problem["text"])
+        print(f"{target}: {structures} structures verified, {len(problems)} damaged")
     return DAMAGED if problems else 0
 
 
-@contextmanager
-def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere; the function takes how far it is."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
+Step = tuple[dict[str, Any], int]  #: what a step found; the number of pages of the region
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verifying", total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+def _online(mountpoint: str) -> Iterator[Step]:
+    """Ask the server for one step after the other."""
+    from pkernfs.client import control
+    from pkernfs.format import PAGES_PER_BLOCK
+
+    pages = control(mountpoint, "info")["blocks"] * PAGES_PER_BLOCK
+    page = 0
+    while page < pages:
+        step = control(mountpoint, "scrub", page=page)
+        yield step, pages
+        page = step["next"]
+
+
+def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
+    from pkernfs.errors import CorruptError
+    from pkernfs.fs.filesystem import Filesystem
+    from pkernfs.fs.scrub import scrub_all
+    from pkernfs.region import open_region
+
+    with open_region(path, readonly=True) as region:
+        try:
+            fs = Filesystem.open(region)
+        except CorruptError as error:
+            text = f"{error.what} at region offset {error.offset:#x}: {error.found}"
+            return 1, [{"text": text, "ino": 0, "offset": error.offset}]
+        pages = fs.volume.total_pages
+        steps = ({**step._asdict(), "problems": [p._asdict() for p in step.problems]} for step in scrub_all(fs))
+        return _all(((step, pages) for step in steps), advance)
+
+
+def _all(steps: Iterable[Step], advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
+    structures, problems = 0, []
+    for step, pages in steps:
+        structures += step["structures"]
+        problems += step["problems"]
+        if advance:
+            advance("verifying", step["next"], pages)
+    return structures, problems
+
+
+def _paths(region_path: str, inos: set[int]) -> dict[int, str]:
+    """A path of each inode that has one and whose directories can be read."""
+    from pkernfs.fs.paths import paths_of
+    from pkernfs.fs.volume import Volume
+    from pkernfs.region import open_region
+
+    if not inos:
+        return {}
+    try:
+        with open_region(region_path, readonly=True, locked=False) as region:
+            return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(Volume(region), inos).items()}
+    except PkernfsError:
+        return {}  # too much is damaged for names; what was found is told without them

@@ -33,6 +33,9 @@ class Journal:
         self.body_at = sb.journal_offset + 2 * PAGE
         self.capacity = geometry(sb.blocks).journal_size
         self.sequence = region.word(self.header_at) >> 1
+        #: Header and body are those of transaction ``sequence``.  Not known of what an earlier user left: a crash in
+        #: the middle of storing the next one leaves a mixture, which nobody looks at.
+        self.whole = False
 
     def commit(self, stores: Iterable[tuple[int, bytes]], discards: Iterable[tuple[int, int]]) -> None:
         """Make all of ``stores`` (offset, data) durable at once, then give ``discards`` (offset, length) back.
@@ -54,6 +57,7 @@ class Journal:
         if len(body) > self.capacity:
             raise AssertionError(f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
         self.sequence += 1
+        self.whole = False
         seal = 2 * self.sequence
         header = JOURNAL_HEADER.pack(JournalHeader(seal - 2, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
@@ -75,6 +79,7 @@ class Journal:
         if region.barriers:
             region.flush()
         region.store_word(self.header_at, seal)
+        self.whole = True
 
     def recover(self) -> int:
         """Finish the transaction that was sealed and not retired, if there is one; its number of records, else 0.
@@ -96,6 +101,7 @@ class Journal:
             self.region.flush()
         self.region.store_word(self.header_at, seal - 1)
         self.sequence = seal >> 1
+        self.whole = True
         return len(records)
 
     def records(self, sequence: int) -> Iterator[tuple[JournalRecord, bytes]]:

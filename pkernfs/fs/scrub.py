@@ -1,18 +1,20 @@
-"""Verifying every checksum of a region in use, a block at a time, so that other requests come in between.
+"""Verifying every checksum of a region in use, a few structures at a time, so that other requests come in between.
 
 What is verified are single structures; whether they agree with each other is for the check (fsck.pkernfs).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.format import (
-    BLOCK,
     BLOCK_SLAB,
     FIRST_FREE_SLOT,
     INODES_PER_PAGE,
+    JOURNAL_HEADER,
+    JOURNAL_MAGIC,
     NODE_MAGIC,
     PAGE,
     PAGE_HEADER_LAYOUT,
@@ -29,25 +31,54 @@ from pkernfs.fs.pages import check_page, read_inode
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import check_superblock
 
+STEP = 256  #: structures of one step, and at most one page of inodes more: a few milliseconds
+
+
+class Damage(NamedTuple):
+    """A structure whose checksum does not hold."""
+
+    text: str
+    ino: int  #: the inode that it is, or belongs to; 0: none
+    offset: int  #: in the region, bytes
+
 
 class Scrubbed(NamedTuple):
-    """What a step did.  ``next``: the block to go on with; the number of blocks when all are done."""
+    """What a step did.  ``next``: the page to go on with; the number of pages of the region when all are done."""
 
     next: int
     structures: int  #: whose checksums were verified
-    problems: list[str]
+    problems: list[Damage]
 
 
-def scrub_step(fs: Filesystem, block: int) -> Scrubbed:
-    """Verify what is in the next block from ``block`` on that has structures with checksums; block 0: the metadata."""
+def scrub_step(fs: Filesystem, page: int) -> Scrubbed:
+    """Verify some of the structures with checksums from ``page`` on; 0: all that is not in slabs."""
     step = _Step(fs)
-    table = fs.volume.allocator.table
-    if block <= 0:
+    if page <= 0:
         step.metadata()
-    elif block < len(table) and table[block] == BLOCK_SLAB:  # it may have become something else since it was named
-        step.slab(block)
-    following = table.find(BLOCK_SLAB, max(block, 0) + 1)
-    return Scrubbed(following if following >= 0 else len(table), step.structures, step.problems)
+        return Scrubbed(_next_slab(fs, 0), step.structures, step.problems)
+    while page < fs.volume.total_pages and step.structures < STEP:
+        block = page // PAGES_PER_BLOCK
+        # It may have become something else since it was named.
+        if fs.volume.allocator.table[block] == BLOCK_SLAB:
+            page = step.slab(block, page % PAGES_PER_BLOCK)
+        if not page % PAGES_PER_BLOCK or fs.volume.allocator.table[block] != BLOCK_SLAB:
+            page = _next_slab(fs, block)
+    return Scrubbed(page, step.structures, step.problems)
+
+
+def scrub_all(fs: Filesystem) -> Iterator[Scrubbed]:
+    """All steps, one after the other."""
+    page = 0
+    while page < fs.volume.total_pages:
+        step = scrub_step(fs, page)
+        yield step
+        page = step.next
+
+
+def _next_slab(fs: Filesystem, block: int) -> int:
+    """The first page of the first slab behind ``block``, or the number of pages."""
+    found = fs.volume.allocator.table.find(BLOCK_SLAB, block + 1)
+    return found * PAGES_PER_BLOCK if found >= 0 else fs.volume.total_pages
 
 
 class _Step:
@@ -55,10 +86,15 @@ class _Step:
         self.fs = fs
         self.region = fs.region
         self.structures = 0
-        self.problems: list[str] = []
+        self.problems: list[Damage] = []
+
+    def damaged(self, error: CorruptError, ino: int = 0) -> None:
+        self.problems.append(
+            Damage(f"{error.what} at region offset {error.offset:#x}: {error.found}", ino, error.offset)
+        )
 
     def metadata(self) -> None:
-        """Superblocks, block table, reserved inodes."""
+        """Superblocks, journal, block table, reserved inodes."""
         sb = self.fs.volume.sb
         for offset in (0, sb.journal_offset):
             self.structures += 1
@@ -66,47 +102,69 @@ class _Step:
                 raw = self.region.read(offset, SUPERBLOCK.size)
                 check_superblock(raw, self.region.size, f"superblock at {offset:#x}", readonly=True)
             except FormatError as error:
-                self.problems.append(error.text)
+                self.problems.append(Damage(error.text, 0, offset))
+        self.journal()
         for index in range(sb.table_pages):
             offset = PAGE * (1 + index)
             self.structures += 1
             try:
-                check_page(self.region.read(offset, PAGE), TABLE_MAGIC, offset, index, "the block table")
+                what = f"page {index} of the block table"
+                check_page(self.region.read(offset, PAGE), TABLE_MAGIC, offset, index, what)
             except CorruptError as error:
-                self.problems.append(str(error))
+                self.damaged(error)
         for ino in range(1, FIRST_FREE_SLOT):
             self.inode(ino)
 
-    def slab(self, block: int) -> None:
-        """A slab's header, and its pages of inodes and of tree nodes."""
+    def journal(self) -> None:
+        """Its header, and the last transaction where that is known to be whole: retired, but not yet overwritten."""
         self.structures += 1
+        journal = self.fs.volume.journal
+        header = JOURNAL_HEADER.unpack(self.region.read(journal.header_at, JOURNAL_HEADER.size))
+        expected = (2 * journal.sequence, JOURNAL_MAGIC)
         try:
-            slab = Slab.decode(self.region.read(block * BLOCK, PAGE), block)
+            if (header.seal, header.magic) != expected:
+                found = f"expected seal, magic {expected}, found {(header.seal, header.magic)}"
+                raise CorruptError("the journal header", journal.header_at, found)
+            if journal.whole:
+                for _ in journal.records(journal.sequence):
+                    pass
         except CorruptError as error:
-            self.problems.append(str(error))
-            return
-        for index, kind in enumerate(slab.kinds):
+            self.damaged(error)
+
+    def slab(self, block: int, first: int) -> int:
+        """A slab from its page ``first`` on; the page of the region to go on with, the one behind it at the end."""
+        end = (block + 1) * PAGES_PER_BLOCK
+        self.structures += not first
+        try:
+            slab = Slab.decode(self.region.read(block * PAGES_PER_BLOCK * PAGE, PAGE), block)
+        except CorruptError as error:
+            if not first:
+                self.damaged(error)
+            return end
+        for index in range(first, PAGES_PER_BLOCK):
             page = block * PAGES_PER_BLOCK + index
-            if kind == PAGE_NODE:
+            if self.structures >= STEP:
+                return page
+            if slab.kinds[index] == PAGE_NODE:
                 self.node(page)
-            elif kind == PAGE_INODES:
+            elif slab.kinds[index] == PAGE_INODES:
                 for slot in range(INODES_PER_PAGE):
-                    if slab.slots[index] >> slot & 1:
-                        self.inode(page * INODES_PER_PAGE + slot)
+                    self.inode(page * INODES_PER_PAGE + slot)
+        return end
 
     def node(self, page: int) -> None:
         """A tree node, whoever its owner is."""
         self.structures += 1
         raw = self.region.read(page * PAGE, PAGE)
+        owner = PAGE_HEADER_LAYOUT.unpack(raw).owner
         try:
-            owner = PAGE_HEADER_LAYOUT.unpack(raw).owner
             check_page(raw, NODE_MAGIC, page * PAGE, owner, f"a tree node of inode {owner}")
             Node.decode(raw, page, owner)
         except CorruptError as error:
-            self.problems.append(str(error))
+            self.damaged(error, owner)
 
     def inode(self, ino: int) -> None:
-        """An inode, and the values of its attributes that have pages of their own."""
+        """An inode, and the values of its attributes that have pages of their own.  A free slot has a checksum, too."""
         self.structures += 1
         try:
             inode = read_inode(self.region, ino)
@@ -116,4 +174,4 @@ class _Step:
                     self.structures += attribute.head.external
                     xattrs.value(attribute)
         except CorruptError as error:
-            self.problems.append(str(error))
+            self.damaged(error, ino)

@@ -37,11 +37,12 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
         return {"region": fs.region.path, **file_facts(fs, _ino(request))}
 
     async def scrub(request: dict[str, Any]) -> dict[str, Any]:
-        """Verify the checksums in one block; the caller goes on with "next"."""
-        block = request.get("block")
-        if not isinstance(block, int):
-            raise FsError(errno.EINVAL, f'"block": expected a number, found {block!r}')
-        return scrub_step(fs, block)._asdict()
+        """Verify some checksums from a page on; the caller goes on with "next"."""
+        page = request.get("page")
+        if not isinstance(page, int):
+            raise FsError(errno.EINVAL, f'"page": expected a number, found {page!r}')
+        step = scrub_step(fs, page)
+        return {**step._asdict(), "problems": [damage._asdict() for damage in step.problems]}
 
     async def direct(request: dict[str, Any]) -> dict[str, Any]:
         """Mark a file as mapped directly from the region, or ("on": false) as no longer so."""

@@ -5,10 +5,10 @@ import errno
 import pytest
 
 from pkernfs.errors import UsageError
-from pkernfs.format import BLOCK, PAGE
+from pkernfs.format import BLOCK, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
 from pkernfs.fs.explain import explain
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.scrub import scrub_step
+from pkernfs.fs.scrub import Damage, scrub_all, scrub_step
 from pkernfs.region import MemoryRegion
 from tests.core.support import ROOT, MiB, mkdir, mkfile, open_fs
 
@@ -43,15 +43,15 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     assert refused.value.errno == errno.EINVAL
 
 
-def scrub(fs: Filesystem) -> list[str]:
+def scrub(fs: Filesystem) -> list[Damage]:
     """All blocks, one after the other."""
-    problems: list[str] = []
-    block = 0
-    while block < fs.volume.sb.blocks:
-        step = scrub_step(fs, block)
-        assert step.next > block
-        block = step.next
+    problems: list[Damage] = []
+    page = 0
+    for step in scrub_all(fs):
+        assert step.next > page
+        page = step.next
         problems += step.problems
+    assert page == fs.volume.total_pages
     return problems
 
 
@@ -77,6 +77,9 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
 def test_scrub_of_a_block_that_is_no_slab_any_more(fs: Filesystem) -> None:
     """The caller remembers where to go on; what was a slab then may be free now."""
     slab = fs.volume.allocator.slab_blocks()[0]
-    assert scrub_step(fs, slab).structures > 0
-    assert scrub_step(fs, slab - 1) == (slab, 0, [])
-    assert scrub_step(fs, 10**9).next == fs.volume.sb.blocks
+    assert scrub_step(fs, slab * PAGES_PER_BLOCK).structures > 0
+    assert scrub_step(fs, (slab - 1) * PAGES_PER_BLOCK).structures > 0
+    assert fs.volume.allocator.table[fs.volume.sb.first_block] == BLOCK_FREE
+    last = scrub_step(fs, fs.volume.total_pages - 1)
+    assert (last.next, last.problems) == (fs.volume.total_pages, [])
+    assert scrub_step(fs, 10**9) == (10**9, 0, [])
