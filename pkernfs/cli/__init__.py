@@ -45,8 +45,11 @@ def main_mkfs() -> int:
 
 def main_fsck() -> int:
     """The command ``fsck.pkernfs``; exit codes of fsck(8)."""
+    import signal
+
     from pkernfs.cli.fsck import main as run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # fsck(8) hands it on to us
     return guarded(lambda _: run(), "fsck.pkernfs", failure=8)
 
 

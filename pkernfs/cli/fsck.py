@@ -1,22 +1,19 @@
-"""fsck.pkernfs: check a region, and repair it with -y or -p.  Without these it only reads."""
+"""fsck.pkernfs: check a region, and repair it with -y, -p, or when somebody at the terminal says so."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.cli.words import Parser, add_version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from pkernfs.fs.check import Checker, Problem
-    from pkernfs.fs.repair.work import Repair
+    from pkernfs.fs.check import Checker, Problem, Progress
+    from pkernfs.fs.repair import Repair
     from pkernfs.region import FileRegion
 
 DESCRIPTION = """\
@@ -25,17 +22,27 @@ Check a pkernfs region: every structure, and that they agree.  Prints one line f
 With -y or -p problems are repaired: a superblock is restored from its copy, what cannot be read is taken out, counts
 are made right, memory that nobody owns is freed, and files that lost their names get one in /lost+found.  Files that
 are sound are not touched.  A repair that was interrupted is continued by the next one.  A transaction that a crash
-left in the journal is replayed with -y or -p, else in memory only.
+left in the journal is replayed, with -n in memory only.  Without -n, -y and -p it asks, and needs a terminal.
 
 A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.
 """
 EPILOG = """\
 exit status, as fsck(8) has it; they add up:
   0  clean                    1  problems were corrected, or the journal was replayed
-  4  problems were left (without -y and -p: all)
-  8  it could not be checked: no region, in use, cannot be read          16  wrong usage
+  4  problems were left       8  it could not be checked: no region, in use, no terminal
+  16  wrong usage            32  cancelled by SIGINT or SIGTERM: what was repaired so far is whole
+
+--json prints one object:
+  region, exit, clean         the region's real path, the exit status, whether nothing is left
+  replayed                    records of the journal that were replayed for good
+  files, directories          how many there are; null where the region could not be opened before a repair
+  problems                    what was found: checker and invariant (its name, what does not hold), text, ino, path,
+                              offset, block (null where there is none), state: found (with -n), repaired or left
+  repaired                    what was done: code, text, ino, path, offset, block
+  left                        what the last check found, as problems
+  warnings                    strings
 """
-CORRECTED, LEFT, FAILED, USAGE = 1, 4, 8, 16
+CORRECTED, LEFT, FAILED, USAGE, CANCELLED = 1, 4, 8, 16, 32
 
 
 class FsckParser(Parser):
@@ -54,6 +61,7 @@ class Outcome(NamedTuple):
     records: int  #: records of the journal that were replayed
     stored: bool  #: they are in the region now, not in memory only
     warnings: list[str]
+    paths: dict[int, str]  #: of the inodes concerned, where they have one
 
     @property
     def code(self) -> int:
@@ -71,6 +79,10 @@ def parser() -> Parser:
     answer.add_argument("-y", "--yes", action="store_true", help="correct what can be corrected")
     answer.add_argument("-p", "-a", "--auto", action="store_true", help="the same, as fsck(8) wants it at boot")
     made.add_argument("-f", "--force", action="store_true", help="accepted: every check is a full one")
+    made.add_argument("-v", "--verbose", action="store_true", help="say how much there is of everything")
+    made.add_argument(
+        "-C", type=int, metavar="FD", dest="progress", help='write "PASS DONE TOTAL REGION" lines to this descriptor'
+    )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return made
 
@@ -78,6 +90,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``fsck.pkernfs``; its exit code."""
     arguments = parser().parse_args(argv)
+    from pkernfs.cli.fsck_report import report
     from pkernfs.errors import PkernfsError
 
     try:
@@ -85,17 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PkernfsError as error:
         print(f"fsck.pkernfs: {error}", file=sys.stderr)
         return FAILED
-    _report(arguments, outcome)
+    except KeyboardInterrupt:
+        print("fsck.pkernfs: cancelled: what was repaired so far is whole; run it again", file=sys.stderr)
+        return CANCELLED
+    report(arguments, outcome)
     return outcome.code
 
 
 def _run(arguments: argparse.Namespace) -> Outcome:
     """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
-    from pkernfs.errors import RegionBusyError
+    from pkernfs.errors import RegionBusyError, UsageError
     from pkernfs.fs.check import check_region
-    from pkernfs.fs.repair import repair_region
     from pkernfs.region import open_region
 
+    ask = not (arguments.no or arguments.yes or arguments.auto)
+    if ask and (arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())):
+        raise UsageError("a terminal is needed to ask what to do", hint="-n looks only, -y and -p repair")
     warnings = []
     try:
         opened = open_region(arguments.region, readonly=True)
@@ -104,28 +122,68 @@ def _run(arguments: argparse.Namespace) -> Outcome:
             raise RegionBusyError(error.text, hint="unmount it, or look only with -n") from None
         warnings.append(f"{error.text}: what changes meanwhile may seem damaged")
         opened = open_region(arguments.region, readonly=True, locked=False)
-    with _progress(arguments) as tell:
-        with opened as region:
-            records = _waiting(region)
+    with opened as region:
+        records = _waiting(region)
+        with _progress(arguments) as tell:
             problems, checker = check_region(region, progress=tell)
-            if not (arguments.yes or arguments.auto) or not (records or problems):
-                return Outcome(problems, problems, [], checker, records, False, warnings)
-        with open_region(arguments.region) as region:
-            done = repair_region(region, progress=tell)
-        return Outcome(problems, done.left, done.repairs, done.checker, done.records, True, warnings)
+        paths = _paths(checker, {problem.ino for problem in problems})
+    found = Outcome(problems, problems, [], checker, records, False, warnings, paths)
+    if arguments.no or not (records or problems) or (ask and problems and not _agreed(arguments.region, found)):
+        return found
+    return _repaired(arguments, found)
+
+
+def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
+    from pkernfs.fs.repair import finish_transaction, repair_region
+    from pkernfs.region import open_region
+
+    with open_region(arguments.region) as region:
+        try:
+            with _progress(arguments) as tell:
+                done = repair_region(region, progress=tell)
+        except KeyboardInterrupt:
+            finish_transaction(region)
+            raise
+        concerned = {problem.ino for problem in done.left} | {repair.ino for repair in done.repairs}
+        paths = found.paths | _paths(done.checker, concerned)
+    return Outcome(found.problems, done.left, done.repairs, done.checker, done.records, True, found.warnings, paths)
+
+
+def _agreed(region: str, found: Outcome) -> bool:
+    """Show what was found, and ask."""
+    from pkernfs.cli.fsck_report import count, lines
+
+    for line in lines(region, found.problems, found.paths):
+        print(line)
+    try:
+        return input(f"{region}: {count(found.problems, 'problem')} found: repair (y/N)? ").lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
+def _paths(checker: Checker | None, inos: set[int]) -> dict[int, str]:
+    from pkernfs.fs.paths import paths_of
+
+    if checker is None or not inos - {0}:
+        return {}
+    return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(checker.volume, inos - {0}).items()}
 
 
 @contextmanager
-def _progress(arguments: argparse.Namespace) -> Iterator[Callable[[str], None] | None]:
-    """A line that says what is done now, while it lasts; None: no terminal to show it on."""
-    if arguments.json or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
+def _progress(arguments: argparse.Namespace) -> Iterator[Callable[[Progress], None] | None]:
+    """What to tell how far it is: a bar on a terminal, and the descriptor of -C; None: nobody wants to know."""
+    from pkernfs.cli.progress import bar
 
-    console = Console(stderr=True)
-    with console.status("open") as status:
-        yield status.update
+    with bar(quiet=arguments.json) as advance:
+
+        def tell(at: Progress) -> None:
+            if advance:
+                advance(at.name, at.done, at.total)
+            if arguments.progress:
+                os.write(arguments.progress, f"{at.number} {at.done} {at.total} {arguments.region}\n".encode())
+
+        yield tell if advance or arguments.progress else None
 
 
 def _waiting(region: FileRegion) -> int:
@@ -140,53 +198,3 @@ def _waiting(region: FileRegion) -> int:
         return len(list(journal.records(seal >> 1))) if seal & 1 else 0
     except PkernfsError:
         return 0
-
-
-def _report(arguments: argparse.Namespace, outcome: Outcome) -> None:
-    name = arguments.region
-    problems, left, checker = outcome.problems, outcome.left, outcome.checker
-    if arguments.json:
-        found = {
-            "region": os.path.realpath(name),
-            "exit": outcome.code,
-            "clean": not left,
-            "replayed": outcome.records if outcome.stored else 0,
-            "files": checker.files if checker else None,
-            "directories": checker.directories if checker else None,
-            "warnings": outcome.warnings,
-            "problems": [problem._asdict() for problem in problems],
-            "repaired": [repair._asdict() for repair in outcome.repairs],
-            "left": [problem._asdict() for problem in left],
-        }
-        print(json.dumps(found, indent=2))
-        return
-    for warning in outcome.warnings:
-        print(f"fsck.pkernfs: warning: {warning}", file=sys.stderr)
-    if outcome.records:
-        where = "replayed" if outcome.stored else "replayed in memory only, the next mount (or -y) does it for good"
-        print(f"{name}: the journal held an unfinished transaction of {outcome.records} records: {where}")
-    for problem in problems:
-        print(f"{name}: {problem.code}: {problem.text}")
-    for repair in outcome.repairs:
-        print(f"{name}: repaired: {repair.text}")
-    if outcome.stored and left and left != problems:
-        for problem in left:
-            print(f"{name}: left: {problem.code}: {problem.text}")
-    if problems:
-        count = _count(problems, "problem")
-        if outcome.stored:
-            print(f"{name}: {count} found, {_count(outcome.repairs, 'repair')} made, {_count(left, 'problem')} left")
-        else:
-            print(f"{name}: {count} found; -y repairs what can be repaired")
-    elif checker:
-        print(f"{name}: clean, {checker.files} files, {checker.directories} directories{_space(checker)}")
-
-
-def _count(items: Sequence[object], noun: str) -> str:
-    return f"{len(items)} {noun}" + "s" * (len(items) != 1)
-
-
-def _space(checker: Checker) -> str:
-    volume = checker.volume
-    blocks, first = volume.allocator.blocks, volume.allocator.first_block
-    return f", {blocks - first - volume.allocator.free_blocks} of {blocks - first} blocks in use"

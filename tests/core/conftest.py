@@ -56,6 +56,13 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
+def shm() -> Iterator[Path]:
+    """A directory on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="pkernfs-test-") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def made(path: str) -> str:
     """A region of 32 MiB with a file in it."""
     sparse_file(path, 32 * MiB)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from pkernfs.cli.fsck import main
+from pkernfs.fs.check import INVARIANTS
 from pkernfs.region import open_region, read_superblock
 from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode, sparse_file
 
-OPTIONS = [[], ["-n"], ["-y"], ["-p"], ["-a"], ["-f"], ["-f", "-y"]]
+OPTIONS = [["-n"], ["-y"], ["-p"], ["-a"], ["-f", "-n"], ["-f", "-y"]]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -54,7 +55,7 @@ def test_a_clean_region(made: str, options: list[str], capsys: Capture) -> None:
     assert digest(made) == before
 
 
-@pytest.mark.parametrize("options", [[], ["-n"], ["-f"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["-n"], ["-f", "-n"]], ids=" ".join)
 def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> None:
     damage(made)
     before = digest(made)
@@ -62,7 +63,7 @@ def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> No
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
-    assert lines[0].endswith(": expected 1 pages, found a count of 99")
+    assert lines[0].endswith(": expected 1 pages, found a count of 99 (/f)")
     assert lines[1] == f"{made}: 1 problem found; -y repairs what can be repaired"
     assert digest(made) == before
 
@@ -75,7 +76,7 @@ def test_a_problem_is_repaired(made: str, options: list[str], capsys: Capture) -
     assert len(lines) == 3
     assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
     assert lines[1].startswith(f"{made}: repaired: inode 0x")
-    assert lines[1].endswith(": set pages 1")
+    assert lines[1].endswith(": set pages 1 (/f)")
     assert lines[2] == f"{made}: 1 problem found, 1 repair made, 0 problems left"
     after = digest(made)
     assert main([*options, made]) == 0
@@ -94,11 +95,10 @@ def test_the_journal_is_replayed(made: str, options: list[str], capsys: Capture)
         assert fs.resolve(b"late")
 
 
-@pytest.mark.parametrize("options", [[], ["-n"]], ids=["", "-n"])
-def test_the_journal_is_replayed_in_memory_only(made: str, options: list[str], capsys: Capture) -> None:
+def test_the_journal_is_replayed_in_memory_only(made: str, capsys: Capture) -> None:
     seal_again(made)
     before = digest(made)
-    assert main([*options, made]) == 0
+    assert main(["-n", made]) == 0
     out = capsys.readouterr().out
     assert "replayed in memory only" in out
     assert ": clean, 3 files" in out
@@ -113,7 +113,7 @@ def test_replayed_and_repaired(made: str, capsys: Capture) -> None:
     assert found["replayed"] > 0
     assert [repair["text"].endswith(": set pages 1") for repair in found["repaired"]] == [True]
     assert found["left"] == []
-    assert main([made]) == 0
+    assert main(["-n", made]) == 0
 
 
 def test_a_damaged_journal(made: str, capsys: Capture) -> None:
@@ -122,25 +122,25 @@ def test_a_damaged_journal(made: str, capsys: Capture) -> None:
         at = read_superblock(region).journal_offset + 2 * 4096
         region.store(at, b"damage")
     before = digest(made)
-    assert main([made]) == 4
+    assert main(["-n", made]) == 4
     assert capsys.readouterr().out.startswith(f"{made}: journal: the journal")
     assert digest(made) == before
     assert main(["-y", made]) == 1
     assert "repaired: retired a transaction that cannot be trusted (the journal: " in capsys.readouterr().out
-    assert main([made]) == 0
+    assert main(["-n", made]) == 0
 
 
 def test_a_damaged_superblock(made: str, capsys: Capture) -> None:
     with open_region(made) as region:
         region.store(100, b"damage")
-    assert main([made]) == 4
+    assert main(["-n", made]) == 4
     assert "the copy at 0x200000 is sound" in capsys.readouterr().out
     assert main(["-y", made]) == 1
-    assert main([made]) == 0
+    assert main(["-n", made]) == 0
 
 
 def test_json(made: str, capsys: Capture) -> None:
-    assert main(["--json", made]) == 0
+    assert main(["-n", "--json", made]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {
         "region": os.path.realpath(made),
@@ -155,15 +155,30 @@ def test_json(made: str, capsys: Capture) -> None:
         "left": [],
     }
     damage(made)
-    assert main(["--json", made]) == 4
+    assert main(["-n", "--json", made]) == 4
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert problem["code"] == "inode-pages"
-    assert problem["ino"]
+    assert problem["text"].endswith(": expected 1 pages, found a count of 99")
+    with open_region(made, readonly=True) as region:
+        ino = open_fs(region).resolve(b"f")
+    assert problem == {
+        "checker": "inode-pages",
+        "invariant": INVARIANTS["inode-pages"],
+        "text": problem["text"],
+        "ino": ino,
+        "path": "/f",
+        "offset": None,
+        "block": None,
+        "state": "found",
+    }
+    assert main(["-y", "--json", made]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == [problem | {"state": "repaired"}]
+    assert [(repair["ino"], repair["path"]) for repair in found["repaired"]] == [(ino, "/f")]
 
 
 def test_a_region_in_use(made: str, hold: Callable[..., subprocess.Popen[str]], capsys: Capture) -> None:
     process = hold(made)
-    for options in ([], ["-y"], ["-p"]):
+    for options in (["-y"], ["-p"]):
         assert main([*options, made]) == 8
         out, err = capsys.readouterr()
         assert out == ""
@@ -180,7 +195,7 @@ def test_a_region_in_use(made: str, hold: Callable[..., subprocess.Popen[str]], 
 
 def test_readers_do_not_keep_it_out(made: str, hold: Callable[..., subprocess.Popen[str]]) -> None:
     hold(made, "readonly")
-    assert main([made]) == 0
+    assert main(["-n", made]) == 0
 
 
 def test_what_cannot_be_checked(tmp_path: Path, capsys: Capture) -> None:
@@ -191,7 +206,7 @@ def test_what_cannot_be_checked(tmp_path: Path, capsys: Capture) -> None:
         f"{path}-": "no such region",
         str(tmp_path): "expected a file",
     }.items():
-        assert main([name]) == 8
+        assert main(["-n", name]) == 8
         out, err = capsys.readouterr()
         assert out == ""
         assert text in err
@@ -208,7 +223,7 @@ def test_wrong_usage(words: list[str], capsys: Capture) -> None:
 
 def test_the_command_starts_without_trio_and_pyfuse3(made: str) -> None:
     script = (
-        "import sys; from pkernfs.cli import main_fsck; sys.argv = ['fsck.pkernfs', sys.argv[1]]; code = main_fsck();"
+        "import sys; from pkernfs.cli import main_fsck; sys.argv[:1] = ['fsck.pkernfs', '-n']; code = main_fsck();"
         "assert not {'trio', 'pyfuse3', 'rich'} & set(sys.modules); raise SystemExit(code)"
     )
     done = subprocess.run(
@@ -225,7 +240,7 @@ def test_the_command_starts_without_trio_and_pyfuse3(made: str) -> None:
 def test_the_command_is_one_line_for_an_error(tmp_path: Path) -> None:
     script = "import sys; from pkernfs.cli import main_fsck; raise SystemExit(main_fsck())"
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "missing")],
+        [sys.executable, "-c", script, "-n", str(tmp_path / "missing")],
         capture_output=True,
         text=True,
         check=False,

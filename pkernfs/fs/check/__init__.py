@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.format import BLOCK, SUPERBLOCK, geometry
-from pkernfs.fs.check.checker import Checker
+from pkernfs.fs.check.checker import Checker, Progress
 from pkernfs.fs.check.ledger import Problem
 from pkernfs.fs.check.order import INVARIANTS
 from pkernfs.fs.volume import Volume
@@ -29,7 +29,9 @@ def check(volume: Volume) -> list[Problem]:
     return Checker(volume).run()
 
 
-def check_region(region: Region, progress: Callable[[str], None] | None = None) -> tuple[list[Problem], Checker | None]:
+def check_region(
+    region: Region, progress: Callable[[Progress], None] | None = None
+) -> tuple[list[Problem], Checker | None]:
     """Open the volume in ``region`` and check it.  The journal is replayed: in memory, when the region is read-only.
 
     Where the superblock, the journal or the block table is damaged the volume cannot be opened: that is the one problem
@@ -50,4 +52,4 @@ def check_region(region: Region, progress: Callable[[str], None] | None = None) 
     return checker.run(), checker
 
 
-__all__ = ["INVARIANTS", "Checker", "Problem", "check", "check_region"]
+__all__ = ["INVARIANTS", "Checker", "Problem", "Progress", "check", "check_region"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import INODES_PER_PAGE, Inode
@@ -14,21 +14,36 @@ from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.volume import Volume
 
+STEP = 1000
+
+
+class Progress(NamedTuple):
+    """How far a check is."""
+
+    number: int  #: of the pass, from 1
+    name: str  #: of the pass
+    done: int  #: inodes that were reached so far
+    total: int  #: inodes in use, as the headers of slabs say; 0: not known yet
+
 
 class Checker:
     """``run`` once; then ``problems``, ``files`` and ``directories`` tell what there is.
 
-    ``progress`` is called with the name of each pass.  For a repair: ``fixes``, fields that inodes should have;
-    ``bad``, inodes that cannot be kept, and why; with ``salvage``, what can be kept of structures that cannot stay.
+    ``progress`` is called at each pass, and every STEP inodes.  For a repair: ``fixes``, fields that inodes should
+    have; ``bad``, inodes that cannot be kept, and why; with ``salvage``, what can be kept of structures that cannot
+    stay.
     """
 
-    def __init__(self, volume: Volume, *, salvage: bool = False, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, volume: Volume, *, salvage: bool = False, progress: Callable[[Progress], None] | None = None
+    ) -> None:
         self.volume = volume
         self.region = volume.region
         self.ledger = Ledger(volume, salvage=salvage)
         self.problems = self.ledger.problems
         self.note = self.ledger.note
         self.progress = progress
+        self.passed = 0  #: passes that are done
         self.files = 0
         self.directories = 0
         self.todo: list[int] = []  #: directories to walk
@@ -51,12 +66,17 @@ class Checker:
 
     def run(self) -> list[Problem]:
         """All passes, in order."""
-        for one in PASSES:
-            if self.progress:
-                self.progress(one.__name__.replace("_", " "))
+        for self.passed, one in enumerate(PASSES):
+            self._tell()
             self.ledger.tally = Tally(0)
             one(self)
         return self.problems
+
+    def _tell(self) -> None:
+        if self.progress:
+            inodes = sum(slab.inodes for slab in self.ledger.slabs.values())
+            name = PASSES[self.passed].__name__.replace("_", " ")
+            self.progress(Progress(self.passed + 1, name, self.files + self.directories, inodes))
 
     # -- inodes ---------------------------------------------------------------------------------------------------
 
@@ -93,6 +113,8 @@ class Checker:
             self.directories += 1
         else:
             self.files += 1
+        if not (self.files + self.directories) % STEP:
+            self._tell()
         for one in EACH_INODE:
             one(self, ino, inode)
         self.ledger.tally = outer

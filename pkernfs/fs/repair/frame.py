@@ -6,7 +6,9 @@ other superblock, or the next repair, makes up for it.
 
 from __future__ import annotations
 
-from pkernfs.errors import CorruptError, FormatError
+from contextlib import suppress
+
+from pkernfs.errors import CorruptError, FormatError, PkernfsError
 from pkernfs.format import (
     BLOCK,
     BLOCK_FREE,
@@ -137,6 +139,13 @@ def is_slab(region: Region, block: int) -> bool:
     except CorruptError:
         return False
     return True
+
+
+def finish_transaction(region: Region) -> None:
+    """After an interruption: apply what is sealed, as the next mount would.  What cannot be trusted is left to it."""
+    with suppress(PkernfsError):
+        Journal(region, check_superblock(region.read(0, SUPERBLOCK.size), region.size, "superblock")).recover()
+    region.flush()
 
 
 def mend_frame(region: Region) -> tuple[list[Repair], int]:

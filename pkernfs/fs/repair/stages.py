@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pkernfs.fs.check import Checker, Problem
+from pkernfs.fs.check import Checker, Problem, Progress
+from pkernfs.fs.check.order import PASSES
 from pkernfs.fs.repair.content import contents, lost
 from pkernfs.fs.repair.frame import mend_frame
 from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
@@ -48,7 +49,7 @@ class Outcome(NamedTuple):
     records: int  #: records of the journal that were replayed
 
 
-def repair_region(region: Region, progress: Callable[[str], None] | None = None) -> Outcome:
+def repair_region(region: Region, progress: Callable[[Progress], None] | None = None) -> Outcome:
     """Repair the region, which must be open for writing.
 
     ``progress`` is called with what is done now.  Raises FormatError when no superblock can be used.
@@ -57,9 +58,9 @@ def repair_region(region: Region, progress: Callable[[str], None] | None = None)
     seen: set[tuple[Problem, ...]] = set()
     for number in range(1, MAX_ROUNDS + 1):
 
-        def tell(name: str, number: int = number) -> None:
+        def tell(at: Progress, number: int = number) -> None:
             if progress:
-                progress(f"round {number}: {name}")
+                progress(at._replace(name=f"round {number}: {at.name}"))
 
         checker = Checker(Volume(region), salvage=True, progress=tell)
         problems = checker.run()
@@ -75,11 +76,12 @@ def repair_region(region: Region, progress: Callable[[str], None] | None = None)
     return Outcome(repairs, problems, checker, records)
 
 
-def _one_stage(checker: Checker, tell: Callable[[str], None]) -> list[Repair]:
+def _one_stage(checker: Checker, tell: Callable[[Progress], None]) -> list[Repair]:
     """The first stage that changes something."""
-    for stage in STAGES:
+    for at, stage in enumerate(STAGES):
         work = Work(Volume(checker.region), checker)
-        tell(f"repair, {stage.__name__.replace('_', ' ')}")
+        name = f"repair, {stage.__name__.replace('_', ' ')}"
+        tell(Progress(len(PASSES) + 1 + at, name, 0, 0))
         stage(work)
         if work.repairs:
             return work.repairs
