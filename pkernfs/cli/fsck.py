@@ -144,9 +144,11 @@ def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
         except KeyboardInterrupt:
             finish_transaction(region)
             raise
-        concerned = {problem.ino for problem in done.left} | {repair.ino for repair in done.repairs}
+        concerned = {problem.ino for problem in (*done.found, *done.left)} | {repair.ino for repair in done.repairs}
         paths = found.paths | _paths(done.checker, concerned)
-    return Outcome(found.problems, done.left, done.repairs, done.checker, done.records, True, found.warnings, paths)
+    # A region that could not be opened has shown one problem only, until its frame was mended.
+    problems = found.problems if found.checker else found.problems + done.found
+    return Outcome(problems, done.left, done.repairs, done.checker, done.records, True, found.warnings, paths)
 
 
 def _agreed(region: str, found: Outcome) -> bool:

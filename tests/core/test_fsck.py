@@ -131,11 +131,15 @@ def test_a_damaged_journal(made: str, capsys: Capture) -> None:
 
 
 def test_a_damaged_superblock(made: str, capsys: Capture) -> None:
+    """What else is wrong is found when it has been restored."""
+    damage(made)
     with open_region(made) as region:
         region.store(100, b"damage")
     assert main(["-n", made]) == 4
     assert "the copy at 0x200000 is sound" in capsys.readouterr().out
-    assert main(["-y", made]) == 1
+    assert main(["-y", "--json", made]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [problem["checker"] for problem in found["problems"]] == ["superblock", "inode-pages"]
     assert main(["-n", made]) == 0
 
 

@@ -43,6 +43,7 @@ STAGES: tuple[Callable[[Work], None], ...] = (
 class Outcome(NamedTuple):
     """What a repair did."""
 
+    found: list[Problem]  #: by the first check that could be made
     repairs: list[Repair]
     left: list[Problem]  #: what the last check found
     checker: Checker
@@ -55,6 +56,7 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
     ``progress`` is called with what is done now.  Raises FormatError when no superblock can be used.
     """
     repairs, records = mend_frame(region)
+    found: list[Problem] = []
     seen: set[tuple[Problem, ...]] = set()
     for number in range(1, MAX_ROUNDS + 1):
 
@@ -65,6 +67,7 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
         checker = Checker(Volume(region), salvage=True, progress=tell)
         problems = checker.run()
         state = tuple(problems)
+        found = found or problems
         if not problems or state in seen:
             break
         seen.add(state)
@@ -73,7 +76,7 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
             break
         repairs += done
     region.flush()
-    return Outcome(repairs, problems, checker, records)
+    return Outcome(found, repairs, problems, checker, records)
 
 
 def _one_stage(checker: Checker, tell: Callable[[Progress], None]) -> list[Repair]:
