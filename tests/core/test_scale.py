@@ -2,20 +2,28 @@
 
 import itertools
 import mmap
+import os
 import stat
+import subprocess
+import sys
 import time
+import tracemalloc
+from pathlib import Path
 
 import pytest
 
-from pkernfs.format import BLOCK, GiB
+from pkernfs.format import BLOCK, PAGE, GiB
 from pkernfs.fs.check import Checker
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.region import Region
-from tests.core.support import ME, ROOT, MiB, assert_sound, mkdir, mkfile, new_fs, open_fs
+from pkernfs.fs.volume import Volume
+from pkernfs.region import Region, open_region
+from tests.core.faults import drop_name, flip, inode_of, leak_blocks
+from tests.core.support import ME, ROOT, MiB, assert_sound, mkdir, mkfile, new_fs, open_fs, patch_inode, sparse_file
 
 COUNT = 100_000
 MAP_NORESERVE = 0x4000
+CHECKOUT = Path(__file__).parents[2]
 
 
 class SparseRegion(Region):
@@ -87,6 +95,82 @@ def test_a_region_of_a_tebibyte() -> None:
     fs.unlink(ROOT, b"ram")
     assert fs.statfs() == space
     assert time.process_time() - begin < 20
+
+
+def many_files(fs: Filesystem, count: int) -> None:
+    """1000 files to a directory, each tenth with content; and one in pieces, with holes."""
+    for n in range(count):
+        if n % 1000 == 0:
+            folder = mkdir(fs, b"d%d" % (n // 1000))
+        ino = fs.create(folder, b"file%d" % n, stat.S_IFREG | 0o644, ME)
+        if n % 10 == 0:
+            fs.write(ino, 0, b"x" * 100)
+    ram = mkfile(fs, b"ram")
+    for n in range(count // 100):
+        fs.write(ram, n * 8 * MiB, b"x")
+
+
+def test_memory_of_a_check() -> None:
+    """What a check keeps of a file is a few bytes."""
+    peaks = []
+    counts = (2000, 12_000)
+    for count in counts:
+        fs = new_fs(64)
+        many_files(fs, count)
+        checker = Checker(Volume(fs.region))
+        tracemalloc.start()
+        assert checker.run() == []
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / (counts[1] - counts[0]) < 32, peaks
+
+
+@pytest.mark.slow
+def test_fsck_of_64_gib_and_a_hundred_thousand_files(shm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints what the commands take; how long may be as it is."""
+    path = str(shm / "region")
+    sparse_file(path, 64 * GiB)
+    with open_region(path) as region:
+        mkfs(region)
+        many_files(open_fs(region), COUNT)
+    figures = [("clean, -n", *fsck(path, "-n", 0))]
+    with open_region(path) as region:
+        fs = open_fs(region)
+        flip(fs, fs.resolve(b"d3/file3007") * 256 + 50)
+        flip(fs, inode_of(fs, b"d11").root * PAGE + 99)
+        flip(fs, fs.resolve(b"d50/file50500") * 256 // BLOCK * BLOCK + 100)
+        drop_name(fs, b"d5")
+        leak_blocks(fs)
+        for n in range(20, 40):
+            patch_inode(fs, fs.resolve(b"d%d" % n), nlink=9)
+    figures += [("damaged, -n", *fsck(path, "-n", 4)), ("damaged, -y", *fsck(path, "-y", 1))]
+    fsck(path, "-n", 0)
+    with capsys.disabled():
+        for what, seconds, total, own in figures:
+            print(f"\nfsck.pkernfs, 64 GiB, {COUNT:,} files, {what}: {seconds:.1f} s, ", end="")
+            print(f"peak {total // 1024} MiB, of them {own // 1024} MiB not of the region itself", end="")
+    allocated = os.stat(path).st_blocks * 512 // 1024
+    assert all(total < allocated + 100 * 1024 for _, _, total, _ in figures), "less than 1 KiB a file"
+
+
+def fsck(path: str, option: str, status: int) -> tuple[float, int, int]:
+    """Run the command in a process of its own: seconds, peak of its memory and of that but the region's, in KiB."""
+    script = """
+import sys
+from pkernfs.cli import main_fsck
+status = main_fsck()
+values = dict(line.split(":") for line in open("/proc/self/status"))
+print(*(values[name].split()[0] for name in ("VmHWM", "RssAnon", "RssFile")), file=sys.stderr)
+raise SystemExit(status)
+"""
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script, option, path], capture_output=True, text=True, check=False, cwd=CHECKOUT
+    )
+    seconds = time.perf_counter() - begin
+    assert done.returncode == status, done
+    total, anonymous, files = map(int, done.stderr.split())
+    return seconds, total, anonymous + files
 
 
 def test_deep_directories() -> None:

@@ -21,6 +21,8 @@ COMMANDS = [
     ["pkernfs", "info"],
     ["pkernfs", "ls"],
     ["pkernfs", "cat"],
+    ["pkernfs", "explain"],
+    ["pkernfs", "scrub"],
     ["pkernfs", "qemu-args"],
     ["mkfs.pkernfs"],
     ["mount.pkernfs"],
