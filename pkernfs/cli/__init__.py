@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 
-def guarded(run: Callable[[Sequence[str] | None], int], program: str, failure: int | None = None) -> int:
+def guarded(
+    run: Callable[[Sequence[str] | None], int], program: str, failure: int | None = None, interrupted: int = 130
+) -> int:
     """Run a command and turn what it raises into an exit code.
 
     ``failure``: the code for every PkernfsError but wrong usage; None: the one that the error's class names.
@@ -23,10 +25,10 @@ def guarded(run: Callable[[Sequence[str] | None], int], program: str, failure: i
     except BrokenPipeError:
         # The reader of our output is gone (`pkernfs ls ... | head`); nothing can be told to anybody any more.
         sys.stderr.close()
-        return 1
+        return failure or 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+        return interrupted
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def main_fsck() -> int:
     from pkernfs.cli.fsck import main as run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # fsck(8) hands it on to us
-    return guarded(lambda _: run(), "fsck.pkernfs", failure=8)
+    return guarded(lambda _: run(), "fsck.pkernfs", failure=8, interrupted=32)
 
 
 def main_mount() -> int:

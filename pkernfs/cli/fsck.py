@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.cli.words import Parser, add_version
@@ -51,6 +51,15 @@ class FsckParser(Parser):
     usage_exit = USAGE
 
 
+def _descriptor(word: str) -> int:
+    """An open file descriptor.  For argparse."""
+    try:
+        os.fstat(int(word))
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(f"expected an open file descriptor, found {word!r}") from None
+    return int(word)
+
+
 class Outcome(NamedTuple):
     """What one run found."""
 
@@ -81,7 +90,7 @@ def parser() -> Parser:
     made.add_argument("-f", "--force", action="store_true", help="accepted: every check is a full one")
     made.add_argument("-v", "--verbose", action="store_true", help="say how much there is of everything")
     made.add_argument(
-        "-C", type=int, metavar="FD", dest="progress", help='write "PASS DONE TOTAL REGION" lines to this descriptor'
+        "-C", type=_descriptor, metavar="FD", help='write "PASS DONE TOTAL REGION" lines to this descriptor; 0: do not'
     )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return made
@@ -182,10 +191,11 @@ def _progress(arguments: argparse.Namespace) -> Iterator[Callable[[Progress], No
         def tell(at: Progress) -> None:
             if advance:
                 advance(at.name, at.done, at.total)
-            if arguments.progress:
-                os.write(arguments.progress, f"{at.number} {at.done} {at.total} {arguments.region}\n".encode())
+            if arguments.C:
+                with suppress(OSError):  # nobody reads any more
+                    os.write(arguments.C, f"{at.number} {at.done} {at.total} {arguments.region}\n".encode())
 
-        yield tell if advance or arguments.progress else None
+        yield tell if advance or arguments.C else None
 
 
 def _waiting(region: FileRegion) -> int:

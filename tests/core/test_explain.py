@@ -1,16 +1,20 @@
 """What owns an address; and verifying checksums block by block."""
 
 import errno
+import random
 
 import pytest
 
-from pkernfs.errors import UsageError
-from pkernfs.format import BLOCK, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
+from pkernfs.errors import PkernfsError, UsageError
+from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
 from pkernfs.fs.explain import explain
 from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.paths import paths_of
 from pkernfs.fs.scrub import Damage, scrub_all, scrub_step
 from pkernfs.region import MemoryRegion
+from tests.core.faults import leak_blocks, set_block
 from tests.core.support import ROOT, MiB, mkdir, mkfile, open_fs
+from tests.core.test_check import damaged_regions
 
 
 def test_every_kind_of_place(fs: Filesystem) -> None:
@@ -41,6 +45,73 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     with pytest.raises(UsageError, match="the size of the region") as refused:
         explain(fs, sb.blocks * BLOCK)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_records_of_the_journal(fs: Filesystem) -> None:
+    """Those of the last transaction, each with what it is for; nothing behind them."""
+    ino = mkfile(fs, b"f")
+    at = fs.volume.journal.body_at
+    found = []
+    while "record" in (facts := explain(fs, at)):
+        found.append(facts["record"])
+        assert facts["structure"] == f"journal record {len(found) - 1} of the last transaction"
+        at += 16 + facts["record"]["length"] * (facts["record"]["kind"] == "store")
+        assert explain(fs, at - 1)["record"] == found[-1]
+    assert facts["structure"] == "journal body, not in use"
+    assert {record["sequence"] for record in found} == {fs.volume.journal.sequence}
+    assert any(record["offset"] <= ino * 256 < record["offset"] + record["length"] for record in found)
+
+
+def test_trees_and_attributes(fs: Filesystem) -> None:
+    ino = mkfile(fs, b"f")
+    for n in range(20):
+        fs.write(ino, n * 3 * PAGE, b"x")
+    fs.setxattr(ino, b"user.big", b"v" * 9000)
+    inode = fs.getattr(ino)
+    assert explain(fs, inode.root * PAGE)["tree"] == "extents"
+    assert explain(fs, inode.xattrs * PAGE)["tree"] == "attributes"
+    assert explain(fs, fs.getattr(ROOT).root * PAGE)["tree"] == "directory"
+    facts = explain(fs, bytes(fs.region.view).index(b"v" * 9000) + 4096)
+    assert (facts["structure"], facts["attribute"], facts["path"]) == ("attribute value", "user.big", "/f")
+    assert "file_offset" not in facts
+
+
+def test_an_orphan_has_no_path(fs: Filesystem) -> None:
+    ino = mkfile(fs, b"f", b"x")
+    offset = fs.extents(ino)[0].page * PAGE
+    assert explain(fs, offset)["orphan"] is False
+    fs.remember(ino)
+    fs.unlink(ROOT, b"f")
+    facts = explain(fs, offset)
+    assert (facts["ino"], facts["paths"], facts["path"], facts["orphan"]) == (ino, [], None, True)
+
+
+def test_memory_without_an_owner(fs: Filesystem) -> None:
+    leak_blocks(fs)
+    again = open_fs(fs.region)
+    block = again.volume.allocator.table.find(BLOCK_DATA)
+    assert explain(again, block * BLOCK)["structure"] == "data, allocated but owned by nobody"
+    set_block(fs, block, BLOCK_FREE)
+
+
+def test_damaged_regions_are_explained_and_scrubbed() -> None:
+    """Or the damage is named: nothing else is raised, and nothing goes on for ever."""
+    rng = random.Random(5)
+    told = 0
+    for region in damaged_regions(5, 30):
+        try:
+            fs = Filesystem.open(region)
+        except PkernfsError:
+            continue
+        for step in scrub_all(fs):
+            told += len(step.problems)
+        for _ in range(5):
+            try:
+                told += bool(explain(fs, rng.randrange(region.size)))
+            except PkernfsError:
+                continue
+        assert len(paths_of(fs.volume, range(1 << 20))) < 1000
+    assert told > 50
 
 
 def scrub(fs: Filesystem) -> list[Damage]:

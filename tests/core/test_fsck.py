@@ -217,7 +217,11 @@ def test_what_cannot_be_checked(tmp_path: Path, capsys: Capture) -> None:
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [[], ["a", "b"], ["-n", "-y", "a"], ["-p", "-y", "a"], ["--what", "a"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [[], ["a", "b"], ["-n", "-y", "a"], ["-p", "-y", "a"], ["--what", "a"], ["-C", "77", "a"], ["-C", "x", "a"]],
+    ids=" ".join,
+)
 def test_wrong_usage(words: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)

@@ -135,6 +135,24 @@ def test_progress_to_a_descriptor(planted: Plant, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == ""
 
 
+def test_nobody_reads_the_progress(planted: Plant) -> None:
+    out, into = os.pipe()
+    os.close(out)
+    assert main(["-y", "-C", str(into), planted("page-count")]) == 1
+    os.close(into)
+
+
+def test_nobody_reads_what_it_prints(planted: Plant) -> None:
+    """It is no "corrected"."""
+    out, into = os.pipe()
+    os.close(out)
+    done = subprocess.run(
+        [*COMMAND, "-n", planted("")], stdout=into, stderr=subprocess.PIPE, check=False, cwd=CHECKOUT, timeout=PATIENCE
+    )
+    os.close(into)
+    assert (done.returncode, done.stderr) == (8, b"")
+
+
 def test_figures(planted: Plant, capsys: pytest.CaptureFixture[str]) -> None:
     path = planted("")
     assert main(["-n", "-v", path]) == 0
