@@ -76,8 +76,9 @@ def _online(mountpoint: str) -> Iterator[Step]:
 
 
 def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
-    from pkernfs.errors import CorruptError
+    from pkernfs.errors import CorruptError, FormatError
     from pkernfs.fs.filesystem import Filesystem
+    from pkernfs.fs.repair.frame import find_copy
     from pkernfs.fs.scrub import scrub_all
     from pkernfs.region import open_region
 
@@ -87,6 +88,10 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, An
         except CorruptError as error:
             text = f"{error.what} at region offset {error.offset:#x}: {error.found}"
             return 1, [{"text": text, "ino": 0, "offset": error.offset}]
+        except FormatError as error:
+            if find_copy(region) is None:
+                raise
+            return 1, [{"text": error.text.removeprefix(f"{region.path}: "), "ino": 0, "offset": 0}]
         pages = fs.volume.total_pages
         steps = ({**step._asdict(), "problems": [p._asdict() for p in step.problems]} for step in scrub_all(fs))
         return _all(((step, pages) for step in steps), advance)

@@ -309,7 +309,7 @@ def test_a_full_region_is_repaired_in_place() -> None:
     assert {path for path in before if after[path] != before[path]} == {b"/sparse"}
 
 
-def test_what_cannot_be_repaired_is_left() -> None:
+def test_what_cannot_be_repaired_is_left(shm: Path) -> None:
     """No page is free for what lost+found holds; with one it is."""
     fs = new_fs(20)
     cast(fs)
@@ -321,6 +321,10 @@ def test_what_cannot_be_repaired_is_left() -> None:
     outcome = repair_region(region)
     assert {problem.code for problem in outcome.left} == {"inode-lost"}
     assert {path for path in before if shapes(region).get(path) != before[path]} <= {b""}
+    path = shm / "region"
+    path.write_bytes(region.view)
+    assert main(["-y", str(path)]) == 4
+    assert shapes(MemoryRegion(image=path.read_bytes())) == shapes(region)
     victim = open_fs(region)
     victim.unlink(ROOT, b"big")
     outcome = mended(region)

@@ -48,7 +48,8 @@ def check_region(
             check_superblock(region.read(copy_at, SUPERBLOCK.size), region.size, "copy", readonly=True)
         except FormatError:
             raise error from None
-        return [Problem("superblock", f"{error.text}; the copy at {copy_at:#x} is sound")], None
+        text = error.text.removeprefix(f"{region.path}: ")
+        return [Problem("superblock", f"{text}; the copy at {copy_at:#x} is sound")], None
     return checker.run(), checker
 
 
