@@ -1,9 +1,10 @@
 """The rounds of a repair, and the order of its stages.
 
-``STAGES`` is the order.  What memory is used for comes first, so that what is stored later never takes memory that is
+``STEPS`` is the order.  What memory is used for comes first, so that what is stored later never takes memory that is
 in use; then inodes, what they hold, and what follows from that; memory is freed, and lost inodes are named, when
-everything can be read.  A stage that changes something ends its round: the next check sees what is true then.  Every
-stage works through transactions, so that a crash leaves a region that the next repair goes on with.
+everything can be read.  A step whose stages changed something ends its round: the next check sees what is true then.
+Stages of one step do not touch what the others go by.  Every stage works through transactions, so that a crash leaves a
+region that the next repair goes on with.
 """
 
 from __future__ import annotations
@@ -22,21 +23,17 @@ from pkernfs.fs.repair.work import Repair, Work
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 
-MAX_ROUNDS = 40  #: a round makes one stage's changes; damage that is not gone after so many stays
+MAX_ROUNDS = 40  #: a round makes one step's changes; damage that is not gone after so many stays
 
-STAGES: tuple[Callable[[Work], None], ...] = (
-    block_kinds,
-    slab_headers,
-    page_kinds,
-    slots,
-    bad_inodes,
-    contents,
-    fields,
-    free_slots,
-    orphans,
-    leaks,
-    lost,
-    projects,
+STEPS: tuple[tuple[Callable[[Work], None], ...], ...] = (
+    (block_kinds,),
+    (slab_headers,),
+    (page_kinds,),
+    (slots,),
+    (bad_inodes,),
+    (contents,),
+    (fields, free_slots, orphans, leaks, lost),
+    (projects,),
 )
 
 
@@ -71,7 +68,7 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
         if not problems or state in seen:
             break
         seen.add(state)
-        done = _one_stage(checker, tell)
+        done = _one_step(checker, tell)
         if not done:
             break
         repairs += done
@@ -79,13 +76,17 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
     return Outcome(found, repairs, problems, checker, records)
 
 
-def _one_stage(checker: Checker, tell: Callable[[Progress], None]) -> list[Repair]:
-    """The first stage that changes something."""
-    for at, stage in enumerate(STAGES):
-        work = Work(Volume(checker.region), checker)
-        name = f"repair, {stage.__name__.replace('_', ' ')}"
-        tell(Progress(len(PASSES) + 1 + at, name, 0, 0))
-        stage(work)
-        if work.repairs:
-            return work.repairs
+def _one_step(checker: Checker, tell: Callable[[Progress], None]) -> list[Repair]:
+    """The first step that changes something."""
+    number = len(PASSES)
+    for step in STEPS:
+        done: list[Repair] = []
+        for stage in step:
+            number += 1
+            tell(Progress(number, f"repair, {stage.__name__.replace('_', ' ')}", 0, 0))
+            work = Work(Volume(checker.region), checker)
+            stage(work)
+            done += work.repairs
+        if done:
+            return done
     return []
