@@ -51,7 +51,9 @@ def main_fsck() -> int:
 
     from pkernfs.cli.fsck import main as run
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # fsck(8) hands it on to us
+    # fsck(8) hands both on to us, and may itself have been started by a shell with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     return guarded(lambda _: run(), "fsck.pkernfs", failure=8, interrupted=32)
 
 

@@ -178,14 +178,16 @@ def test_cancelled_by_a_signal(planted: Plant, number: signal.Signals) -> None:
         cwd=CHECKOUT,
         text=True,
     )
-    waiting = bytearray(4)
-    while int.from_bytes(waiting, "little") < 4096:
-        fcntl.ioctl(into, 0x541B, waiting)  # FIONREAD: what is in the pipe
-        assert process.poll() is None
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=PATIENCE)
-    os.close(out)
-    os.close(into)
+    with process:
+        waiting = bytearray(4)
+        while int.from_bytes(waiting, "little") < 4096:
+            fcntl.ioctl(into, 0x541B, waiting)  # FIONREAD: what is in the pipe
+            assert process.poll() is None
+        process.send_signal(number)
+        # Without the reader nothing holds the command up any more, should it go on against expectation.
+        os.close(out)
+        os.close(into)
+        stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 32
     assert stdout == ""
     assert stderr == "fsck.pkernfs: cancelled: what was repaired so far is whole; run it again\n"
