@@ -7,10 +7,12 @@ from typing import Any
 from pkernfs import format as f
 from pkernfs.fs.allocator import Slab
 from pkernfs.fs.btree import Node
+from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import read_inode, seal_page
+from pkernfs.fs.quota import set_quota
 from pkernfs.region.superblock import seal_superblock
-from tests.core.support import ME, ROOT, MiB, mkfile, patch_inode
+from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
 
 
 def patch_node(fs: Filesystem, page: int, change: Callable[[Node], object]) -> None:
@@ -371,6 +373,37 @@ def free_page(fs: Filesystem, *, zero: bool = False) -> int:
     return page
 
 
+def quotas(fs: Filesystem) -> int:
+    """Directories with quotas, one in another, and a file that is open only; the outer directory."""
+    q = mkdir(fs, b"q")
+    inner = mkdir(fs, b"inner", mkdir(fs, b"e", q))
+    set_quota(fs, inner, MiB)
+    mkfile(fs, b"f", b"x" * 5000, fs.resolve(b"q/e"))
+    mkfile(fs, b"f", b"x" * 5000, inner)
+    set_quota(fs, q, 4 * MiB)
+    fs.remember(mkfile(fs, b"open", b"x" * 5000, q))
+    fs.unlink(q, b"open")
+    return q
+
+
+def patch_used(fs: Filesystem, used: int) -> None:
+    q = quotas(fs)
+    inode = fs.getattr(q)
+    patch_inode(fs, q, inline=with_quota(inode, quota_of(inode)._replace(used=used)).inline)
+
+
+def behind_quota(fs: Filesystem) -> None:
+    q = quotas(fs)
+    patch_inode(fs, q, inline=fs.getattr(q).inline[:-1] + b"x")
+
+
+def patch_project(fs: Filesystem, path: bytes, project: int | bytes) -> None:
+    """``project``: a number, or a path; ``path`` b"": the file that is open only."""
+    quotas(fs)
+    ino = fs.resolve(path) if path else fs.orphans()[0]
+    patch_inode(fs, ino, project=fs.resolve(project) if isinstance(project, bytes) else project)
+
+
 FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     # the frame
     "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
@@ -395,6 +428,18 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
         lambda fs: patch_slab(fs, page_of(fs, b"g"), lambda slab, index: slab.slots.__setitem__(index, 4)),
     ),
     "slab-empty": ("leaked-block", empty_slab),
+    # quotas
+    "quota-used-too-small": ("quota", lambda fs: patch_used(fs, 0)),
+    "quota-used-too-large": ("quota", lambda fs: patch_used(fs, 1 << 63)),
+    "quota-and-more-behind": ("quota", behind_quota),
+    "quota-without-one": ("quota", lambda fs: patch_inode(fs, fs.resolve(b"empty"), inline=b"x" * 120)),
+    "project-none-of-a-file": ("project", lambda fs: patch_project(fs, b"q/e/f", 0)),
+    "project-none-of-a-directory": ("project", lambda fs: patch_project(fs, b"q/e", 0)),
+    "project-a-file": ("project", lambda fs: patch_project(fs, b"q/e/f", b"q/e/f")),
+    "project-no-inode": ("project", lambda fs: patch_project(fs, b"q/e/f", 1 << 60)),
+    "project-another": ("project", lambda fs: patch_project(fs, b"q/e/f", b"q/e/inner")),
+    "project-of-an-orphan": ("project", lambda fs: patch_project(fs, b"", 7)),
+    "project-of-the-root": ("project", lambda fs: patch_inode(fs, ROOT, project=9)),
     # inodes
     "reserved-inode-type": ("reserved-inode", lambda fs: patch_inode(fs, 4, flags=f.FLAG_FILE)),
     "reserved-inode-made": ("reserved-inode", lambda fs: patch_inode(fs, 9, mode=stat.S_IFREG)),

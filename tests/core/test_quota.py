@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INODE_SIZE, PAGE
-from pkernfs.fs.charge import quota_of, with_quota
+from pkernfs.fs.charge import quota_of
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.names import RENAME_EXCHANGE
@@ -424,43 +424,6 @@ def test_a_large_transaction_counts_once(make_fs: Callable[..., Filesystem]) -> 
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------
-
-
-def with_used(fs: Filesystem, ino: int, used: int) -> bytes:
-    """What stands inline in a directory whose count is wrong."""
-    return with_quota(fs.getattr(ino), quota_of(fs.getattr(ino))._replace(used=used)).inline
-
-
-FAULTS: dict[str, tuple[str, Callable[[Filesystem, int], object]]] = {
-    "used-too-small": ("quota", lambda fs, d: patch_inode(fs, d, inline=with_used(fs, d, 0))),
-    "used-too-large": ("quota", lambda fs, d: patch_inode(fs, d, inline=with_used(fs, d, 1 << 63))),
-    "behind-it": ("quota", lambda fs, d: patch_inode(fs, d, inline=fs.getattr(d).inline[:-1] + b"x")),
-    "without-one": ("quota", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e"), inline=b"x" * 120)),
-    "file-outside": ("project", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e/f5"), project=0)),
-    "directory-outside": ("project", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e"), project=0)),
-    "file-in-itself": ("project", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e/f5"), project=fs.resolve(b"d/e/f5"))),
-    "in-no-inode": ("project", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e/f5"), project=1 << 60)),
-    "in-another": ("project", lambda fs, d: patch_inode(fs, fs.resolve(b"d/e/f5"), project=fs.resolve(b"d/e/inner"))),
-    "orphan": ("project", lambda fs, d: patch_inode(fs, fs.orphans()[0], project=7)),
-}
-
-
-@pytest.mark.parametrize(("code", "plant"), FAULTS.values(), ids=FAULTS)
-def test_a_fault_is_found_and_mended(code: str, plant: Callable[[Filesystem, int], object]) -> None:
-    fs = new_fs(16)
-    d = populated(fs)
-    fs.remember(mkfile(fs, b"open", b"x" * 5000, d))
-    fs.unlink(d, b"open")
-    set_quota(fs, d, 4 * MiB)
-    before = tree(fs)
-    plant(fs, d)
-    assert {problem.code for problem in check(fs.volume)} == {code}
-    outcome = repair_region(fs.region)
-    assert (outcome.left, bool(outcome.repairs)) == ([], True)
-    again = Filesystem.open(fs.region)
-    assert tree(again) == before
-    assert used(again, d) == counted(again, d)
-    assert_sound(again)
 
 
 @pytest.mark.parametrize("loop", ["itself", "each other"])
