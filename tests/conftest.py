@@ -8,6 +8,13 @@ from typing import Any
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/mount/test_kills.py."""
+    group = parser.getgroup("kills", "kills of the server")
+    group.addoption("--kills", type=int, default=30, metavar="N", help="rounds of the long form (30)")
+    group.addoption("--kill-seed", type=int, default=1000, metavar="SEED", help="seed of the first of them (1000)")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, Any, Any]:
     """Let a failed test's report hold names that are not UTF-8, on which pytest-xdist would end the whole run."""

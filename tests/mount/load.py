@@ -1,10 +1,9 @@
-"""A process that changes files until its filesystem dies, and says which calls had returned by then.
+"""Processes that change files until their filesystem dies, and say which calls had returned by then.
 
-    with Load(folder, seed, log) as load: ...; calls = load.finished()
+    with Load(top, seed, journals) as load: load.wait_for(calls); ...kill...; load.end(); load.verify()
 
-The log (on another filesystem) gets a line before each call and one after it.  A call is a JSON list; ``Model`` knows
-what the calls make of a directory, so that it can be compared with what is there after a crash: everything that
-returned, and at most the one call that did not, done or not (a write may be done in part).
+Each worker keeps a journal in ``journals`` (on another filesystem): a line before each call and one behind it.  Words in
+memory that is shared with the test tell how many calls have returned and what kind of call is under way.
 """
 
 from __future__ import annotations
@@ -12,226 +11,249 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-NAMES = [f"file{index}" for index in range(8)]
+from tests.mount.model import KINDS, RECORD, Call, Ground, Model, content
 
-
-def content(seed: int, length: int) -> bytes:
-    """The bytes of a write."""
-    return random.Random(seed).randbytes(length)
-
-
-def choose(rng: random.Random, sizes: dict[str, int]) -> list[Any]:
-    """The next call, given the files that there are and their sizes."""
-    missing = [name for name in NAMES if name not in sizes]
-    kind = rng.choices(
-        ["write", "append", "fsync", "truncate", "create", "unlink", "rename", "exchange", "xattr", "mkdir"],
-        [40, 15, 10, 8, 10, 4, 6, 3, 3, 1],
-    )[0]
-    if not sizes or (kind == "create" and missing):
-        return ["create", rng.choice(missing)]
-    name = rng.choice(sorted(sizes))
-    if kind == "write":
-        length = rng.choice([1, 100, 4096, 5000, 70_000, 200_000])
-        return [
-            "write",
-            name,
-            rng.choice([0, rng.randrange(400_000), rng.randrange(90) * 4096]),
-            length,
-            rng.getrandbits(32),
-        ]
-    if kind == "append":
-        return ["write", name, sizes[name], rng.choice([10, 3000, 50_000]), rng.getrandbits(32)]
-    if kind == "truncate":
-        return ["truncate", name, rng.choice([0, rng.randrange(500_000)])]
-    if kind == "rename":
-        return ["rename", name, rng.choice(NAMES)]
-    if kind == "xattr":
-        return ["xattr", name, rng.choice([10, 3000]), rng.getrandbits(32)]
-    if kind == "exchange" and len(sizes) > 1:
-        return ["exchange", *rng.sample(sorted(sizes), 2)]
-    if kind == "unlink":
-        return ["unlink", name]
-    return ["fsync", name]
-
-
-class Model:
-    """What a directory holds: content and attribute of each file."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytearray] = {}
-        self.xattrs: dict[str, bytes] = {}  # by name, as they move with it
-
-    def apply(self, call: list[Any]) -> None:
-        """Do a call."""
-        kind, name, *rest = call
-        if kind == "create":
-            self.files[name] = bytearray()
-            self.xattrs.pop(name, None)
-        elif kind == "write":
-            at, length, seed = rest
-            data = self.files[name]
-            data.extend(bytes(max(0, at - len(data))))
-            data[at : at + length] = content(seed, length)
-        elif kind == "truncate":
-            data = self.files[name]
-            del data[rest[0] :]
-            data.extend(bytes(rest[0] - len(data)))
-        elif kind == "unlink":
-            del self.files[name]
-            self.xattrs.pop(name, None)
-        elif kind == "rename" and name != rest[0]:
-            self.files[rest[0]] = self.files.pop(name)
-            self.xattrs.pop(rest[0], None)
-            if name in self.xattrs:
-                self.xattrs[rest[0]] = self.xattrs.pop(name)
-        elif kind == "exchange":
-            tables: tuple[dict[str, Any], ...] = (self.files, self.xattrs)
-            for table in tables:
-                both = {new: table.pop(old) for new, old in ((name, rest[0]), (rest[0], name)) if old in table}
-                table.update(both)
-        elif kind == "xattr":
-            self.xattrs[name] = content(rest[1], rest[0])
-
-    def differences(self, folder: Path, but: str = "") -> list[str]:
-        """What is otherwise in the directory, one line each; not looking into the file ``but``."""
-        found = sorted(os.listdir(folder))
-        lines = [] if found == sorted(self.files) else [f"names: expected {sorted(self.files)}, found {found}"]
-        for name in set(found) & set(self.files) - {but}:
-            data, wanted = (folder / name).read_bytes(), self.files[name]
-            if data != wanted:
-                at = next((i for i, (a, b) in enumerate(zip(data, wanted, strict=False)) if a != b), None)
-                lines.append(f"{name}: {len(wanted)} bytes expected, {len(data)} found, first difference at {at}")
-            xattr = os.getxattr(folder / name, "user.load") if os.listxattr(folder / name) else None
-            if xattr != self.xattrs.get(name):
-                lines.append(f"{name}: another attribute")
-        return lines
+ROOT = Path(__file__).parents[2]
+#: What calls on a mount get whose server is gone.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+#: Files that a worker keeps open, with or without a name.
+OPEN_FILES = 6
+PATIENCE = 60.0
+NUMBERS = {kind: number for number, kind in enumerate(KINDS, 1)}
+WORDS = 2  #: of each worker: calls that have returned, number of the kind of the call under way or 0
 
 
 class Load:
-    """The process, seen from the test."""
+    """The workers, seen from the test.  ``models`` holds what they have made, once ``verify`` has found it."""
 
-    def __init__(self, folder: Path, seed: int, log: Path) -> None:
-        self.folder, self.seed, self.log = folder, seed, log
-        self.log.touch()
-        words = [sys.executable, "-I", __file__, str(folder), str(seed), str(log)]
-        self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def __init__(self, top: Path, seed: int, journals: Path, workers: int = 4) -> None:
+        self.seed, self.journals = seed, journals
+        self.grounds = [Ground(top, worker, workers) for worker in range(workers)]
+        self.models: list[Model] = []
+        for ground in self.grounds:
+            ground.make()
+        journals.mkdir()
+        with (journals / "words").open("w+b") as file:
+            file.truncate(mmap.PAGESIZE)
+            self.words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+        words = [sys.executable, "-m", "tests.mount.load", str(top), str(seed), str(journals), str(workers)]
+        self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def lines(self) -> int:
-        """How far it is: two lines a call."""
-        return self.log.read_bytes().count(b"\n")
+    def returned(self) -> int:
+        """How many calls have returned."""
+        return sum(self.words[WORDS * worker] for worker in range(len(self.grounds)))
 
-    def wait(self) -> None:
-        """Wait for its end: the filesystem was killed."""
-        _, complaint = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0, complaint
+    def wait_for(self, calls: int, within: str = "") -> None:
+        """Wait until as many calls have returned; then until worker 0 is in a call of the kind ``within``."""
+        wanted = NUMBERS.get(within, 0)
+        deadline = time.monotonic() + PATIENCE
+        while self.returned() < calls or (wanted and self.words[1] != wanted):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"seed {self.seed}: the load ended or stood still at {self.returned()} calls")
+            if self.returned() < calls:
+                time.sleep(0.0001)
+
+    def end(self) -> None:
+        """Wait for the end of the workers, whose filesystem was killed."""
+        _, complaint = self.process.communicate(timeout=PATIENCE)
+        assert self.process.returncode == 0, f"seed {self.seed}: {complaint}"
 
     def stop(self) -> None:
-        """End it, whatever it does."""
-        self.process.kill()
+        """End them, whatever they do."""
+        self.process.terminate()
         self.process.communicate()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     def verify(self) -> int:
-        """Compare the directory with what the calls that returned must have made of it; how many they were."""
-        entries = [json.loads(line) for line in self.log.read_text().splitlines()]
-        model = Model()
-        pending = None
+        """Compare what is there with what the calls that returned must have made; how many those were."""
         count = 0
-        for entry in entries:
-            if entry == "done":
-                assert pending is not None
-                model.apply(pending)
-                count += 1
-                pending = None
-            elif entry == "failed":
-                break
-            else:
-                pending = entry
-        before = model.differences(self.folder)
-        if pending is None or not before:
-            assert before == [], f"seed {self.seed}, {count} calls returned"
-            return count
-        sizes = {name: len(data) for name, data in model.files.items()}
-        old = bytes(model.files.get(pending[1], b""))
-        model.apply(pending)
-        after = model.differences(self.folder)
-        if after and pending[0] == "write":
-            # The beginning of a write may be there: each byte is the old one or the new one, in one piece.
-            name = pending[1]
-            assert model.differences(self.folder, but=name) == [], f"seed {self.seed}: {pending}"
-            data = (self.folder / name).read_bytes()
-            new = bytes(model.files[name])
-            cut = next(i for i in range(len(new) + 1) if i == len(data) or i == len(new) or data[i] != new[i])
-            assert data[cut:] == old[cut:], f"seed {self.seed}: {pending} in part, and not its beginning"
-            return count
-        assert after == [], f"seed {self.seed}, {count} calls returned, {pending} did not: {before} before it; {sizes}"
+        troubles = []
+        for ground in self.grounds:
+            model = Model()
+            pending: Call | None = None
+            for line in (self.journals / f"w{ground.worker}").read_text().splitlines():
+                entry = json.loads(line)
+                if entry == "returned":
+                    assert pending is not None
+                    model.apply(pending)
+                    count += 1
+                    pending = None
+                else:
+                    pending = entry
+            model, lines = ground.found().settle(model, pending)
+            self.models.append(model)
+            troubles += [f"worker {ground.worker}: {line}" for line in lines]
+        assert not troubles, "\n".join([f"seed {self.seed}: after {count} calls:", *troubles])
         return count
+
+    def verify_again(self) -> None:
+        """Compare what is there with what ``verify`` found."""
+        for ground, model in zip(self.grounds, self.models, strict=True):
+            assert ground.found().differences(model) == [], f"seed {self.seed}, worker {ground.worker}, a round later"
+
+
+class Worker:
+    """One of the processes."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.model = Model()
+        self.files: dict[int, int] = {}  #: descriptors by the numbers of nodes
+        self.libc = ctypes.CDLL(None, use_errno=True)
+
+    def opened(self, path: str) -> int:
+        """A descriptor of the file, which stays open for a while."""
+        number = self.model.nodes[path].number
+        if number not in self.files:
+            self.keep(number, os.open(self.ground.path(path), os.O_RDWR))
+        return self.files[number]
+
+    def keep(self, number: int, fd: int) -> None:
+        """Keep a descriptor, and close the oldest of too many."""
+        self.files[number] = fd
+        if len(self.files) > OPEN_FILES:
+            os.close(self.files.pop(next(iter(self.files))))
+
+    def do(self, call: Call) -> None:
+        """Make the call."""
+        kind, *words = call
+        getattr(self, kind)(*words)
+
+    def create(self, path: str, mode: int) -> None:
+        fd = os.open(self.ground.path(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        self.keep(self.model.made + 1, fd)
+
+    def symlink(self, path: str, target: str) -> None:
+        os.symlink(target, self.ground.path(path))
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(self.ground.path(path))
+
+    def write(self, path: str, at: int, length: int, seed: int) -> None:
+        _whole(os.pwrite(self.opened(path), content(seed, length), at), length)
+
+    def append(self, path: str, length: int, seed: int) -> None:
+        fd = os.open(self.ground.path(path), os.O_WRONLY | os.O_APPEND)
+        try:
+            _whole(os.write(fd, content(seed, length)), length)
+        finally:
+            os.close(fd)
+
+    def mapped(self, path: str, at: int, length: int, seed: int) -> None:
+        with mmap.mmap(self.opened(path), at + length) as view:
+            view[at : at + length] = content(seed, length)
+            low = at - at % mmap.PAGESIZE
+            view.flush(low, at + length - low)
+
+    def record(self, slot: int, seed: int) -> None:
+        if 0 not in self.files:
+            self.keep(0, os.open(self.ground.records, os.O_RDWR))
+        _whole(os.pwrite(self.files[0], content(seed, RECORD), self.ground.record_at(slot)), RECORD)
+
+    def truncate(self, path: str, size: int) -> None:
+        os.truncate(self.ground.path(path), size)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(self.ground.path(path))
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(self.ground.path(path))
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(self.ground.path(old), self.ground.path(new))
+
+    def exchange(self, one: str, two: str) -> None:
+        words = [os.fsencode(self.ground.path(path)) for path in (one, two)]
+        if self.libc.renameat2(-100, words[0], -100, words[1], 2):
+            raise OSError(ctypes.get_errno(), "renameat2")
+
+    def link(self, old: str, new: str) -> None:
+        os.link(self.ground.path(old), self.ground.path(new))
+
+    def setxattr(self, path: str, name: str, size: int, seed: int) -> None:
+        os.setxattr(self.ground.path(path), name, content(seed, size))
+
+    def removexattr(self, path: str, name: str) -> None:
+        os.removexattr(self.ground.path(path), name)
+
+    def chmod(self, path: str, mode: int) -> None:
+        os.chmod(self.ground.path(path), mode)
+
+    def fsync(self, path: str) -> None:
+        os.fsync(self.opened(path))
+
+    def run(self, seed: int, journal: Any, words: memoryview) -> None:
+        """Make calls until one fails as calls on a dead mount do."""
+        rng = random.Random(seed)
+        base = WORDS * self.ground.worker
+        try:
+            while True:
+                call = self.model.choose(rng)
+                journal.write(json.dumps(call).encode() + b"\n")
+                words[base + 1] = NUMBERS[call[0]]
+                self.do(call)
+                words[base + 1] = 0
+                journal.write(b'"returned"\n')
+                words[base] += 1
+                self.model.apply(call)
+        except OSError as error:
+            if error.errno not in DEAD:
+                raise
+
+
+def _whole(done: int, length: int) -> None:
+    if done != length:
+        raise OSError(errno.EIO, "a short write: the server died between its parts")
 
 
 def main() -> None:
-    """The process: make calls until one fails with ENOTCONN, ECONNABORTED or EIO."""
-    folder, seed, log = sys.argv[1], int(sys.argv[2]), open(sys.argv[3], "wb", buffering=0)  # noqa: SIM115
-    os.chdir(folder)
-    rng = random.Random(seed)
-    libc = ctypes.CDLL(None, use_errno=True)
-    sizes: dict[str, int] = {}
-    files: dict[str, int] = {}
+    """Fork the workers and wait for them.
 
-    def opened(name: str) -> int:
-        if name not in files:
-            files[name] = os.open(name, os.O_RDWR)
-        return files[name]
+    A store into a mapping of a dead mount's file ends its worker with SIGBUS.
+    """
+    top, seed, journals, workers = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+    os.umask(0)
+    with (journals / "words").open("r+b") as file:
+        words = memoryview(mmap.mmap(file.fileno(), mmap.PAGESIZE)).cast("Q")
+    children = []
+    for worker in range(workers):
+        child = os.fork()
+        if not child:
+            with open(journals / f"w{worker}", "wb", buffering=0) as journal:
+                Worker(Ground(top, worker, workers)).run(seed * 1000 + worker, journal, words)
+            os._exit(0)
+        children.append(child)
 
-    def close(*names: str) -> None:
-        for name in names:
-            if name in files:
-                os.close(files.pop(name))
+    def end(*_: object) -> None:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        os._exit(1)
 
-    try:
-        while True:
-            call = choose(rng, sizes)
-            log.write(json.dumps(call).encode() + b"\n")
-            kind, name, *rest = call
-            if kind == "create":
-                files[name] = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                sizes[name] = 0
-            elif kind == "write":
-                at, length, number = rest
-                if os.pwrite(opened(name), content(number, length), at) != length:
-                    raise OSError(errno.EIO, "a short write: the server died between its parts")
-                sizes[name] = max(sizes[name], at + length)
-            elif kind == "truncate":
-                os.ftruncate(opened(name), rest[0])
-                sizes[name] = rest[0]
-            elif kind == "unlink":
-                os.unlink(name)
-                close(name)
-                del sizes[name]
-            elif kind == "rename":
-                os.rename(name, rest[0])
-                if name != rest[0]:
-                    close(name, rest[0])
-                    sizes[rest[0]] = sizes.pop(name)
-            elif kind == "exchange":
-                if libc.renameat2(-100, name.encode(), -100, rest[0].encode(), 2):
-                    raise OSError(ctypes.get_errno(), "renameat2")
-                close(name, rest[0])
-                sizes[name], sizes[rest[0]] = sizes[rest[0]], sizes[name]
-            elif kind == "xattr":
-                os.setxattr(name, "user.load", content(rest[1], rest[0]))
-            else:
-                os.fsync(opened(name))
-            log.write(b'"done"\n')
-    except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO):
-            raise
-        log.write(b'"failed"\n')
+    signal.signal(signal.SIGTERM, end)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    for worker, code in enumerate(codes):
+        mapping = words[WORDS * worker + 1] == NUMBERS["mapped"]
+        if code and not (code == -signal.SIGBUS and mapping):
+            sys.exit(f"worker {worker} ended with {code}")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,12 @@ class Site(Mounted):
         words = ",".join(filter(None, [self.options, options, f"log={self.server_log}"]))
         return run("mount.pkernfs", self.region, self.mountpoint, "-o", words)
 
+    def mount_faulty(self, fault: str) -> None:
+        """Mount with a server that has one of the faults of tests/mount/faulty.py."""
+        words = ["-m", "tests.mount.faulty", fault, self.region, self.mountpoint, "-o", f"log={self.server_log}"]
+        result = run(sys.executable, *words, cwd=Path(__file__).parents[2])
+        assert result.returncode == 0, result
+
     def is_mounted(self) -> bool:
         """Asks the kernel's list, as its base does, for mountpoints with any name."""
         return mount_at(f"{os.path.realpath(self.mountpoint.parent)}/{self.mountpoint.name}") is not None

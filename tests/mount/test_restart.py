@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import stat
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.mount.load import Load
-from tests.mount.site import MiB, Site, below, errno_of, wait_for
+from tests.mount.site import MiB, Site, below, errno_of
 
 #: What calls on a mount get whose server is gone.
 DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -146,49 +144,10 @@ def test_orphans_are_freed_at_the_next_mount(site: Site) -> None:
     assert (after.f_bfree, after.f_ffree) == (before.f_bfree, before.f_ffree)
 
 
-def run_load(site: Site, seed: int, workers: int = 4) -> int:
-    """Load the mount with processes, kill the server in the middle, mount, compare; how many calls had returned."""
-    rng = random.Random(seed)
-    with ExitStack() as stack:
-        loads = []
-        for worker in range(workers):
-            folder = site.mnt / f"w{seed}-{worker}"
-            folder.mkdir()
-            loads.append(Load(folder, seed * 100 + worker, site.tmp / f"load{seed}-{worker}"))
-            stack.callback(loads[-1].stop)
-        calls = rng.randrange(50, 1000)
-        wait_for(lambda: all(load.lines() > 2 * calls / workers for load in loads), "calls of every process")
-        site.crash()
-        for load in loads:
-            load.wait()
-        site.mount()
-        return sum(load.verify() for load in loads)
-
-
-def test_killed_under_load(site: Site) -> None:
-    """Eight rounds on one region: every call that returned has happened, with or without fsync."""
-    for seed in range(8):
-        assert run_load(site, seed) >= 20
-        site.verify()
-        for path in site.mnt.glob("w*/*"):
-            path.unlink()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_under_load_often(site: Site) -> None:
-    for seed in range(100, 130):
-        run_load(site, seed)
-        site.verify()
-        for path in site.mnt.glob("w*/*"):
-            path.unlink()
-
-
 def test_killed_while_many_files_are_made(site: Site) -> None:
     """A process makes files and directories, the server is killed, and all that were made are there."""
-    load = Load(site.mnt, 7, site.tmp / "log")
     made: list[str] = []
-    try:
+    with Load(site.mnt / "load", 7, site.tmp / "journals", workers=1) as load:
         folder = site.mnt / "many"
         folder.mkdir()
         while len(made) < 700:
@@ -196,9 +155,7 @@ def test_killed_while_many_files_are_made(site: Site) -> None:
             os.mknod(path) if len(made) % 3 else os.mkdir(path)
             made.append(path.name)
         site.crash()
-        load.wait()
-    finally:
-        load.stop()
+        load.end()
     site.mount()
     assert sorted(os.listdir(site.mnt / "many")) == sorted(made)
 
@@ -210,11 +167,10 @@ def test_killed_while_many_files_are_made(site: Site) -> None:
 def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
     furnish(site.mnt / "top")
     if how == "kill-under-load":
-        load = Load(site.mnt / "top" / "d" / "e", 11, site.tmp / "log")
-        (site.mnt / "top" / "d" / "e" / "deep").unlink()
-        wait_for(lambda: load.lines() > 100, "calls")
-        site.crash()
-        load.wait()
+        with Load(site.mnt / "top" / "load", 11, site.tmp / "journals") as load:
+            load.wait_for(100)
+            site.crash()
+            load.end()
     else:
         fd = os.open(site.mnt / "top" / "empty", os.O_RDWR)
         if how == "kill-with-orphans":
