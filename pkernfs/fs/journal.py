@@ -1,9 +1,10 @@
 """The redo journal: one transaction at a time is logged, sealed with one 8-byte store, applied and retired."""
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from pkernfs.errors import CorruptError, RegionError
+from pkernfs.errors import CorruptError, FsError, RegionError
 from pkernfs.format import (
     BLOCK,
     DISCARD,
@@ -41,6 +42,8 @@ class Journal:
         """Make all of ``stores`` (offset, data) durable at once, then give ``discards`` (offset, length) back.
 
         Offsets and lengths of stores are multiples of 8, of discards multiples of the page size.
+
+        Raises FsError(ENOSPC) when they do not fit: mkfs makes the journal large enough for all that operations change.
         """
         parts: list[bytes] = []
         records = 0
@@ -55,7 +58,7 @@ class Journal:
             records += 1
         body = b"".join(parts)
         if len(body) > self.capacity:
-            raise AssertionError(f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
+            raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
         self.sequence += 1
         self.whole = False
         seal = 2 * self.sequence
