@@ -2,8 +2,8 @@
 
     with Load(top, seed, journals) as load: load.wait_for(calls); ...kill...; load.end(); load.verify()
 
-Each worker keeps a journal in ``journals`` (on another filesystem): a line before each call and one behind it.  Words in
-memory that is shared with the test tell how many calls have returned and what kind of call is under way.
+Each worker keeps a journal in ``journals`` (on another filesystem): a line before each call and one behind it.  Words
+in memory that is shared with the test tell how many calls have returned and what kind of call is under way.
 """
 
 from __future__ import annotations
