@@ -20,7 +20,7 @@ from pkernfs.region.base import Region
 from pkernfs.region.file import MAP_NORESERVE, FileRegion
 
 LATE = 100
-SHORT = 3 * 4096  #: bytes
+SHORT = 200  #: bytes
 
 
 class LateRegion(FileRegion):
