@@ -4,6 +4,7 @@ import argparse
 import mmap
 import os
 import stat
+import sys
 import uuid
 from collections.abc import Sequence
 
@@ -92,6 +93,10 @@ def run(argv: Sequence[str] | None) -> int:
         if made is not None and os.path.exists(path) and os.path.samestat(made, os.stat(path)):
             os.unlink(path)
         raise
+    mode = os.stat(path).st_mode
+    if mode & 0o077 and not arguments.quiet:
+        found = f"mode {stat.S_IMODE(mode):04o}, expected 0600"
+        print(f"mkfs.pkernfs: {path}: others may use it ({found}): chmod 600 {path}", file=sys.stderr)
     if not arguments.quiet:
         geo = geometry(sb.blocks)
         print(
@@ -110,6 +115,7 @@ def _make(path: str, size: int | None) -> os.stat_result:
     except OSError as error:
         raise RegionError(f"{path}: cannot make the file: {error.strerror}") from None
     try:
+        os.fchmod(fd, 0o600)  # whatever the umask took from it
         return os.fstat(fd)
     finally:
         os.close(fd)
