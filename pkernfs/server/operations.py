@@ -324,12 +324,17 @@ class Operations(pyfuse3.Operations):
     @handler
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         if name.startswith(FACTS):
+            if ctx.uid not in (0, os.getuid()):
+                raise FUSEError(errno.EPERM)
             return self._fact(inode, name.removeprefix(FACTS).decode("ascii", "replace"))
         _check_namespace(name)
         return self.fs.getxattr(inode, name)
 
     def _fact(self, ino: int, name: str) -> bytes:
-        """A read-only attribute user.pkernfs.NAME: facts of the mount (any inode) and of a file's memory."""
+        """A read-only attribute user.pkernfs.NAME: facts of the mount (any inode) and of a file's memory.
+
+        For the owner of the mount and root only, as the control socket is.
+        """
         facts = self.facts()
         if name in facts:
             return str(facts[name]).encode(errors="surrogateescape")
