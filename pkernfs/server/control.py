@@ -9,7 +9,9 @@ import os
 import socket
 import stat
 import struct
+import tempfile
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -19,21 +21,48 @@ from pkernfs.errors import FsError, PkernfsError, RegionError
 log = logging.getLogger("pkernfs")
 
 LINE_MAX = 1 << 16
+CONNECTIONS = 32  #: more at once are refused
+PATIENCE = 60.0  #: seconds that a client may take to send a line, or to take a reply
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 def runtime_dir() -> str:
-    """A directory of this user's own for sockets: /run/pkernfs for root.  Raises RegionError."""
+    """A directory of this user's own for sockets: /run/pkernfs, or below $XDG_RUNTIME_DIR or /tmp for others than root.
+
+    Clients are told by the mount where the socket is: where another user has prepared the usual path, any other will
+    do.  Raises RegionError.
+    """
     uid = os.getuid()
-    path = "/run/pkernfs" if uid == 0 else os.path.join(os.environ.get("XDG_RUNTIME_DIR", "/tmp"), f"pkernfs-{uid}")
+    places = ["/run/pkernfs"] if uid == 0 else [f"/tmp/pkernfs-{uid}"]
+    if uid and os.path.isabs(runtime := os.environ.get("XDG_RUNTIME_DIR", "")):
+        places.insert(0, os.path.join(runtime, "pkernfs"))
+    for path in places:
+        with suppress(OSError):
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            if _is_safe(path, uid):
+                return path
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.lstat(path)
+        return tempfile.mkdtemp(prefix=f"pkernfs-{uid}-", dir="/tmp")
     except OSError as error:
-        raise RegionError(f"{path}: cannot make a directory for the control socket: {error.strerror}") from None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o022:
-        raise RegionError(f"{path}: expected a directory that only user {uid} may write", hint="remove it")
-    return path
+        raise RegionError(f"/tmp: cannot make a directory for the control socket: {error.strerror}") from None
+
+
+def _is_safe(path: str, uid: int) -> bool:
+    """Whether ``path`` is a directory that only this user may write, and that no other can move away."""
+    status, above = os.lstat(path), os.stat(os.path.dirname(path))
+    fixed = above.st_uid in (0, uid) and (not above.st_mode & 0o022 or bool(above.st_mode & stat.S_ISVTX))
+    return fixed and stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022
+
+
+def remove_stale(folder: str) -> None:
+    """Remove the sockets of servers that were killed: nobody listens there."""
+    for name in os.listdir(folder):
+        if name.endswith(".sock"):
+            with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+                probe.setblocking(False)
+                if probe.connect_ex(os.path.join(folder, name)) == errno.ECONNREFUSED:
+                    os.unlink(os.path.join(folder, name))
 
 
 class ControlSocket:
@@ -41,16 +70,20 @@ class ControlSocket:
 
     def __init__(self, verbs: dict[str, Verb]) -> None:
         self.verbs = verbs
-        self.path = os.path.join(runtime_dir(), f"{os.getpid()}.sock")
+        self.connections = 0
+        self.folder = runtime_dir()
+        remove_stale(self.folder)
+        self.path = os.path.join(self.folder, f"{os.getpid()}-{os.urandom(4).hex()}.sock")
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        if os.path.lexists(self.path):
-            os.unlink(self.path)  # of a dead process that had our pid
+        # Its name only when it listens: until then remove_stale of another server would take it for a dead one's.
+        unfinished = self.path.removesuffix(".sock")
         old_umask = os.umask(0o177)
         try:
-            self.listener.bind(self.path)
+            self.listener.bind(unfinished)
         finally:
             os.umask(old_umask)
-        self.listener.listen(16)
+        self.listener.listen(CONNECTIONS)
+        os.rename(unfinished, self.path)
 
     async def serve(self) -> None:
         """Accept connections until cancelled."""
@@ -60,28 +93,46 @@ class ControlSocket:
     def close(self) -> None:
         """Remove the socket."""
         self.listener.close()
-        if os.path.lexists(self.path):
+        with suppress(FileNotFoundError):
             os.unlink(self.path)
+        if os.path.basename(self.folder).startswith(f"pkernfs-{os.getuid()}-"):
+            with suppress(OSError):
+                os.rmdir(self.folder)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", credentials)
+        self.connections += 1
         try:
             async with stream:
-                if uid not in (0, os.getuid()):
-                    await stream.send_all(_error(FsError(errno.EPERM, f"user {uid} does not own this mount")))
-                    return
-                buffer = b""
-                async for chunk in stream:
-                    buffer += chunk
-                    while b"\n" in buffer:
-                        line, _, buffer = buffer.partition(b"\n")
-                        await stream.send_all(await self.answer(line))
-                    if len(buffer) > LINE_MAX:
-                        await stream.send_all(_error(FsError(errno.E2BIG, f"a request of more than {LINE_MAX} bytes")))
-                        return
-        except trio.BrokenResourceError:
+                await self._converse(stream)
+        except (trio.BrokenResourceError, trio.TooSlowError):
             pass
+        except Exception:
+            log.exception("a bug: a control connection failed")
+        finally:
+            self.connections -= 1
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        """Answer line by line.  Raises TooSlowError, BrokenResourceError."""
+        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid not in (0, os.getuid()):
+            return await _send(stream, _error(FsError(errno.EPERM, f"user {uid} does not own this mount")))
+        if self.connections > CONNECTIONS:
+            return await _send(stream, _error(FsError(errno.EAGAIN, f"{CONNECTIONS} connections are open")))
+        buffer = bytearray()
+        while True:
+            with trio.fail_after(PATIENCE):
+                while (end := buffer.find(b"\n")) < 0:
+                    if len(buffer) > LINE_MAX:
+                        error = FsError(errno.E2BIG, f"a request of more than {LINE_MAX} bytes")
+                        return await _send(stream, _error(error))
+                    chunk = await stream.receive_some(LINE_MAX)
+                    if not chunk:
+                        return None
+                    buffer += chunk
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            await _send(stream, await self.answer(line))
 
     async def answer(self, line: bytes) -> bytes:
         """The reply to one request; never raises."""
@@ -99,6 +150,11 @@ class ControlSocket:
         except Exception as error:
             log.exception("a bug: control verb %r failed", request)
             return _error(FsError(errno.EIO, f"a bug in the server, see its log ({error!r})"))
+
+
+async def _send(stream: trio.SocketStream, reply: bytes) -> None:
+    with trio.fail_after(PATIENCE):
+        await stream.send_all(reply)
 
 
 def _error(error: PkernfsError) -> bytes:

@@ -1,0 +1,309 @@
+"""The control socket: nobody but the owner of the mount and root gets an answer, and no client hurts the server."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from pkernfs.server import control
+from pkernfs.server.control import CONNECTIONS, LINE_MAX, ControlSocket, remove_stale
+from tests.mount.site import MiB, Site, run
+
+ROOT = Path(__file__).parents[2]
+
+#: A client with another identity: connects, sends standard input, prints the replies.
+CLIENT = """
+import os, socket, sys
+os.setgroups([])
+os.setresgid(1000, 1000, 1000)
+os.setresuid(1000, 1000, 1000)
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect(sys.argv[1])
+    try:
+        client.sendall(sys.stdin.buffer.read())
+        client.shutdown(socket.SHUT_WR)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    try:
+        while data := client.recv(65536):
+            sys.stdout.write(data.decode())
+    except ConnectionResetError:  # what follows a reply when not all was read that was sent
+        pass
+"""
+
+
+def test_the_path_of_the_control_socket(site: Site) -> None:
+    address = Path(os.fsdecode(os.getxattr(site.mnt, "user.pkernfs.control")))
+    socket_mode, folder = address.lstat(), address.parent.lstat()
+    assert (stat.S_ISSOCK(socket_mode.st_mode), stat.S_IMODE(socket_mode.st_mode), socket_mode.st_uid) == (
+        True,
+        0o600,
+        0,
+    )
+    assert (stat.S_ISDIR(folder.st_mode), folder.st_mode & 0o022, folder.st_uid) == (True, 0, 0)
+    result = run(sys.executable, "-c", CLIENT, address)
+    assert "PermissionError" in result.stderr
+    site.crash()
+    site.mount()
+    assert not address.exists(), "the socket of a killed server is still there"
+
+
+Serve = Callable[..., None]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Run a function beside a control socket whose path is open to everybody: ``served(function)``."""
+    with tempfile.TemporaryDirectory(prefix="pkernfs-test-", dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        monkeypatch.setattr(control, "runtime_dir", lambda: folder)
+
+        async def verb(request: dict[str, Any]) -> dict[str, Any]:
+            return {"done": True}
+
+        async def main(function: Callable[[ControlSocket], Awaitable[object]]) -> None:
+            listener = ControlSocket({"verb": verb})
+            os.chmod(listener.path, 0o666)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(listener.serve)
+                    await function(listener)
+                    nursery.cancel_scope.cancel()
+            finally:
+                listener.close()
+
+        yield lambda function, clock=None: trio.run(main, function, clock=clock)
+        assert os.listdir(folder) == []
+
+
+async def talk(path: str, data: bytes) -> bytes:
+    """What the owner gets for an answer."""
+    stream = await trio.open_unix_socket(path)
+    async with stream:
+        await stream.send_all(data)
+        await stream.send_eof()
+        return b"".join([chunk async for chunk in stream])
+
+
+async def send_until_broken(stream: trio.SocketStream, data: bytes) -> int:
+    """Send it again and again until the other side closes; how many bytes that were."""
+    sent = 0
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await stream.send_all(data)
+            sent += len(data)
+    return sent
+
+
+def test_other_users_are_refused_every_verb(served: Serve) -> None:
+    """Also where they can reach the socket: the peer's credentials decide."""
+
+    async def check(listener: ControlSocket) -> None:
+        for data in (b'{"verb": "verb"}\n' * 2, b"garbage\n", b"", b"x" * 10 * LINE_MAX):
+            command = [sys.executable, "-c", CLIENT, listener.path]
+            done = await trio.run_process(command, stdin=data, capture_stdout=True)
+            replies = done.stdout.splitlines()
+            assert len(replies) == 1
+            assert json.loads(replies[0])["errno"] == errno.EPERM
+        assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+
+    served(check)
+
+
+def test_a_line_without_an_end_is_cut_off(served: Serve) -> None:
+    """The server takes little of it, whatever a client sends."""
+
+    async def check(listener: ControlSocket) -> None:
+        async with await trio.open_unix_socket(listener.path) as stream:
+            assert await send_until_broken(stream, b"x" * LINE_MAX) < 16 * MiB
+            assert json.loads(await stream.receive_some())["errno"] == errno.E2BIG
+            assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+
+    served(check)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b'{"verb": ', b'{"verb": "verb"}\n'], ids=["silent", "half-a-line", "then-silent"]
+)
+def test_a_client_that_says_no_more_is_dropped(served: Serve, data: bytes) -> None:
+    async def check(listener: ControlSocket) -> None:
+        async with await trio.open_unix_socket(listener.path) as stream:
+            if data:
+                await stream.send_all(data)
+            replies = b"".join([chunk async for chunk in stream])
+            assert replies.count(b"\n") == data.count(b"\n")
+            assert trio.current_time() >= control.PATIENCE
+
+    served(check, MockClock(autojump_threshold=0.05))
+
+
+def test_a_client_that_does_not_listen_is_dropped(served: Serve) -> None:
+    async def check(listener: ControlSocket) -> None:
+        async with await trio.open_unix_socket(listener.path) as stream:
+            await send_until_broken(stream, b"\n" * LINE_MAX)
+            assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+
+    served(check, MockClock(autojump_threshold=0.05))
+
+
+def test_too_many_connections_are_refused(served: Serve) -> None:
+    async def check(listener: ControlSocket) -> None:
+        streams = [await trio.open_unix_socket(listener.path) for _ in range(CONNECTIONS)]
+        for stream in streams:
+            await stream.send_all(b'{"verb": "verb"}\n')
+            assert json.loads(await stream.receive_some()) == {"result": {"done": True}}
+        async with await trio.open_unix_socket(listener.path) as refused:
+            assert json.loads(await refused.receive_some())["errno"] == errno.EAGAIN
+            assert await refused.receive_some() == b""
+        for stream in streams:
+            await stream.aclose()
+        while listener.connections:
+            await trio.sleep(0)
+        assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+
+    served(check)
+
+
+VERBS = ["info", "file", "direct", "scrub", "nonsense"]
+WORDS = [None, True, -1, 0, 1, 1 << 40, 1 << 70, 1.5, 1e300, "", "x" * 1000, [], {}, [[]], "\ud800"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_words_that_no_verb_knows(shared: Site, verb: str) -> None:
+    """An answer to each, and no complaint in the log."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(os.getxattr(shared.mnt, "user.pkernfs.control"))
+        lines = client.makefile("rb")
+        for key in ("ino", "block", "on", "verb"):
+            for word in WORDS:
+                client.sendall(json.dumps({"verb": verb, "ino": 1, "block": 0, key: word}).encode() + b"\n")
+                assert set(json.loads(lines.readline())) in ({"result"}, {"error", "errno"}), (key, word)
+        for line in (b"", b"\xff", b"null", b"1" * 5000, b"[" * 60_000, b'{"verb": NaN}', b"{" * 60_000):
+            client.sendall(line + b"\n")
+            assert json.loads(lines.readline())["errno"] in (errno.EINVAL, errno.EOPNOTSUPP)
+        lines.close()
+    assert shared.complaints() == []
+
+
+def test_stale_sockets_only_are_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / "alive.sock", tmp_path / "file.sock", tmp_path / "folder.sock", tmp_path / "begun"]
+    alive, dead, begun = (socket.socket(socket.AF_UNIX) for _ in range(3))
+    with alive, begun:
+        with dead:
+            dead.bind(str(tmp_path / "dead.sock"))
+        alive.bind(str(kept[0]))
+        alive.listen(1)
+        kept[1].touch()
+        kept[2].mkdir()
+        begun.bind(str(kept[3]))
+        remove_stale(str(tmp_path))
+        remove_stale(str(tmp_path))
+        remove_stale(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == sorted([kept[0], kept[2], kept[3]])
+
+
+RUNTIME = """
+import os, sys
+from pkernfs.server.control import runtime_dir
+uid = int(sys.argv[1])
+os.setgroups([])
+os.setresgid(uid, uid, uid)
+os.setresuid(uid, uid, uid)
+print(runtime_dir())
+print(runtime_dir())
+"""
+
+
+def other_owner(path: Path, uid: int) -> None:
+    path.mkdir(mode=0o777)
+    os.chown(path, uid + 1, uid + 1)
+
+
+def link_to_a_good_one(path: Path, uid: int) -> None:
+    target = path.with_name(path.name + "-target")
+    target.mkdir(mode=0o700)
+    os.chown(target, uid, uid)
+    path.symlink_to(target)
+
+
+def open_to_others(path: Path, uid: int) -> None:
+    path.mkdir()
+    os.chown(path, uid, uid)
+    path.chmod(0o777)
+
+
+ATTACKS: dict[str, Callable[[Path, int], object]] = {
+    "other-owner": other_owner,
+    "link": link_to_a_good_one,
+    "dangling-link": lambda path, uid: path.symlink_to("nowhere"),
+    "open": open_to_others,
+    "file": lambda path, uid: path.touch(),
+}
+
+
+def runtime_dirs(uid: int, xdg: str | None) -> list[Path]:
+    """What the servers of a user take, in an environment with this XDG_RUNTIME_DIR; the first two are asked."""
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+    if xdg is not None:
+        environment["XDG_RUNTIME_DIR"] = xdg
+    command = [sys.executable, "-c", RUNTIME, str(uid)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def uid() -> Iterator[int]:
+    """A user that nothing else runs as; what is left of theirs in /tmp is removed."""
+    number = 1_000_000 + os.getpid()
+    yield number
+    for path in Path("/tmp").glob(f"pkernfs-{number}*"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+@pytest.mark.parametrize("where", ["tmp", "xdg"])
+def test_a_prepared_path_is_not_used(uid: int, attack: Callable[[Path, int], object], where: str) -> None:
+    """Whatever others have put there before: the directory is another one, made for this user alone."""
+    if where == "tmp":
+        parent = None
+        prepared = Path(f"/tmp/pkernfs-{uid}")
+    else:
+        parent = Path(f"/tmp/pkernfs-{uid}-xdg")
+        parent.mkdir()
+        parent.chmod(0o1777)
+        prepared = parent / "pkernfs"
+    attack(prepared, uid)
+    found = runtime_dirs(uid, parent and str(parent))[0]
+    assert found != prepared
+    status = found.lstat()
+    assert (stat.S_ISDIR(status.st_mode), stat.S_IMODE(status.st_mode), status.st_uid) == (True, 0o700, uid)
+    assert not prepared.is_dir() or list(prepared.iterdir()) == []
+
+
+@pytest.mark.parametrize("xdg", ["missing", "of-another", "open", "good", "relative"])
+def test_runtime_directories(uid: int, xdg: str) -> None:
+    """$XDG_RUNTIME_DIR is used when it can be, and /tmp when not; the second time finds the same."""
+    parent = Path(f"/tmp/pkernfs-{uid}-xdg")
+    if xdg != "missing":
+        parent.mkdir(mode=0o700)
+        os.chown(parent, uid + (xdg == "of-another"), 0)
+        parent.chmod(0o777 if xdg == "open" else 0o700)
+    word = str(parent) if xdg != "relative" else f"../../../../../..{parent}"
+    first, second = runtime_dirs(uid, word)
+    assert first == second == (parent / "pkernfs" if xdg == "good" else Path(f"/tmp/pkernfs-{uid}"))
