@@ -41,6 +41,7 @@ class Load:
         self.seed, self.journals = seed, journals
         self.grounds = [Ground(top, worker, workers) for worker in range(workers)]
         self.models: list[Model] = []
+        self.complaint = ""
         for ground in self.grounds:
             ground.make()
         journals.mkdir()
@@ -60,20 +61,23 @@ class Load:
         deadline = time.monotonic() + PATIENCE
         while self.returned() < calls or (wanted and self.words[1] != wanted):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise AssertionError(f"seed {self.seed}: the load ended or stood still at {self.returned()} calls")
+                complaint = self.stop()
+                raise AssertionError(f"seed {self.seed}: the load stopped after {self.returned()} calls: {complaint}")
             if self.returned() < calls:
                 time.sleep(0.0001)
 
     def end(self) -> None:
         """Wait for the end of the workers, whose filesystem was killed."""
-        _, complaint = self.process.communicate(timeout=PATIENCE)
-        assert self.process.returncode == 0, f"seed {self.seed}: {complaint}"
+        self.complaint += self.process.communicate(timeout=PATIENCE)[1]
+        assert self.process.returncode == 0, f"seed {self.seed}: {self.complaint}"
 
-    def stop(self) -> None:
-        """End them, whatever they do."""
-        self.process.terminate()
-        self.process.communicate()
+    def stop(self) -> str:
+        """End them, whatever they do; their complaint."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        if self.process.stderr and not self.process.stderr.closed:
+            self.complaint += self.process.communicate(timeout=PATIENCE)[1]
+        return self.complaint
 
     def __enter__(self) -> Self:
         return self
@@ -249,11 +253,16 @@ def main() -> None:
         os._exit(1)
 
     signal.signal(signal.SIGTERM, end)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    for worker, code in enumerate(codes):
-        mapping = words[WORDS * worker + 1] == NUMBERS["mapped"]
+    workers_of = {child: worker for worker, child in enumerate(children)}
+    while children:
+        # Not reaped before it is off the list: a process id that ``end`` may kill is still its own.
+        child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+        children.remove(child)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        mapping = words[WORDS * workers_of[child] + 1] == NUMBERS["mapped"]
         if code and not (code == -signal.SIGBUS and mapping):
-            sys.exit(f"worker {worker} ended with {code}")
+            print(f"worker {workers_of[child]} ended with {code}", file=sys.stderr)
+            end()
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class Model:
     def _pick_write(self, rng: random.Random) -> Call:
         path = self._file(rng)
         if path is None:
-            return ["mkdir", next(folder for folder in FOLDERS if folder not in self.nodes)]
+            return ["unlink", BASES[0]] if BASES[0] in self.nodes else ["create", BASES[0], 0o644]
         length = rng.choice([1, 100, 4096, 5000, 70_000, 200_000])
         far = LARGE if rng.random() < 0.06 else FAR
         at = rng.choice([0, rng.randrange(far), rng.randrange(far // 4096) * 4096])
