@@ -9,14 +9,20 @@ A round's seed decides the calls of every worker and the moment of the kill; a f
 from __future__ import annotations
 
 import faulthandler
+import mmap
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from pkernfs.fs.journal import Journal
+from pkernfs.region import open_region, read_superblock
 from tests.mount.load import Load
 from tests.mount.model import KINDS, Call, Found, Model
 from tests.mount.site import Site
@@ -25,10 +31,12 @@ WORKERS = 4
 
 
 class Moment(NamedTuple):
-    """When the server is killed: after so many calls, within a call of this kind ("": any), after a delay."""
+    """When the server is killed: after so many calls, within a call of this kind ("": any), within a transaction that
+    is sealed and not retired, or after a delay."""
 
     calls: int
     within: str
+    sealed: bool
     delay: float  #: seconds
 
     @classmethod
@@ -36,7 +44,8 @@ class Moment(NamedTuple):
         """The moment that belongs to a seed."""
         rng = random.Random(seed)
         calls = int(2 ** rng.uniform(5, 10.5))
-        return cls(calls, rng.choice(["", *KINDS]), rng.choice([0.0, rng.uniform(0, 300e-6), rng.uniform(0, 5e-3)]))
+        delay = rng.choice([0.0, rng.uniform(0, 300e-6), rng.uniform(0, 5e-3)])
+        return cls(calls, rng.choice(["", *KINDS]), rng.random() < 0.25, delay)
 
 
 class Rounds:
@@ -46,7 +55,22 @@ class Rounds:
         self.site = site
         self.before: Load | None = None
         self.calls = 0  #: that had returned and were found
+        with open_region(str(site.region), readonly=True, locked=False) as region:
+            at = Journal(region, read_superblock(region)).header_at
+        with site.region.open("rb") as file:
+            page = mmap.mmap(file.fileno(), mmap.PAGESIZE, offset=at, prot=mmap.PROT_READ)
+        self.seal = memoryview(page).cast("Q")
         self.replayed = 0  #: rounds that ended in a transaction which the next mount finished
+
+    def stop_within_transaction(self, server: int) -> None:
+        """Stop the server at random moments until a transaction is sealed and not retired: microseconds of each."""
+        for _ in range(400):
+            os.kill(server, signal.SIGSTOP)
+            while Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                pass
+            if self.seal[0] & 1:
+                return
+            os.kill(server, signal.SIGCONT)
 
     def round(self, seed: int) -> None:
         """Load the mount, kill its server, check the region, mount, compare."""
@@ -59,6 +83,8 @@ class Rounds:
             end = time.perf_counter() + moment.delay
             while time.perf_counter() < end:
                 pass
+            if moment.sealed:
+                self.stop_within_transaction(servers[-1])
             site.kill(servers)
             load.end()
         checked = site.run_ok("fsck.pkernfs", "-n", site.region)
