@@ -112,9 +112,9 @@ def rounds() -> Iterator[Rounds]:
 
 def test_killed_under_load(rounds: Rounds) -> None:
     """A few rounds."""
-    for seed in range(6):
+    for seed in range(5):
         rounds.round(seed)
-    assert rounds.calls > 6 * 32
+    assert rounds.calls > 5 * 32
 
 
 def test_a_seed_is_one_load() -> None:
