@@ -225,13 +225,13 @@ uid = int(sys.argv.pop(1))
 os.setgroups([])
 os.setresgid(uid, uid, uid)
 os.setresuid(uid, uid, uid)
-os.environ.pop("XDG_RUNTIME_DIR", None)
 sys.exit(main_mkfs() if sys.argv[1] == "--size" else main_mount())
 """
 
 USER_SCRIPT = """
 set -eu
 uid=$1 home=$2 python=$3 code=$4
+export XDG_RUNTIME_DIR=$home
 mknod "$home/fuse" c 10 229
 chmod 666 "$home/fuse"
 mount --bind "$home/fuse" /dev/fuse
