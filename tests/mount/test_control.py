@@ -179,7 +179,7 @@ def test_too_many_connections_are_refused(served: Serve) -> None:
     served(check)
 
 
-VERBS = ["info", "file", "direct", "scrub", "nonsense"]
+VERBS = ["info", "file", "direct", "scrub", "quota", "nonsense"]
 WORDS = [None, True, -1, 0, 1, 1 << 40, 1 << 70, 1.5, 1e300, "", "x" * 1000, [], {}, [[]], "\ud800"]
 
 
