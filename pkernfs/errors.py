@@ -52,15 +52,19 @@ class FormatError(RegionError):
 
 
 class CorruptError(PkernfsError):
-    """A structure in the region is damaged.  ``offset`` is where it begins in the region, in bytes."""
+    """A structure in the region is damaged.
+
+    ``offset`` is where it begins in the region, in bytes; ``ino`` the inode that it belongs to, 0: none.
+    """
 
     errno = _errno.EUCLEAN
 
-    def __init__(self, what: str, offset: int, found: str) -> None:
+    def __init__(self, what: str, offset: int, found: str, *, ino: int = 0) -> None:
         super().__init__(f"{what} at region offset {offset:#x} is damaged: {found}", hint="run fsck.pkernfs")
         self.what = what
         self.offset = offset
         self.found = found
+        self.ino = ino
 
 
 class FsError(PkernfsError):

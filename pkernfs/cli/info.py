@@ -16,6 +16,7 @@ addresses.
   pkernfs info /mnt/pkernfs
   pkernfs info --json /mnt/pkernfs/guest-ram
 """
+SHOWN = 10  #: findings of damage; --json has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,17 +75,25 @@ def _print_region(facts: dict[str, Any]) -> None:
         "space": f"{human(used)} used, {human(facts['space_free'])} free of {human(facts['space'])}",
         "free blocks": f"{facts['blocks_free']}, {facts['blocks_largest_free_run']} of them in one piece",
         "slabs": f"{facts['slabs']} blocks cut into pages of 4 KiB",
-        "inodes": f"{facts['inodes']}, {facts['orphans']} of them without a name",
+        "inodes": f"{facts['inodes']}, {'?' if facts['orphans'] is None else facts['orphans']} of them without a name",
         "journal": f"{human(facts['journal']['size'])}, {facts['journal']['sequence']} transactions so far",
-        "damaged": f"{len(facts['damaged'])} structures were found damaged: run fsck.pkernfs"
-        if facts.get("damaged")
-        else "nothing that was read",
+        "damaged": _damaged(facts["damaged"]),
         "created": _when(facts["created"]),
         "mounts": f"{facts['mounts']}, the last from {_when(facts['last_mounted'])}",
         "unmounted": _when(facts["last_unmounted"]),
     }
     for name, text in rows.items():
         print(f"{name:12} {text}")
+
+
+def _damaged(findings: list[dict[str, Any]]) -> str:
+    """How many structures were found damaged, and which, a line each."""
+    if not findings:
+        return "nothing that was read"
+    lines = [f"{one['structure']} at {one['offset']:#x}: {one['found']}" for one in findings[:SHOWN]]
+    lines += [f"and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []
+    count = f"{len(findings)} structure{'s' * (len(findings) != 1)}: run fsck.pkernfs"
+    return f"\n{'':13}".join([count, *lines])
 
 
 def _print_file(path: str, facts: dict[str, Any]) -> None:

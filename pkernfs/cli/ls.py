@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import stat
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from pkernfs.cli.words import region_and_path
+from pkernfs.errors import CorruptError
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
@@ -38,35 +40,53 @@ def run(arguments: argparse.Namespace) -> int:
     from pkernfs.cli.offline import with_filesystem
 
     region, path = region_and_path(arguments.target)
-    rows = with_filesystem(region, lambda fs: _collect(fs, path, arguments.recursive))
+    rows, damage = with_filesystem(region, lambda fs: _collect(fs, path, arguments.recursive))
+    for error in damage:
+        print(f"pkernfs: {error}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(rows, indent=2))
-        return 0
+        return 1 if damage else 0
     folder = None
     for row in rows:
         if arguments.recursive and row["folder"] != folder:
             print(f"{'' if folder is None else chr(10)}{row['folder']}:")
             folder = row["folder"]
         print(_line(row, arguments))
-    return 0
+    return 1 if damage else 0
 
 
-def _collect(fs: Filesystem, path: str, recursive: bool) -> list[dict[str, Any]]:
+def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str, Any]], list[CorruptError]]:
+    """The rows, and what could not be listed because it is damaged."""
     raw = os.fsencode(path)
     ino = fs.resolve(raw)
     if not stat.S_ISDIR(fs.getattr(ino).mode):
-        return [_row(fs, ino, raw.rstrip(b"/").rpartition(b"/")[2], os.path.dirname(path) or "/")]
-    rows = []
+        return [_row(fs, ino, raw.rstrip(b"/").rpartition(b"/")[2], os.path.dirname(path) or "/")], []
+    rows: list[dict[str, Any]] = []
+    damage: list[CorruptError] = []
     todo = [("/" + path.strip("/"), ino)]
+    seen = {ino}
     while todo:
         folder, ino = todo.pop()
-        entries = sorted(fs.readdir(ino), key=lambda entry: entry.name)
+        below = []
+        try:
+            directory = fs.directory(ino)
+            entries = sorted(directory.scan(), key=lambda entry: entry.name)
+        except CorruptError as error:
+            damage.append(error)
+            continue
         for entry in entries:
-            rows.append(_row(fs, entry.ino, entry.name, folder))
+            try:
+                directory.target(entry)
+                rows.append(_row(fs, entry.ino, entry.name, folder))
+            except CorruptError as error:
+                damage.append(error)
+                continue
+            if stat.S_ISDIR(entry.mode) and entry.ino not in seen:
+                seen.add(entry.ino)
+                below.append((f"{folder.rstrip('/')}/{os.fsdecode(entry.name)}", entry.ino))
         if recursive:
-            below = [e for e in reversed(entries) if stat.S_ISDIR(e.mode)]
-            todo += [(f"{folder.rstrip('/')}/{os.fsdecode(e.name)}", e.ino) for e in below]
-    return rows
+            todo += reversed(below)
+    return rows, damage
 
 
 def _row(fs: Filesystem, ino: int, name: bytes, folder: str) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from pkernfs.format import (
     BLOCK_KINDS,
     BLOCK_SLAB,
     FIRST_FREE_SLOT,
+    INODE_SIZE,
     INODES_PER_PAGE,
     PAGE,
+    PAGE_DATA,
     PAGE_FREE,
     PAGE_HEADER,
     PAGE_HEADER_LAYOUT,
@@ -194,6 +196,14 @@ class Allocator:
             slab = self.slabs[block] = Slab.decode(self.region.read(block * BLOCK, PAGE), block)
         return slab
 
+    def usable_slab(self, block: int) -> Slab | None:
+        """The slab in ``block``, to allocate from; None, and a note, when it is damaged: the others are used then."""
+        try:
+            return self.slab(block)
+        except CorruptError as error:
+            self.volume.damage.note(error)
+            return None
+
     def _new_slab(self) -> Slab:
         block = self.table.rfind(BLOCK_FREE, self.first_block)
         if block < 0:
@@ -209,8 +219,8 @@ class Allocator:
         while self.with_pages:
             block = next(iter(self.with_pages))
             if self.table[block] == BLOCK_SLAB:
-                slab = self.slab(block)
-                if slab.free:
+                slab = self.usable_slab(block)
+                if slab and slab.free:
                     return slab
             self.with_pages.discard(block)
         return self._new_slab()
@@ -240,9 +250,8 @@ class Allocator:
 
     def has_pages(self, count: int) -> bool:
         """Whether ``count`` pages (less than a slab holds) can be had for certain."""
-        return self.free_blocks > 0 or any(
-            self.table[block] == BLOCK_SLAB and self.slab(block).free >= count for block in self.with_pages
-        )
+        slabs = (self.usable_slab(block) for block in self.with_pages if self.table[block] == BLOCK_SLAB)
+        return self.free_blocks > 0 or any(slab is not None and slab.free >= count for slab in slabs)
 
     def alloc_page(self, kind: int) -> int:
         """One page; its number."""
@@ -253,16 +262,33 @@ class Allocator:
         assert self.volume.tx is not None
         self.volume.tx.freed_pages.append((page, count))
 
-    def check_page_kind(self, page: int, kind: int, what: str) -> None:
-        """Raise CorruptError when ``page`` is not a page of this kind."""
+    def check_page_kind(self, page: int, kind: int, what: str, ino: int) -> None:
+        """Raise CorruptError, of inode ``ino``, when ``page`` is not a page of this kind."""
         block, index = divmod(page, PAGES_PER_BLOCK)
         if not self.first_block <= block < self.blocks or self.table[block] != BLOCK_SLAB:
-            raise CorruptError(what, page * PAGE, f"page {page:#x} is not in a slab")
+            raise CorruptError(what, page * PAGE, f"page {page:#x} is not in a slab", ino=ino)
         found = self.slab(block).kinds[index]
         if found != kind:
-            raise CorruptError(
-                what, page * PAGE, f"expected a page of kind {PAGE_KINDS[kind]}, found {PAGE_KINDS[found]}"
-            )
+            expected = f"expected a page of kind {PAGE_KINDS[kind]}, found {PAGE_KINDS[found]}"
+            raise CorruptError(what, page * PAGE, expected, ino=ino)
+
+    def is_data(self, start: int, page: int, count: int) -> bool:
+        """Whether ``count`` pages from ``page`` on, page ``start`` of a file and what follows, can be a file's content:
+        whole data blocks at multiples of 2 MiB, and data pages of slabs.  Raises CorruptError for a damaged slab."""
+        if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.blocks * PAGES_PER_BLOCK:
+            return False
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        if self.table[block] == BLOCK_SLAB:
+            step = min(count, PAGES_PER_BLOCK - index)
+            if self.slab(block).kinds[index : index + step] != bytes([PAGE_DATA]) * step:
+                return False
+            start, page, count = start + step, page + step, count - step
+        # What follows are blocks to the end: a slab begins with its header.
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        blocks, rest = divmod(count, PAGES_PER_BLOCK)
+        aligned = not (index or start % PAGES_PER_BLOCK)
+        whole = not rest and self.table[block : block + blocks] == bytes([BLOCK_DATA]) * blocks
+        return not count or (aligned and whole)
 
     # -- inode slots ----------------------------------------------------------------------------------------------
 
@@ -284,8 +310,8 @@ class Allocator:
         while self.with_slots and index < 0:
             block = next(iter(self.with_slots))
             if self.table[block] == BLOCK_SLAB:
-                slab = self.slab(block)
-                index = slab.page_with_slots()
+                slab = self.usable_slab(block)
+                index = slab.page_with_slots() if slab else -1
             if index < 0:
                 self.with_slots.discard(block)
         if slab is None or index < 0:
@@ -312,13 +338,18 @@ class Allocator:
     # -- the end of a transaction ---------------------------------------------------------------------------------
 
     def apply_frees(self, tx: Transaction) -> list[tuple[int, int]]:
-        """Free what the transaction gave up; the ranges (offset, length) whose memory goes back to the host."""
+        """Free what the transaction gave up; the ranges (offset, length) whose memory goes back to the host.
+
+        Raises CorruptError when a part of it is not in use (any more): two structures lead to it.
+        """
         discards = []
         touched: dict[int, Slab] = {}
         for ino in tx.freed_inodes:
             page, slot = divmod(ino, INODES_PER_PAGE)
             block, index = divmod(page, PAGES_PER_BLOCK)
             slab = touched[block] = self.slab(block)
+            if slab.kinds[index] != PAGE_INODES or not slab.slots[index] >> slot & 1:
+                raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "it was freed twice", ino=ino)
             self.volume.change(slab)
             slab.slots[index] &= ~(1 << slot)
             slab.inodes -= 1
@@ -330,6 +361,9 @@ class Allocator:
         for page, count in tx.freed_pages:
             block, index = divmod(page, PAGES_PER_BLOCK)
             slab = touched[block] = self.slab(block)
+            kinds = slab.kinds[index : index + count]
+            if len(kinds) != count or PAGE_FREE in kinds or PAGE_HEADER in kinds:
+                raise CorruptError(f"slab {block}", page * PAGE, f"{count} pages were freed that are not in use")
             self.volume.change(slab)
             slab.kinds[index : index + count] = bytes(count)
             slab.free += count
@@ -341,6 +375,8 @@ class Allocator:
                 self._drop_slab(block)
                 tx.undo.append(lambda block=block: self._relist(block))  # type: ignore[misc]
         for block, count in tx.freed_blocks:
+            if BLOCK_FREE in self.table[block : block + count]:
+                raise CorruptError("the block table", block * BLOCK, f"{count} blocks were freed that are not in use")
             self._set_kind(block, count, BLOCK_FREE)
             for at in range(block, block + count, DISCARD_BLOCKS):
                 discards.append((at * BLOCK, min(DISCARD_BLOCKS, block + count - at) * BLOCK))
@@ -368,7 +404,7 @@ class Allocator:
 
     def free_pages(self) -> int:
         """Pages of 4 KiB that can still be allocated: in free blocks and in slabs."""
-        in_slabs = sum(self.slab(b).free for b in self.slab_blocks())
+        in_slabs = sum(slab.free for slab in map(self.usable_slab, self.slab_blocks()) if slab)
         return self.free_blocks * PAGES_PER_BLOCK + in_slabs
 
     def slab_blocks(self) -> list[int]:
@@ -382,4 +418,4 @@ class Allocator:
 
     def inodes_in_use(self) -> int:
         """Inode slots in use, the reserved ones not counted."""
-        return sum(self.slab(block).inodes for block in self.slab_blocks())
+        return sum(slab.inodes for slab in map(self.usable_slab, self.slab_blocks()) if slab)

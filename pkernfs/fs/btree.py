@@ -23,13 +23,14 @@ MAX_LEVEL = 12
 LEAF_ITEM = 10  #: bytes of a key and a value's length
 INNER_ITEM = 16  #: bytes of a key and a child
 INNER_MAX = PAGE_BODY // INNER_ITEM
+KEY_END = 1 << 64
 BODY_AT = PAGE_HEADER_LAYOUT.size
 
 
 class Node:
     """One node.  A leaf (level 0) has ``values``, an inner node ``children`` (page numbers), each beside ``keys``."""
 
-    __slots__ = ("children", "fresh", "keys", "level", "offset", "owner", "used", "values")
+    __slots__ = ("children", "end", "fresh", "keys", "level", "low", "offset", "owner", "used", "values")
 
     def __init__(self, page: int, owner: int, level: int, *, fresh: bool) -> None:
         self.offset = page * PAGE
@@ -40,6 +41,7 @@ class Node:
         self.values: list[bytes] = []
         self.children: list[int] = []
         self.used = 0  #: bytes of the body that a leaf's items take
+        self.low = self.end = 0  #: bounds [low, end) of its keys, as it was last reached from the root
 
     @property
     def page(self) -> int:
@@ -59,14 +61,14 @@ class Node:
     def decode(cls, raw: bytes, page: int, owner: int) -> Node:
         """Check and decode.  Raises CorruptError."""
         what = f"a tree node of inode {owner}"
-        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what)
+        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner)
         node = cls(page, owner, header.level, fresh=False)
         n = header.keys
         if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
-            raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}")
+            raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}", ino=owner)
         node.keys = list(struct.unpack_from(f"<{n}Q", raw, BODY_AT))
         if any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
-            raise CorruptError(what, page * PAGE, "keys out of order")
+            raise CorruptError(what, page * PAGE, "keys out of order", ino=owner)
         at = BODY_AT + 8 * n
         if header.level:
             node.children = list(struct.unpack_from(f"<{n}Q", raw, at))
@@ -75,7 +77,7 @@ class Node:
         at += 2 * n
         node.used = n * LEAF_ITEM + sum(lengths)
         if node.used > PAGE_BODY:
-            raise CorruptError(what, page * PAGE, "values beyond its end")
+            raise CorruptError(what, page * PAGE, "values beyond its end", ino=owner)
         for length in lengths:
             node.values.append(raw[at : at + length])
             at += length
@@ -96,30 +98,50 @@ class Tree:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
+    def _bad(self, page: int, found: str) -> CorruptError:
+        return CorruptError(f"a tree node of inode {self.owner}", page * PAGE, found, ino=self.owner)
+
     def _node(self, page: int, level: int | None = None) -> Node:
         node = self.volume.nodes.get(page * PAGE)
         if node is None:
-            what = f"a tree node of inode {self.owner}"
-            self.volume.allocator.check_page_kind(page, PAGE_NODE, what)
+            self.volume.allocator.check_page_kind(page, PAGE_NODE, f"a tree node of inode {self.owner}", self.owner)
             node = Node.decode(self.volume.region.read(page * PAGE, PAGE), page, self.owner)
             self.volume.nodes[page * PAGE] = node
         assert isinstance(node, Node)
         if node.owner != self.owner or (level is not None and node.level != level):
-            raise CorruptError(
-                f"a tree node of inode {self.owner}",
-                page * PAGE,
-                f"owner {node.owner}, level {node.level}, wanted {level}",
+            raise self._bad(page, f"owner {node.owner}, level {node.level}, wanted {level}")
+        return node
+
+    def _root(self) -> Node:
+        node = self._node(self.root)
+        node.low, node.end = 0, KEY_END
+        return node
+
+    def _child(self, parent: Node, index: int) -> Node:
+        """A child of a node that was reached from the root.  Raises CorruptError when its keys are out of bounds.
+
+        So every leaf that a walk comes to is the one that _path leads to for its keys, and walks end: no leaf can be
+        reached in two ways.
+        """
+        node = self._node(parent.children[index], parent.level - 1)
+        low = node.low = parent.keys[index] if index else parent.low
+        end = node.end = parent.keys[index + 1] if index + 1 < len(parent.keys) else parent.end
+        keys = node.keys
+        first = 1 if node.level else 0  # the first key of an inner node is not looked at
+        if len(keys) > first and not low <= keys[first] <= keys[-1] < end:
+            raise self._bad(
+                node.page, f"keys {keys[first]:#x} to {keys[-1]:#x}, expected some from {low:#x} to {end - 1:#x}"
             )
         return node
 
     def _path(self, key: int) -> list[tuple[Node, int]]:
         """From the root to the leaf where ``key`` belongs: each inner node with the index of the child taken."""
         path = []
-        node = self._node(self.root)
+        node = self._root()
         while node.level:
             index = max(bisect_right(node.keys, key) - 1, 0)
             path.append((node, index))
-            node = self._node(node.children[index], node.level - 1)
+            node = self._child(node, index)
         path.append((node, -1))
         return path
 
@@ -155,10 +177,10 @@ class Tree:
             else:
                 return
             parent, taken = path[-1]
-            node = self._node(parent.children[taken], parent.level - 1)
+            node = self._child(parent, taken)
             while node.level:
                 path.append((node, 0))
-                node = self._node(node.children[0], node.level - 1)
+                node = self._child(node, 0)
             leaf, index = node, 0
 
     def floor(self, key: int) -> tuple[int, bytes] | None:
@@ -173,9 +195,9 @@ class Tree:
         while path:
             parent, taken = path.pop()
             if taken:
-                node = self._node(parent.children[taken - 1], parent.level - 1)
+                node = self._child(parent, taken - 1)
                 while node.level:
-                    node = self._node(node.children[-1], node.level - 1)
+                    node = self._child(node, len(node.children) - 1)
                 return node.keys[-1], node.values[-1]
         return None
 
@@ -183,14 +205,11 @@ class Tree:
         """The page numbers of all nodes, the root first."""
         if not self.root:
             return
-        todo = [self._node(self.root)]
+        todo = [self._root()]
         while todo:
             node = todo.pop()
             yield node.page
-            if node.level == 1:
-                yield from node.children
-            else:
-                todo += [self._node(child, node.level - 1) for child in node.children]
+            todo += [self._child(node, index) for index in range(len(node.children))]
 
     def free_key(self, first: int) -> int:
         """The first of the KEY_SLOTS keys from ``first`` on that is not taken.  Raises FsError(ENOSPC)."""
@@ -317,8 +336,8 @@ class Tree:
         size = len(shrunk.keys) * INNER_ITEM if shrunk.level else shrunk.used
         if size > PAGE_BODY // 4:
             return False
-        left = self._node(parent.children[left_at], parent.level - 1)
-        right = self._node(parent.children[left_at + 1], parent.level - 1)
+        left = self._child(parent, left_at)
+        right = self._child(parent, left_at + 1)
         both = (len(left.keys) + len(right.keys)) * INNER_ITEM if left.level else left.used + right.used
         if both > PAGE_BODY * 3 // 4:
             return False

@@ -118,8 +118,8 @@ class Content:
         return not fresh or self.atime_policy == "strictatime"
 
     def accessed(self, ino: int, inode: Inode) -> None:
-        """Store a new atime when the policy asks for it."""
-        if self.atime_due(inode):
+        """Store a new atime when the policy asks for it; not in an inode that was found damaged."""
+        if self.atime_due(inode) and ino not in self.volume.damage.inodes:
             now = self.now()
             self.volume.put_word(ino, inode._replace(atime=now), INODE_ATIME_AT, now)
 
@@ -137,6 +137,7 @@ class Content:
         if self.region.readonly:
             raise FsError(errno.EROFS, "the region is open for reading only")
         volume = self.volume
+        volume.damage.check_changeable(ino)
         inode = volume.inode(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
@@ -224,6 +225,7 @@ class Content:
         """
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG, f"size {size}")
+        self.volume.damage.check_changeable(ino)
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         if size > inode.size:
             first, last = inode.size // PAGE, -(-size // PAGE)

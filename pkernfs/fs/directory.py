@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, Dirent, Ino, Inode, name_key
+from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Dirent, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
 
 if TYPE_CHECKING:
@@ -33,14 +33,17 @@ class Directory:
         self.tree = Tree(volume, ino, inode.root)
         self.entries = 0  #: added minus removed
 
+    def _bad(self, found: str) -> CorruptError:
+        return CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+
     def _entry(self, key: int, value: bytes) -> Entry:
         if len(value) <= DIRENT.size:
-            raise CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, f"an entry of {len(value)} bytes")
+            raise self._bad(f"an entry of {len(value)} bytes")
         dirent = DIRENT.unpack(value)
         name = value[DIRENT.size :]
         bad_name = len(name) != dirent.length or len(name) > NAME_MAX or b"/" in name or b"\0" in name
         if bad_name or name in (b".", b".."):
-            raise CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, f"an entry with the name {name!r}")
+            raise self._bad(f"an entry with the name {name!r}")
         return Entry(key, Ino(dirent.ino), dirent.mode, name)
 
     def find(self, name: bytes) -> Entry | None:
@@ -57,6 +60,24 @@ class Directory:
         """The entries from cookie ``first`` on."""
         for key, value in self.tree.scan(first):
             yield self._entry(key, value)
+
+    def target(self, entry: Entry) -> Inode:
+        """The inode that an entry names.  Raises CorruptError when they do not agree.
+
+        A directory is reached from the one that it has as its parent only, so that there are no loops to walk into.
+        """
+        ino = entry.ino
+        if ino in (ROOT_INO, ORPHANS_INO):
+            raise self._bad(f"{entry.name!r} names inode {ino}")
+        inode = self.volume.inode_named_by(self.ino, ino)
+        found = ""
+        if stat.S_IFMT(inode.mode) != entry.mode:
+            found = f"mode {inode.mode:o}, its name has {entry.mode:o}"
+        elif stat.S_ISDIR(inode.mode) and inode.parent != self.ino:
+            found = f"parent {inode.parent:#x}, its name is in {self.ino:#x}"
+        if found:
+            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+        return inode
 
     def add(self, name: bytes, ino: int, mode: int) -> None:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""

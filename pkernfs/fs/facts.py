@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
+from pkernfs.errors import CorruptError
 from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
 from pkernfs.fs.filesystem import Filesystem
 
@@ -56,7 +57,7 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
         "space": figures.blocks * PAGE,
         "space_free": figures.free * PAGE,
         "inodes": figures.files - figures.free_files,
-        "orphans": len(fs.orphans()),
+        "orphans": _orphans(fs),
         "phys_base": sb.phys_base,
         "journal": {
             "offset": sb.journal_offset,
@@ -70,7 +71,17 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
         "mounts": volume.superblock_word("mounts"),
         "last_mounted": volume.superblock_word("mounted"),
         "last_unmounted": volume.superblock_word("unmounted"),
+        "damaged": volume.damage.facts(),  # at last: with what was found for these facts
     }
+
+
+def _orphans(fs: Filesystem) -> int | None:
+    """How many inodes have no name; None where their list is damaged."""
+    try:
+        return len(fs.orphans())
+    except CorruptError as error:
+        fs.volume.damage.note(error)
+        return None
 
 
 def _largest_free_run(fs: Filesystem) -> int:

@@ -19,6 +19,8 @@ from pkernfs.format import (
     FLAG_DIRECT,
     INLINE_EXTENTS,
     INLINE_SIZE,
+    INODE_SIZE,
+    MAX_FILE_SIZE,
     PAGE,
     PAGE_DATA,
     PAGES_PER_BLOCK,
@@ -62,24 +64,23 @@ class FileMap:
                 break
             self._check(extent)
             if extent.start < end:
-                raise CorruptError(
-                    f"the extents of inode {self.ino}", self.ino * 256, f"{extent} overlaps the one before"
-                )
+                raise self._bad(f"{extent} overlaps the one before")
             end = extent.start + extent.length
             extents.append(extent)
         return extents
 
+    def _bad(self, found: str) -> CorruptError:
+        return CorruptError(f"the extents of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+
     def _check(self, extent: Extent) -> None:
-        first = self.volume.allocator.first_block * PAGES_PER_BLOCK
-        total = self.volume.total_pages
-        if not (first <= extent.page and 0 < extent.length <= total and extent.page + extent.length <= total):
-            raise CorruptError(f"the extents of inode {self.ino}", self.ino * 256, f"{extent} is outside the data")
+        if extent.start + extent.length > MAX_FILE_SIZE // PAGE or not self.volume.allocator.is_data(*extent):
+            raise self._bad(f"{extent} is not memory for data")
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _tree_extent(self, item: tuple[int, bytes]) -> Extent:
         if len(item[1]) != EXTENT_VALUE.size:
-            raise CorruptError(f"the extents of inode {self.ino}", self.ino * 256, f"a value of {len(item[1])} bytes")
+            raise self._bad(f"a value of {len(item[1])} bytes")
         extent = Extent(item[0], *EXTENT_VALUE.unpack(item[1]))
         self._check(extent)
         return extent
@@ -96,9 +97,7 @@ class FileMap:
         for item in self.tree.scan(below[0] if below else first):
             extent = self._tree_extent(item)
             if extent.start < end:
-                raise CorruptError(
-                    f"the extents of inode {self.ino}", self.ino * 256, f"{extent} overlaps the one before"
-                )
+                raise self._bad(f"{extent} overlaps the one before")
             end = extent.start + extent.length
             if end > first:
                 yield extent
@@ -195,7 +194,7 @@ class FileMap:
             block, index = divmod(page, PAGES_PER_BLOCK)
             if self.is_block(page):
                 if index or count < PAGES_PER_BLOCK:
-                    raise CorruptError(f"the extents of inode {self.ino}", page * PAGE, "part of a data block")
+                    raise self._bad(f"part of data block {block}")
                 blocks = 1
                 while (blocks + 1) * PAGES_PER_BLOCK <= count and self.is_block((block + blocks) * PAGES_PER_BLOCK):
                     blocks += 1
@@ -203,7 +202,6 @@ class FileMap:
                 step = blocks * PAGES_PER_BLOCK
             else:
                 step = min(count, PAGES_PER_BLOCK - index)
-                allocator.check_page_kind(page, PAGE_DATA, f"an extent of inode {self.ino}")
                 allocator.free_pages_later(page, step)
             page += step
             count -= step

@@ -7,12 +7,14 @@ import stat
 from itertools import islice
 from typing import Any, NamedTuple
 
-from pkernfs.errors import FsError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     FLAG_DIRECT,
+    INODE_SIZE,
     INODES_PER_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
+    ROOT_INO,
     Extent,
     Inode,
 )
@@ -54,9 +56,13 @@ class Filesystem(Names):
     def open(cls, region: Region) -> Filesystem:
         """Open the filesystem in ``region``: replay the journal and, when it may write, free the orphans.
 
-        Raises FormatError, CorruptError.
+        Raises FormatError, CorruptError (also when the root directory is damaged).
         """
         fs = cls(Volume(region))
+        root = fs.volume.inode_named_by(ROOT_INO, ROOT_INO)
+        if not stat.S_ISDIR(root.mode) or root.parent != ROOT_INO:
+            found = f"expected a directory, its own parent, found mode {root.mode:o}, parent {root.parent:#x}"
+            raise CorruptError("the root directory", ROOT_INO * INODE_SIZE, found, ino=ROOT_INO)
         if not region.readonly:
             fs.finish_orphans()
         return fs

@@ -14,6 +14,7 @@ from pkernfs.format import (
     JOURNAL_RECORD,
     PAGE,
     STORE,
+    SUPERBLOCK,
     JournalHeader,
     JournalRecord,
     Superblock,
@@ -22,7 +23,7 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
-MAX_SEQUENCE = 1 << 62  #: of the journal: more are damage, and could not be counted on
+MAX_SEQUENCE = 1 << 62  #: more are damage, and could not be counted on
 
 
 class Journal:
@@ -33,6 +34,8 @@ class Journal:
         self.header_at = sb.journal_offset + PAGE
         self.body_at = sb.journal_offset + 2 * PAGE
         self.capacity = geometry(sb.blocks).journal_size
+        self.end = sb.blocks * BLOCK  #: of the filesystem; the region may go on
+        self.first_free = sb.first_block * BLOCK
         self.sequence = region.word(self.header_at) >> 1
         #: Header and body are those of transaction ``sequence``.  Not known of what an earlier user left: a crash in
         #: the middle of storing the next one leaves a mixture, which nobody looks at.
@@ -90,6 +93,8 @@ class Journal:
         Raises CorruptError when a sealed transaction cannot be trusted: nothing has been applied then.
         """
         seal = self.region.word(self.header_at)
+        if seal >> 1 > MAX_SEQUENCE:
+            raise CorruptError("the journal header", self.header_at, f"sequence {seal >> 1:#x}")
         if not seal & 1:
             return 0
         records = list(self.records(seal >> 1))
@@ -124,13 +129,7 @@ class Journal:
                 raise CorruptError("the journal", self.body_at + at, "a record beyond its end")
             record = JOURNAL_RECORD.unpack(body, at)
             at += JOURNAL_RECORD.size
-            length = record.length * PAGE if record.kind == DISCARD else record.length
-            inside = record.offset + length <= region.size and not record.offset & 7 and not length & 7
-            outside_journal = (
-                record.offset + length <= self.header_at - PAGE
-                or record.offset >= (self.body_at + self.capacity) // BLOCK * BLOCK
-            )
-            if not inside or not outside_journal or record.kind not in (STORE, DISCARD):
+            if not self._is_possible(record):
                 raise CorruptError("a journal record", self.body_at + at, f"{record}")
             if record.kind == DISCARD:
                 yield record, b""
@@ -139,3 +138,14 @@ class Journal:
                     raise CorruptError("the journal", self.body_at + at, "data beyond its end")
                 yield record, body[at : at + record.length]
                 at += record.length
+
+    def _is_possible(self, record: JournalRecord) -> bool:
+        """Whether a transaction can have such a record: nothing in the superblocks, in the journal, or beyond the end,
+        and no memory given back but whole pages behind the metadata."""
+        start = record.offset
+        if record.kind == DISCARD:
+            return self.first_free <= start and start + record.length * PAGE <= self.end and not start % PAGE
+        end = start + record.length
+        inode_or_table = SUPERBLOCK.size <= start and end <= self.header_at - PAGE
+        behind = self.first_free <= start and end <= self.end
+        return record.kind == STORE and (inode_or_table or behind) and not start & 7 and not end & 7

@@ -7,12 +7,13 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import FsError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     FIRST_FREE_SLOT,
     FLAG_DIR,
     FLAG_FILE,
     INLINE_SIZE,
+    INODE_SIZE,
     LINK_MAX,
     NAME_MAX,
     ROOT_INO,
@@ -49,7 +50,10 @@ class Names(Orphans):
         return Directory(self.volume, ino, inode)
 
     def lookup(self, parent: int, name: bytes) -> Ino:
-        """The inode that ``name`` stands for.  Raises FsError: ENOENT, ENOTDIR, ENAMETOOLONG."""
+        """The inode that ``name`` stands for.  Raises FsError: ENOENT, ENOTDIR, ENAMETOOLONG.
+
+        Here and below a name and its inode that do not agree are a CorruptError, as any damage is.
+        """
         if len(name) > NAME_MAX:
             raise FsError(errno.ENAMETOOLONG, repr(name))
         if name in (b".", b".."):
@@ -61,6 +65,7 @@ class Names(Orphans):
         entry = directory.find(name)
         if entry is None:
             raise FsError(errno.ENOENT, repr(name))
+        directory.target(entry)
         return entry
 
     def readdir(self, ino: int, first: int = 0) -> Iterator[Entry]:
@@ -265,6 +270,8 @@ class Names(Orphans):
         target = source if new_parent == parent else self.directory(new_parent)
         old = self._entry(source, name)
         new = target.find(new_name)
+        if new is not None:
+            target.target(new)
         self._check_removable(old.ino, name)
         if flags == RENAME_EXCHANGE and new is None:
             raise FsError(errno.ENOENT, repr(new_name))
@@ -326,14 +333,16 @@ class Names(Orphans):
 
     def _check_not_below(self, ino: int, place: int) -> None:
         """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""
-        at = place
-        for _ in range(1 << 20):
+        at, inode = place, self.volume.inode(place)
+        seen = set()
+        while at != ROOT_INO and at not in seen:
+            seen.add(at)
             if at == ino:
                 raise FsError(errno.EINVAL, "a directory cannot move below itself")
-            if at == ROOT_INO:
-                return
-            at = self.volume.inode(at).parent
-        raise FsError(errno.ELOOP, f"the parents of inode {place} do not end at the root")
+            at, inode = inode.parent, self.volume.inode_named_by(at, inode.parent)
+        if at != ROOT_INO:
+            found = "its parents do not end at the root"
+            raise CorruptError(f"inode {place}", place * INODE_SIZE, found, ino=place)
 
     def _replace_target(self, new: Entry, moved: Inode, now: int) -> None:
         inode = self.volume.inode(new.ino)

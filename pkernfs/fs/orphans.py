@@ -43,11 +43,18 @@ class Orphans(Content):
         ino = self.volume.inode(ORPHANS_INO).orphan_next
         while ino != ORPHANS_INO:
             if not ino or ino in seen:
-                raise CorruptError("the list of orphans", ORPHANS_INO * INODE_SIZE, f"inode {ino} after {found[-3:]}")
+                raise self._bad_list(f"inode {ino} after {found[-3:]}")
             seen.add(ino)
             found.append(ino)
-            ino = self.volume.inode(ino).orphan_next
+            ino = self._linked(ino).orphan_next
         return found
+
+    def _bad_list(self, found: str) -> CorruptError:
+        return CorruptError("the list of orphans", ORPHANS_INO * INODE_SIZE, found, ino=ORPHANS_INO)
+
+    def _linked(self, ino: int) -> Inode:
+        """The inode that a link of the list names."""
+        return self.volume.inode_named_by(ORPHANS_INO, ino)
 
     def list_orphan(self, ino: int) -> None:
         """Put an inode at the head of the list, within a transaction."""
@@ -59,7 +66,7 @@ class Orphans(Content):
         first = head.orphan_next
         volume.put_inode(ORPHANS_INO, head._replace(orphan_next=ino))
         volume.put_inode(ino, inode._replace(orphan_next=first, orphan_prev=ORPHANS_INO))
-        volume.put_inode(first, volume.inode(first)._replace(orphan_prev=ino))
+        volume.put_inode(first, self._linked(first)._replace(orphan_prev=ino))
 
     def unlist_orphan(self, ino: int) -> None:
         """Take an inode from the list if it is there, within a transaction."""
@@ -67,8 +74,11 @@ class Orphans(Content):
         inode = volume.inode(ino)
         if not inode.orphan_next:
             return
-        volume.put_inode(inode.orphan_prev, volume.inode(inode.orphan_prev)._replace(orphan_next=inode.orphan_next))
-        volume.put_inode(inode.orphan_next, volume.inode(inode.orphan_next)._replace(orphan_prev=inode.orphan_prev))
+        before, after = inode.orphan_prev, inode.orphan_next
+        if self._linked(before).orphan_next != ino or self._linked(after).orphan_prev != ino:
+            raise self._bad_list(f"inode {ino} between {before} and {after}, which name others")
+        volume.put_inode(before, volume.inode(before)._replace(orphan_next=after))
+        volume.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
         volume.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
 
     def is_small(self, ino: int, inode: Inode) -> bool:
@@ -86,6 +96,9 @@ class Orphans(Content):
     def free_part(self, ino: int, inode: Inode) -> bool:
         """Give back a part of an inode without a name, within a transaction; True: all of it, and the inode."""
         volume = self.volume
+        if stat.S_ISDIR(inode.mode) and inode.root:
+            found = "a directory without a name that has entries"
+            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
         done = True
         if inode.xattrs:
             xattrs = Xattrs(volume, ino, inode)
@@ -105,9 +118,11 @@ class Orphans(Content):
 
     def _truncate_part(self, ino: int, inode: Inode, compact: bool) -> bool:
         """Free a part of what lies beyond the end of a file, within a transaction; True: all of it."""
-        filemap = FileMap(self.volume, ino, inode, compact=compact)
-        done = filemap.truncate(-(-inode.size // PAGE), STEP)
-        self.volume.put_inode(ino, filemap.finish())
+        done = True
+        if self.has_content(inode):
+            filemap = FileMap(self.volume, ino, inode, compact=compact)
+            done = filemap.truncate(-(-inode.size // PAGE), STEP)
+            self.volume.put_inode(ino, filemap.finish())
         if done and inode.nlink:
             self.unlist_orphan(ino)
         return done
@@ -161,9 +176,16 @@ class Orphans(Content):
         try:
             self.pending = dict.fromkeys(self.orphans())
         except PkernfsError as error:
-            log.error("%s", error)
+            self.complain(error)
         while self.pending:
             try:
                 self.pending_step()
             except PkernfsError as error:
-                log.error("%s", error)
+                self.complain(error)
+
+    def complain(self, error: PkernfsError) -> None:
+        """Log what no caller gets to see; damage once."""
+        if isinstance(error, CorruptError):
+            self.volume.damage.note(error)
+        else:
+            log.error("%s", error)

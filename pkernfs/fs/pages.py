@@ -1,5 +1,6 @@
 """Pages and inode slots as bytes: headers, checksums, and the checks that every reader begins with."""
 
+import stat
 import struct
 from typing import Protocol
 
@@ -8,8 +9,10 @@ from pkernfs.format import (
     INODE,
     INODE_CHECKED_AT,
     INODE_SIZE,
+    MAX_FILE_SIZE,
     PAGE,
     PAGE_HEADER_LAYOUT,
+    SYMLINK_MAX,
     Inode,
     PageHeader,
     checksum,
@@ -17,6 +20,15 @@ from pkernfs.format import (
 from pkernfs.region import Region
 
 _CHECKSUM = struct.Struct("<I")
+#: type -> largest size, bytes
+_SIZES = {
+    stat.S_IFREG: MAX_FILE_SIZE,
+    stat.S_IFLNK: SYMLINK_MAX,
+    stat.S_IFIFO: 0,
+    stat.S_IFSOCK: 0,
+    stat.S_IFCHR: 0,
+    stat.S_IFBLK: 0,
+}
 
 
 class Page(Protocol):
@@ -36,16 +48,16 @@ def seal_page(magic: int, offset: int, owner: int, count: int, level: int, body:
     return page[:4] + _CHECKSUM.pack(checksum(page)) + page[8:]
 
 
-def check_page(raw: bytes, magic: int, offset: int, owner: int, what: str) -> PageHeader:
-    """Check the header and the checksum of a page that was read at ``offset``.  Raises CorruptError."""
+def check_page(raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0) -> PageHeader:
+    """Check the header and the checksum of a page that was read at ``offset``.  Raises CorruptError (of ``ino``)."""
     header = PAGE_HEADER_LAYOUT.unpack(raw)
     expected = (magic, offset, owner)
     if (header.magic, header.offset, header.owner) != expected:
         found = (header.magic, header.offset, header.owner)
-        raise CorruptError(what, offset, f"expected magic, offset, owner {expected}, found {found}")
+        raise CorruptError(what, offset, f"expected magic, offset, owner {expected}, found {found}", ino=ino)
     crc = checksum(raw[:4] + bytes(4) + raw[8:])
     if crc != header.checksum:
-        raise CorruptError(what, offset, f"checksum {header.checksum:#x}, expected {crc:#x}")
+        raise CorruptError(what, offset, f"checksum {header.checksum:#x}, expected {crc:#x}", ino=ino)
     return header
 
 
@@ -57,8 +69,27 @@ def read_inode(region: Region, ino: int) -> Inode:
     if inode.mode or inode.checksum:
         crc = checksum(bytes(4) + raw[INODE_CHECKED_AT + 4 :], ino & 0xFFFFFFFF)
         if crc != inode.checksum:
-            raise CorruptError(f"inode {ino}", offset, f"checksum {inode.checksum:#x}, expected {crc:#x}")
+            raise CorruptError(f"inode {ino}", offset, f"checksum {inode.checksum:#x}, expected {crc:#x}", ino=ino)
     return inode
+
+
+def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
+    """Check the fields of an inode in use that would lead a reader astray, whatever their checksum says.
+
+    Raises CorruptError for a type that does not exist, a size beyond what the type can have (of a directory: entries),
+    more pages than the region has.
+    """
+    kind = stat.S_IFMT(inode.mode)
+    limit = total_pages * PAGE if kind == stat.S_IFDIR else _SIZES.get(kind, -1)
+    if limit < 0 or inode.mode >> 16:
+        found = f"mode {inode.mode:o}"
+    elif inode.size > limit:
+        found = f"a size of {inode.size}, expected at most {limit}"
+    elif inode.pages > total_pages:
+        found = f"a count of {inode.pages} pages, the region has {total_pages}"
+    else:
+        return
+    raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
 
 
 def seal_inode(ino: int, inode: Inode) -> bytes:
@@ -66,7 +97,7 @@ def seal_inode(ino: int, inode: Inode) -> bytes:
     try:
         raw = INODE.pack(inode)
     except struct.error:
-        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "counts that do not add up") from None
+        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "counts that do not add up", ino=ino) from None
     checked = raw[INODE_CHECKED_AT:]
     crc = checksum(bytes(4) + checked[4:], ino & 0xFFFFFFFF)
     return raw[:INODE_CHECKED_AT] + _CHECKSUM.pack(crc) + checked[4:]

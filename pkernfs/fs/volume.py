@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pkernfs.errors import FsError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.charge import charge
+from pkernfs.fs.damage import Damage
 from pkernfs.fs.journal import Journal
-from pkernfs.fs.pages import Page, read_inode, seal_inode
+from pkernfs.fs.pages import Page, check_inode, read_inode, seal_inode
 from pkernfs.region import Region, read_superblock
 
 CACHED_INODES = 65536  #: decoded inodes kept
@@ -45,6 +46,7 @@ class Volume:
         self.nodes: dict[int, Page] = {}
         self.tx: Transaction | None = None
         self.total_pages = self.sb.blocks * BLOCK // PAGE
+        self.damage = Damage()
         self.allocator = Allocator(self)
         self.charges = True  #: False: a repair is at work, which counts anew what the quotas charge
         self.clock: Callable[[], int] = time.time_ns
@@ -111,15 +113,25 @@ class Volume:
         if inode is None:
             if not self.allocator.inode_in_use(ino):
                 raise FsError(errno.ESTALE, f"inode {ino}")
-            inode = self.inodes[ino] = read_inode(self.region, ino)
+            inode = read_inode(self.region, ino)
             if not inode.mode:
-                del self.inodes[ino]
                 raise FsError(errno.ESTALE, f"inode {ino}")
+            check_inode(ino, inode, self.total_pages)
+            self.inodes[ino] = inode
         return inode
 
+    def inode_named_by(self, owner: int, ino: int) -> Inode:
+        """The inode that something of inode ``owner`` names.  Raises CorruptError, of the owner when it is free."""
+        try:
+            return self.inode(ino)
+        except FsError:
+            found = f"it names inode {ino:#x}, which is free"
+            raise CorruptError(f"inode {owner}", owner * INODE_SIZE, found, ino=owner) from None
+
     def put_inode(self, ino: int, inode: Inode) -> None:
-        """Change an inode within the open transaction."""
+        """Change an inode within the open transaction.  Raises FsError(EROFS) when it was found damaged."""
         assert self.tx is not None
+        self.damage.check_changeable(ino)
         self._keep_before(self.tx, ino)
         self.inodes[ino] = inode
         self.tx.inodes[ino] = inode
@@ -158,7 +170,7 @@ class Volume:
 
     def mark_mounted(self) -> None:
         """Count a read-write mount in the superblock's words."""
-        self._set_superblock_word("mounts", self.superblock_word("mounts") + 1)
+        self._set_superblock_word("mounts", (self.superblock_word("mounts") + 1) & 0xFFFFFFFFFFFFFFFF)
         self._set_superblock_word("mounted", self.clock())
 
     def mark_unmounted(self) -> None:

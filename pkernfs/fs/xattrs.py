@@ -50,7 +50,7 @@ class Xattrs:
         self.value_pages = 0  #: added minus given back
 
     def _bad(self, found: str) -> CorruptError:
-        return CorruptError(f"the attributes of inode {self.ino}", self.ino * INODE_SIZE, found)
+        return CorruptError(f"the attributes of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
 
     def _attribute(self, key: int, item: bytes) -> Attribute:
         if len(item) < XATTR_HEAD.size:
@@ -59,7 +59,7 @@ class Xattrs:
         end = XATTR_HEAD.size + head.name_length
         name, payload = item[XATTR_HEAD.size : end], item[end:]
         size_ok = len(payload) % EXTENT_VALUE.size == 0 if head.external else len(payload) == head.size
-        if len(name) != head.name_length or not name or head.size > XATTR_SIZE_MAX or not size_ok:
+        if len(name) != head.name_length or not name or b"\0" in name or head.size > XATTR_SIZE_MAX or not size_ok:
             raise self._bad(f"{head} with {len(payload)} bytes")
         return Attribute(key, name, head, payload)
 
@@ -76,7 +76,7 @@ class Xattrs:
             raise self._bad(f"a value of {attribute.head.size} bytes in {runs}")
         for run in runs:
             for page in range(run.page, run.page + run.length):
-                self.volume.allocator.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}")
+                self.volume.allocator.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}", self.ino)
         return runs
 
     def find(self, name: bytes) -> Attribute | None:

@@ -78,6 +78,10 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
             f"{name}: expected table_pages/journal_offset/first_block {geo.table_pages}/{geo.journal_offset:#x}/"
             f"{geo.first_block}, found {sb.table_pages}/{sb.journal_offset:#x}/{sb.first_block}"
         )
+    if geo.first_block >= sb.blocks:
+        raise FormatError(f"{name}: expected more than {geo.first_block} blocks, found {sb.blocks}")
+    if sb.phys_base % BLOCK or sb.phys_base + sb.blocks * BLOCK > 1 << 64:
+        raise FormatError(f"{name}: expected a physical address that fits, found {sb.phys_base:#x}")
     return sb
 
 

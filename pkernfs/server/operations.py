@@ -57,7 +57,7 @@ def handler(
             return function(self, *args, **kwargs)
         except PkernfsError as error:
             if isinstance(error, CorruptError):
-                self.report_damage(error)
+                self.fs.volume.damage.note(error)
             raise FUSEError(error.errno) from None
         except FUSEError:
             raise
@@ -84,7 +84,6 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.fs = fs
         self.facts = facts
-        self.damaged: dict[int, CorruptError] = {}
         self.unwritten: dict[int, tuple[int, PkernfsError]] = {}  #: where a write ended too soon, and why
         self.work = trio.Event()
         fs.in_background = True
@@ -99,16 +98,10 @@ class Operations(pyfuse3.Operations):
                 try:
                     self.fs.pending_step()
                 except PkernfsError as error:
-                    log.error("freeing inode %d: %s", ino, error)
+                    self.fs.complain(error)
                 except Exception:
                     log.exception("a bug: freeing inode %d failed", ino)
                 await trio.lowlevel.checkpoint()
-
-    def report_damage(self, error: CorruptError) -> None:
-        """Log a damaged structure, once."""
-        if error.offset not in self.damaged:
-            self.damaged[error.offset] = error
-            log.error("%s", error)
 
     # -- attributes -----------------------------------------------------------------------------------------------
 
@@ -182,7 +175,7 @@ class Operations(pyfuse3.Operations):
                 if ino not in self.fs.lookups:
                     self.unwritten.pop(ino, None)
             except PkernfsError as error:
-                log.error("forgetting inode %d: %s", ino, error)
+                self.fs.complain(error)
             except Exception:
                 log.exception("a bug: forgetting inode %d failed", ino)
         if self.fs.pending:
@@ -247,19 +240,18 @@ class Operations(pyfuse3.Operations):
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         # Cookies 1 and 2 stand for "." and "..", the cookie of an entry is its key + 3.
         reply = pyfuse3.readdir_reply
-        directory = self.fs.directory(fh).inode
-        if start_id == 0 and not reply(token, b".", self.attributes(fh, directory), 1):
+        directory = self.fs.directory(fh)
+        if start_id == 0 and not reply(token, b".", self.attributes(fh, directory.inode), 1):
             return
         if start_id <= 1:
-            above = directory.parent
+            above = directory.inode.parent
             if not reply(token, b"..", self.attributes(above, self.fs.getattr(above)), 2):
                 return
         for entry in self.fs.readdir(fh, max(start_id - 2, 0)):
             try:
-                attributes = self.attributes(entry.ino, self.fs.getattr(entry.ino))
+                attributes = self.attributes(entry.ino, directory.target(entry))
             except CorruptError as error:
-                # The name is there and can be removed; a look-up of it reports the damage.
-                self.report_damage(error)
+                self.fs.volume.damage.note(error)
                 continue
             if not reply(token, entry.name, attributes, entry.key + 3):
                 return

@@ -9,7 +9,7 @@ from typing import Any
 
 import trio
 
-from pkernfs.errors import FsError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.quota import get_quota, set_quota
 from pkernfs.fs.scrub import scrub_step
@@ -30,8 +30,7 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
     fs = operations.fs
 
     async def info(request: dict[str, Any]) -> dict[str, Any]:
-        damaged = [str(error) for error in operations.damaged.values()]
-        return {**region_facts(fs), "server": os.getpid(), "damaged": damaged}
+        return {**region_facts(fs), "server": os.getpid()}
 
     async def file(request: dict[str, Any]) -> dict[str, Any]:
         return {"region": fs.region.path, **file_facts(fs, _ino(request))}
@@ -66,4 +65,15 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
             raise FsError(errno.EINVAL, f'"limit": expected bytes, found {limit!r}')
         return set_quota(fs, ino, limit)._asdict()
 
-    return {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
+    def noting(verb: Verb) -> Verb:
+        async def call(request: dict[str, Any]) -> dict[str, Any]:
+            try:
+                return await verb(request)
+            except CorruptError as error:
+                fs.volume.damage.note(error)
+                raise
+
+        return call
+
+    known = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
+    return {name: noting(verb) for name, verb in known.items()}

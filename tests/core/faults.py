@@ -265,16 +265,17 @@ def move_header(fs: Filesystem) -> None:
 def set_mode(fs: Filesystem, path: bytes, kind: int) -> None:
     """Another type, in the inode and in its names (two here)."""
     ino = fs.resolve(path)
+    page = page_of(fs, path)
+    d = inode_of(fs, b"d").root
     patch_inode(fs, ino, mode=kind | 0o644)
     patch_dirent(fs, b"g", mode=kind)
     replace_value(
         fs,
-        inode_of(fs, b"d").root,
+        d,
         b"f",
         lambda value: f.DIRENT.pack(f.DIRENT.unpack(value)._replace(mode=kind)) + value[16:],
     )
     # A type that does not exist has no content: keep the page's owner known.
-    page = f.EXTENT.unpack(inode_of(fs, path).inline).page
     patch_inode(fs, ino, inline=b"", size=0, pages=0)
     set_kind(fs, page, f.PAGE_FREE)
 

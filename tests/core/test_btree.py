@@ -279,10 +279,9 @@ def test_children_that_are_no_pages(twin: Twin, child: int) -> None:
 def test_a_loop_ends(twin: Twin) -> None:
     plant(twin, [1])
     plant(twin, [twin.tree.root] * 2)
-    for operation in (lambda: twin.tree.get(5), lambda: list(twin.tree.scan())):
+    for operation in (lambda: twin.tree.get(5), lambda: list(twin.tree.scan()), lambda: list(twin.tree.all_pages())):
         with pytest.raises(CorruptError):
             operation()
-    assert len(list(twin.tree.all_pages())) == 3
 
 
 def test_a_page_of_another_kind(twin: Twin) -> None:

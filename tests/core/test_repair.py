@@ -221,13 +221,13 @@ def test_a_lost_tree_is_named_once(victim: Filesystem) -> None:
 def test_a_loop_of_lost_directories(victim: Filesystem) -> None:
     """/d names nothing above it any more, and /d/e names /d."""
     outer, inner = victim.resolve(b"d"), victim.resolve(b"d/e")
+    drop_name(victim, b"d")
     directory = victim.directory(inner)
     with victim.volume.transaction():
         directory.add(b"loop", outer, stat.S_IFDIR)
         inode = directory.finish(0)
         victim.volume.put_inode(inner, inode._replace(nlink=3))
         victim.volume.put_inode(outer, victim.volume.inode(outer)._replace(parent=inner))
-    drop_name(victim, b"d")
     mended(victim.region)
     after = sound(victim.region.view)
     assert len([path for path in after if path.startswith(b"/lost+found/#")]) >= 3

@@ -1,0 +1,48 @@
+"""What was found damaged while a region is in use."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import Any
+
+from pkernfs.errors import CorruptError, FsError
+
+log = logging.getLogger("pkernfs")
+
+MAX_LOGGED = 1000  #: findings that are logged and told; a region that is damaged all over is not worth more lines
+
+
+class Damage:
+    """The findings of one mount: each is logged once, and the inode that it belongs to is not changed any more.
+
+    What is intact in that inode can still be read.  A finding in a structure of the whole region (an error without
+    ``ino``) freezes nothing: what does not need that structure goes on.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, CorruptError] = {}  #: by region offset of the structure
+        self.inodes: set[int] = set()
+
+    def note(self, error: CorruptError) -> None:
+        """Remember a finding; log it if it is a new one."""
+        if error.ino:
+            self.inodes.add(error.ino)
+        if error.offset in self.found or len(self.found) >= MAX_LOGGED:
+            return
+        self.found[error.offset] = error
+        log.error("%s", error)
+        if len(self.found) == MAX_LOGGED:
+            log.error("%d structures were found damaged: more are not logged", MAX_LOGGED)
+
+    def check_changeable(self, ino: int) -> None:
+        """Raise FsError(EROFS) when the inode was found damaged."""
+        if ino in self.inodes:
+            raise FsError(errno.EROFS, f"inode {ino} was found damaged, run fsck.pkernfs")
+
+    def facts(self) -> list[dict[str, Any]]:
+        """The findings as `pkernfs info --json` prints them."""
+        return [
+            {"structure": error.what, "offset": error.offset, "ino": error.ino or None, "found": error.found}
+            for error in self.found.values()
+        ]
