@@ -23,7 +23,7 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
-MAX_SEQUENCE = 1 << 62  #: more are damage, and could not be counted on
+MAX_SEQUENCE = 1 << 61  #: more are damage, and could not be counted on
 
 
 class Journal:

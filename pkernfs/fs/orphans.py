@@ -5,6 +5,7 @@ What a step leaves is listed in the region, so that the next mount goes on after
 
 from __future__ import annotations
 
+import errno
 import logging
 import stat
 from itertools import islice
@@ -40,7 +41,7 @@ class Orphans(Content):
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
         found: list[int] = []
         seen = set()
-        ino = self.volume.inode(ORPHANS_INO).orphan_next
+        ino = self._linked(ORPHANS_INO).orphan_next
         while ino != ORPHANS_INO:
             if not ino or ino in seen:
                 raise self._bad_list(f"inode {ino} after {found[-3:]}")
@@ -59,7 +60,7 @@ class Orphans(Content):
     def list_orphan(self, ino: int) -> None:
         """Put an inode at the head of the list, within a transaction."""
         volume = self.volume
-        head = volume.inode(ORPHANS_INO)
+        head = self._linked(ORPHANS_INO)
         inode = volume.inode(ino)
         if inode.orphan_next:
             return
@@ -139,13 +140,20 @@ class Orphans(Content):
         return self.compacting(step)
 
     def begin_freeing(self, ino: int) -> None:
-        """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``)."""
-        if self.free_step(ino):
+        """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``).
+
+        What is damaged stays listed, and is logged: the call that came here has done what it was to do.
+        """
+        try:
+            if self.free_step(ino):
+                self.pending.pop(ino, None)
+                return
+            self.pending[ino] = None
+            if not self.in_background:
+                self.settle()
+        except PkernfsError as error:
             self.pending.pop(ino, None)
-            return
-        self.pending[ino] = None
-        if not self.in_background:
-            self.settle()
+            self.complain(error)
 
     def pending_step(self) -> None:
         """Take one step with the first of ``pending``; one that cannot be freed stays listed for the next mount."""
@@ -184,8 +192,8 @@ class Orphans(Content):
                 self.complain(error)
 
     def complain(self, error: PkernfsError) -> None:
-        """Log what no caller gets to see; damage once."""
+        """Log what no caller gets to see; damage once, and not that it keeps an inode from being changed."""
         if isinstance(error, CorruptError):
             self.volume.damage.note(error)
-        else:
+        elif error.errno != errno.EROFS:
             log.error("%s", error)

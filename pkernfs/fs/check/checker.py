@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import INODES_PER_PAGE, Inode
+from pkernfs.format import FIRST_FREE_SLOT, INODES_PER_PAGE, Inode
+from pkernfs.fs.check.inodes import RESERVED
 from pkernfs.fs.check.ledger import Ledger, Problem, Tally
 from pkernfs.fs.check.order import EACH_INODE, PASSES
 from pkernfs.fs.check.trees import Salvage
@@ -82,6 +83,8 @@ class Checker:
 
     def in_use(self, ino: int) -> bool:
         """Whether an inode may be read from the slot."""
+        if ino < FIRST_FREE_SLOT:
+            return ino in RESERVED
         return self.ledger.slot_in_use(ino) and ino < self.volume.total_pages * INODES_PER_PAGE
 
     def mark(self, ino: int) -> bool:

@@ -1,0 +1,262 @@
+"""All that pkernfs can do with a region, on one that is hostile."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import random
+import stat
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pkernfs import format as f
+from pkernfs.cli.ls import _collect
+from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.fs.check import check_region
+from pkernfs.fs.check_ledger import MAX_PROBLEMS
+from pkernfs.fs.directory import Entry
+from pkernfs.fs.explain import explain
+from pkernfs.fs.facts import file_facts, region_facts
+from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.names import RENAME_EXCHANGE
+from pkernfs.fs.repair import repair_region
+from pkernfs.fs.scrub import scrub_step
+from pkernfs.server.operations import Operations
+from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, judged
+from tests.core.support import ME, ROOT, SEED, UUID, set_clock
+
+MOST = 60  #: objects that are looked at
+
+
+class Place(NamedTuple):
+    """A name that was found."""
+
+    parent: int
+    name: bytes
+    ino: int
+    mode: int
+
+
+class Use:
+    """One use of a region, from mount to unmount.  ``damaged``: a call said so."""
+
+    def __init__(self, region: WatchedRegion, rng: random.Random) -> None:
+        self.region = region
+        self.rng = rng
+        self.damaged = False
+        self.refused: PkernfsError | None = None
+        opened = judged(Filesystem.open, region)
+        self._judge_opening()
+        if isinstance(opened, PkernfsError):
+            self.refused = opened
+            return
+        self.fs = opened
+        self.damaged = bool(self.fs.volume.damage.found)
+        set_clock(self.fs)
+        self.server = Operations(self.fs, dict)
+        self.fs.in_background = False
+        region.log.clear()
+
+    def _judge_opening(self) -> None:
+        """Replay and the end of orphans store nothing in superblocks, beyond the end or in an unused place."""
+        sb = f.SUPERBLOCK.unpack(self.region.view)
+        end = min(sb.blocks * f.BLOCK, self.region.size)
+        for offset, length in self.region.log:
+            if offset < f.SUPERBLOCK.size or offset + length > end or offset == sb.journal_offset:
+                raise Violation(f"opening stored {length} bytes at {offset:#x}")
+
+    def note(self, error: Any) -> None:
+        """What the server does with an error."""
+        if isinstance(error, CorruptError):
+            self.damaged = True
+            self.fs.volume.damage.note(error)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def look(self, call: Callable[..., Any], *args: Any, ino: int = 0) -> Any:
+        """A call that only reads: stores nothing but access times.  None: it failed."""
+        result = judged(call, *args, inos={ino})
+        for offset, length in self.region.log:
+            if (offset, length) != (ino * f.INODE_SIZE + f.INODE_ATIME_AT, 8) or ino in self.fs.volume.damage.inodes:
+                raise Violation(f"reading inode {ino} stored {length} bytes at {offset:#x}")
+        self.region.log.clear()
+        self.note(result)
+        return None if isinstance(result, PkernfsError) else result
+
+    def walk(self) -> list[Place]:
+        """Read all that can be reached; the names."""
+        fs = self.fs
+        places = []
+        todo = [Place(ROOT, b"", ROOT, stat.S_IFDIR)]
+        seen: set[int] = set()
+        while todo and len(seen) < MOST:
+            place = todo.pop(self.rng.randrange(len(todo)))
+            ino = place.ino
+            if place.name:
+                places.append(place)
+            if ino in seen:
+                continue
+            seen.add(ino)
+            inode = self.look(fs.getattr, ino, ino=ino)
+            if inode is None:
+                continue
+            judged(self.server.attributes, ino, inode)
+            for name in self.look(fs.listxattr, ino) or ():
+                self.look(fs.getxattr, ino, name)
+            self.content(ino, inode)
+            if stat.S_ISDIR(inode.mode):
+                for entry in self.look(self.entries, ino, ino=ino) or ():
+                    found = self.look(fs.lookup, ino, entry.name)
+                    if found is not None:
+                        todo.append(Place(ino, entry.name, found, entry.mode))
+        self.look(fs.statfs)
+        self.look(region_facts, fs)
+        self.look(fs.orphans)
+        return places
+
+    def entries(self, ino: int) -> list[Entry]:
+        """All of a directory."""
+        return list(self.fs.readdir(ino))
+
+    def content(self, ino: int, inode: f.Inode) -> None:
+        """The bytes of files and links."""
+        fs = self.fs
+        if stat.S_ISLNK(inode.mode):
+            self.look(fs.readlink, ino, ino=ino)
+        elif stat.S_ISREG(inode.mode):
+            far = [self.rng.choice([0, 5000, 1 << 21, inode.size - 1, (1 << 63) - 4096])]
+            for offset in (0, *far):
+                data = self.look(fs.read, ino, max(offset, 0), 131_072, ino=ino)
+                if data is not None and len(data) > 131_072:
+                    raise Violation(f"read {len(data)} bytes instead of 131072")
+            self.look(file_facts, fs, ino)
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    def alter(self, what: str, inos: set[int], call: Callable[[], Any]) -> Any:
+        """A call that changes ``inos``; what it stores is judged.  None: it failed."""
+        frozen = inos & self.fs.volume.damage.inodes
+        before = Before(self.fs, inos)
+        before.note_nodes()
+        result = judged(call, inos=inos)
+        if self.fs.volume.tx is not None:
+            raise Violation(f"{what}: a transaction was left open")
+        if isinstance(result, FsError) and result.errno == errno.EROFS and frozen:
+            before.inos, before.owned = set(), set()  # a frozen inode: what is free may have been stored, nothing else
+        before.judge(self.region.log, what)
+        # A name of a frozen inode may be one of several that a call is about: what is certain is one alone.
+        if frozen == inos and not isinstance(result, PkernfsError) and what in ALWAYS_CHANGES:
+            raise Violation(f"{what}: an inode that was found damaged was changed")
+        self.region.log.clear()
+        self.note(result)
+        return None if isinstance(result, PkernfsError) else result
+
+    def change(self, places: list[Place], most: int) -> None:
+        """Some changes of everything that was found, and then its end."""
+        self.rng.shuffle(places)
+        fs, rng = self.fs, self.rng
+        directories = [ROOT, *(place.ino for place in places if stat.S_ISDIR(place.mode))]
+        for place in places[:most]:
+            ino = place.ino
+            makers = {**ANY, **(OF_FILES if stat.S_ISREG(place.mode) else {})}
+            if stat.S_ISDIR(place.mode):
+                makers |= OF_DIRECTORIES
+            for what in rng.sample(sorted(makers), 2):
+                self.alter(what, {ino}, functools.partial(makers[what], fs, ino))
+        for place in places[:most]:
+            other = rng.choice(places)
+            target = (rng.choice(directories), b"moved") if rng.random() < 0.5 else (other.parent, other.name)
+            flags = rng.choice([0, 0, RENAME_EXCHANGE])
+            inos = {place.parent, target[0], self.named(place.parent, place.name), self.named(*target)} - {0}
+            self.alter("rename", inos, functools.partial(fs.rename, place.parent, place.name, *target, flags))
+        for place in places[:most]:
+            remove = fs.rmdir if stat.S_ISDIR(place.mode) else fs.unlink
+            inos = {place.parent, self.named(place.parent, place.name)} - {0}
+            self.alter("remove", inos, functools.partial(remove, place.parent, place.name))
+
+    def named(self, parent: int, name: bytes) -> int:
+        """What a name stands for now; 0: for nothing that can be had."""
+        return self.look(self.fs.lookup, parent, name, ino=parent) or 0
+
+    def end(self) -> None:
+        """Unmount."""
+        self.fs.lookups.clear()
+        judged(self.fs.close)
+
+
+ANY: dict[str, Callable[[Filesystem, int], Any]] = {
+    "chmod": lambda fs, ino: fs.setattr(ino, SetAttr(mode=0o4711, uid=3, mtime=5)),
+    "setxattr": lambda fs, ino: fs.setxattr(ino, b"user.new", b"v" * 300),
+    "large-setxattr": lambda fs, ino: fs.setxattr(ino, b"user.value3", b"v" * 9000),
+    "removexattr": lambda fs, ino: fs.removexattr(ino, b"user.value4"),
+}
+OF_FILES: dict[str, Callable[[Filesystem, int], Any]] = {
+    "overwrite": lambda fs, ino: fs.write(ino, 0, b"written"),
+    "append": lambda fs, ino: fs.write(ino, fs.getattr(ino).size, b"w" * 5000),
+    "write-far": lambda fs, ino: fs.write(ino, 3_000_000, b"w" * 100),
+    "grow": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size + 70_000)),
+    "cut": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size // 2)),
+    "empty": lambda fs, ino: fs.setattr(ino, SetAttr(size=0)),
+    "direct": lambda fs, ino: fs.set_direct(ino, True),
+    "link": lambda fs, ino: fs.link(ino, ino, b"not a directory"),
+}
+OF_DIRECTORIES: dict[str, Callable[[Filesystem, int], Any]] = {
+    "create": lambda fs, ino: fs.create(ino, b"new", stat.S_IFREG | 0o644, ME),
+    "mkdir": lambda fs, ino: fs.create(ino, b"newdir", stat.S_IFDIR | 0o755, ME),
+    "symlink": lambda fs, ino: fs.create(ino, b"newlink", stat.S_IFLNK | 0o777, ME, target=b"t" * 400),
+}
+ALWAYS_CHANGES = {"chmod", "setxattr", "overwrite", "append", "write-far", "grow", "create", "mkdir", "symlink"}
+
+
+def tools(region: WatchedRegion, rng: random.Random) -> None:
+    """What reads a region without a mount.  Nothing is stored."""
+    opened = judged(Filesystem.open, region)
+    region.log.clear()
+    if not isinstance(opened, PkernfsError):
+        fs = opened
+        judged(_collect, fs, "", True, steps="check")
+        block = 0
+        while block < fs.volume.sb.blocks:
+            step = judged(scrub_step, fs, block, steps="check")
+            if isinstance(step, PkernfsError):
+                raise Violation(f"scrub failed: {step}")
+            block = step.next
+        for _ in range(2):
+            judged(explain, fs, rng.randrange(region.size), steps="check")
+    check(region)
+    if region.log:
+        raise Violation(f"tools that only read stored at {region.log[0][0]:#x}")
+
+
+def check(region: WatchedRegion) -> bool:
+    """Check; whether it is sound."""
+    found = judged(check_region, region, steps="check")
+    if isinstance(found, PkernfsError):
+        return False
+    for problem in found[0]:
+        if "\n" in problem.text or len(found[0]) > MAX_PROBLEMS:
+            raise Violation(f"problems that are not lines, or too many: {problem}")
+    return not found[0]
+
+
+def repair(region: WatchedRegion) -> None:
+    """Repair: then it is sound, and can be used."""
+    done = judged(repair_region, region, steps="repair")
+    if isinstance(done, PkernfsError):
+        return
+    if [problem for problem in done.left if problem.code != "inode-lost"]:
+        raise Violation(f"a repair left {done.left[:3]}")
+    again = Filesystem.open(region)
+    if not done.left and not check(region):
+        raise Violation("a check after a repair found something")
+    judged(again.create, ROOT, b"after the repair", stat.S_IFREG, ME)
+    if not done.left and not check(region):
+        raise Violation("a file made after a repair damaged something")
+
+
+def make_anew(region: WatchedRegion) -> None:
+    """mkfs does not care about what it finds."""
+    done = judged(functools.partial(mkfs, uuid=UUID, hash_seed=SEED), region, steps="check")
+    if isinstance(done, PkernfsError) or not check(region):
+        raise Violation(f"mkfs: {done}")
