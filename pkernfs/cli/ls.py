@@ -70,7 +70,7 @@ def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str,
         below = []
         try:
             directory = fs.directory(ino)
-            entries = sorted(directory.scan(), key=lambda entry: entry.name)
+            entries = sorted(directory.scan(bad=damage.append), key=lambda entry: entry.name)
         except CorruptError as error:
             damage.append(error)
             continue

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Dirent, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
 
@@ -56,10 +56,17 @@ class Directory:
                 return self._entry(key, value)
         return None
 
-    def scan(self, first: int = 0) -> Iterator[Entry]:
-        """The entries from cookie ``first`` on."""
+    def scan(self, first: int = 0, bad: Callable[[CorruptError], object] | None = None) -> Iterator[Entry]:
+        """The entries from cookie ``first`` on.  ``bad`` is told of those that cannot be; without it they raise."""
         for key, value in self.tree.scan(first):
-            yield self._entry(key, value)
+            try:
+                entry = self._entry(key, value)
+            except CorruptError as error:
+                if bad is None:
+                    raise
+                bad(error)
+            else:
+                yield entry
 
     def target(self, entry: Entry) -> Inode:
         """The inode that an entry names.  Raises CorruptError when they do not agree.
@@ -74,10 +81,24 @@ class Directory:
         if stat.S_IFMT(inode.mode) != entry.mode:
             found = f"mode {inode.mode:o}, its name has {entry.mode:o}"
         elif stat.S_ISDIR(inode.mode) and inode.parent != self.ino:
+            if self._is_stranger(ino, inode):
+                raise self._bad(f"{entry.name!r} names directory {ino:#x}, which is in {inode.parent:#x}")
             found = f"parent {inode.parent:#x}, its name is in {self.ino:#x}"
         if found:
             raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
         return inode
+
+    def _is_stranger(self, ino: int, inode: Inode) -> bool:
+        """Whether directory ``ino`` has its name in its parent, and this entry is one too many.  Looked up once only:
+        then one of the two is known as damaged."""
+        known = self.volume.damage.inodes
+        if ino in known or self.ino in known:
+            return ino not in known
+        try:
+            above = Directory(self.volume, inode.parent, self.volume.inode(inode.parent))
+            return stat.S_ISDIR(above.inode.mode) and any(one.ino == ino for one in above.scan())
+        except PkernfsError:
+            return False
 
     def add(self, name: bytes, ino: int, mode: int) -> None:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""

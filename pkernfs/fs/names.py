@@ -72,11 +72,12 @@ class Names(Orphans):
         """The entries from cookie ``first`` on; "." and ".." are not among them.
 
         The order is that of the cookies and never changes, so a reader that goes on from a cookie sees every entry
-        that was there throughout, once.  The directory must not change while the iterator is in use.
+        that was there throughout, once.  The directory must not change while the iterator is in use.  Entries that
+        cannot be are left out, and noted as damage.
         """
         directory = self.directory(ino)
         self.accessed(ino, directory.inode)
-        return directory.scan(first)
+        return directory.scan(first, self.volume.damage.note)
 
     def resolve(self, path: bytes) -> Ino:
         """The inode at ``path`` from the root on; symbolic links are not followed.  Raises FsError."""

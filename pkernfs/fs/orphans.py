@@ -58,16 +58,26 @@ class Orphans(Content):
         return self.volume.inode_named_by(ORPHANS_INO, ino)
 
     def list_orphan(self, ino: int) -> None:
-        """Put an inode at the head of the list, within a transaction."""
+        """Put an inode at the head of the list, within a transaction.
+
+        Where the list is damaged the inode is not listed, so that files can still be removed: a crash before it is
+        freed then leaves it to fsck.
+        """
         volume = self.volume
-        head = self._linked(ORPHANS_INO)
         inode = volume.inode(ino)
         if inode.orphan_next:
             return
-        first = head.orphan_next
-        volume.put_inode(ORPHANS_INO, head._replace(orphan_next=ino))
+        try:
+            first = self._linked(ORPHANS_INO).orphan_next
+            self._linked(first)
+            for neighbour in (ORPHANS_INO, first):
+                volume.damage.check_changeable(neighbour)
+        except PkernfsError as error:
+            self.complain(error)
+            return
+        volume.put_inode(ORPHANS_INO, volume.inode(ORPHANS_INO)._replace(orphan_next=ino))
         volume.put_inode(ino, inode._replace(orphan_next=first, orphan_prev=ORPHANS_INO))
-        volume.put_inode(first, self._linked(first)._replace(orphan_prev=ino))
+        volume.put_inode(first, volume.inode(first)._replace(orphan_prev=ino))
 
     def unlist_orphan(self, ino: int) -> None:
         """Take an inode from the list if it is there, within a transaction."""

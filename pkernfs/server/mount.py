@@ -173,6 +173,7 @@ def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callabl
     def facts() -> dict[str, Any]:
         return {"control": listener.path, "region": fs.region.path, "pid": os.getpid()}
 
+    fs.volume.damage.log_again()
     loop.install()
     operations = Operations(fs, facts)
     listener = ControlSocket(verbs(operations, pyfuse3.invalidate_inode))

@@ -1,73 +1,46 @@
-"""Damaged regions: operations give a result or an error that names the damage; none hangs, none is a bug."""
+"""Hostile images: the short form of the fuzzer, and that it sees what it is there to see."""
 
-import stat
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from pkernfs.errors import PkernfsError
-from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE
-from tests.core.support import ME, ROOT, open_fs
-from tests.core.test_check import damaged_regions
+from pkernfs.fs import volume
+from pkernfs.fs.allocator import Allocator
+from pkernfs.fs.damage import Damage
+from pkernfs.fs.journal import Journal
+from tests.core.fuzz.run import Failure, try_many
+
+SEED = 1
+EACH = 100
 
 
-def attempt(operation: Callable[..., Any], *args: Any) -> Any:
-    """The result; None instead of an error that a user may see."""
-    try:
-        return operation(*args)
-    except PkernfsError:
-        return None
+@pytest.mark.parametrize("first", range(0, 10 * EACH, EACH))
+def test_hostile_images(first: int) -> None:
+    """`python -m tests.core.fuzz` does the same with as many as wanted."""
+    counts = try_many(SEED, first, EACH)
+    outcomes = {outcome: sum(n for (_, how), n in counts.items() if how == outcome) for _, outcome in counts}
+    assert sum(outcomes.values()) == EACH
+    assert min(outcomes.values()) > EACH // 20, f"images of one kind only: {outcomes}"
 
 
-def read_everything(fs: Filesystem) -> None:
-    """Read all that can be reached."""
-    todo = [int(ROOT)]
-    seen: set[int] = set()
-    while todo and len(seen) < 2000:
-        ino = todo.pop()
-        if ino in seen or attempt(fs.getattr, ino) is None:
-            continue
-        seen.add(ino)
-        for name in attempt(fs.listxattr, ino) or ():
-            attempt(fs.getxattr, ino, name)
-        entries = attempt(lambda number: list(fs.readdir(number)), ino) or ()
-        todo += [entry.ino for entry in entries]
-        attempt(fs.read, ino, 0, 300_000)
-        attempt(fs.readlink, ino)
-        attempt(fs.extents, ino)
-    attempt(fs.statfs)
-    attempt(fs.orphans)
+# -- readers that believe what they read ------------------------------------------------------------------------------
 
 
-def change_everything(fs: Filesystem) -> None:
-    """Call every operation that changes something."""
-    names = [b"g", b"big", b"sparse", b"link", b"empty", b"d", b"name1"]
-    for name in names:
-        ino = attempt(fs.lookup, ROOT, name)
-        if ino:
-            attempt(fs.setxattr, ino, b"user.new", b"v" * 3000)
-            attempt(fs.removexattr, ino, b"user.large")
-            attempt(fs.write, ino, 5000, b"x" * 200_000)
-            attempt(fs.setattr, ino, SetAttr(size=3 << 20))
-            attempt(fs.setattr, ino, SetAttr(size=5000))
-            attempt(fs.link, ino, ROOT, name + b"2")
-        attempt(fs.create, ROOT, b"new" + name, stat.S_IFREG, ME)
-        attempt(fs.rename, ROOT, name, ROOT, b"empty", RENAME_EXCHANGE)
-        attempt(fs.rename, ROOT, b"new" + name, ROOT, name)
-    for name in names:
-        attempt(fs.unlink, ROOT, name)
-        attempt(fs.rmdir, ROOT, name)
-    for ino in attempt(fs.orphans) or ():
-        attempt(fs.forget, ino, 1)
+Blind = Callable[[pytest.MonkeyPatch], None]
+#: What is not looked at -> the structure whose mutants show it, and the patch.
+BLIND: dict[str, tuple[str, Blind]] = {
+    "extents": ("extent", lambda patch: patch.setattr(Allocator, "is_data", lambda *_: True)),
+    "inodes": ("inode", lambda patch: patch.setattr(volume, "check_inode", lambda *_: None)),
+    "kinds-of-pages": ("inode", lambda patch: patch.setattr(Allocator, "check_page_kind", lambda *_: None)),
+    "journal-records": ("journal record", lambda patch: patch.setattr(Journal, "_is_possible", lambda *_: True)),
+    "what-was-found": ("inode", lambda patch: patch.setattr(Damage, "check_changeable", lambda *_: None)),
+}
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_damaged_regions_can_be_used(seed: int) -> None:
-    for region in damaged_regions(seed, 40):
-        damaged = attempt(open_fs, region)
-        if damaged:
-            read_everything(damaged)
-            change_everything(damaged)
-            assert damaged.volume.tx is None
+@pytest.mark.parametrize(("structure", "blind"), BLIND.values(), ids=BLIND)
+def test_a_reader_that_believes_what_it_reads_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, structure: str, blind: Blind
+) -> None:
+    blind(monkeypatch)
+    with pytest.raises(Failure, match="again: python -m"):
+        try_many(SEED, 0, 300, only=structure)

@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=0, help="number of the first image")
+    parser.add_argument("--structure", default="", help="the only one to mutate, as the table names it")
     arguments = parser.parse_args()
     counts: collections.Counter[Any] = collections.Counter()
     failures: list[str] = []
@@ -26,7 +27,7 @@ def main() -> int:
     end = arguments.first + arguments.images
     for first in range(arguments.first, end, STEP):
         told = len(failures)
-        counts += try_many(arguments.seed, first, min(STEP, end - first), failures)
+        counts += try_many(arguments.seed, first, min(STEP, end - first), failures, arguments.structure)
         for failure in failures[told:]:
             print(failure, flush=True)
     rows = sorted({structure for structure, _ in counts if structure})

@@ -61,9 +61,9 @@ def _put(region: Region, offset: int, value: int, size: int) -> None:
     region.view[offset : offset + size] = value.to_bytes(size, "little")
 
 
-def pick(rng: random.Random, catalogue: Catalogue) -> Field:
-    """Any field; each structure, and each name in it, as often as any other."""
-    names = catalogue.fields[rng.choice(sorted(catalogue.fields))]
+def pick(rng: random.Random, catalogue: Catalogue, only: str = "") -> Field:
+    """Any field (of structure ``only``); each structure, and each name in it, as often as any other."""
+    names = catalogue.fields[only or rng.choice(sorted(catalogue.fields))]
     return rng.choice(names[rng.choice(sorted(names))])
 
 
@@ -121,9 +121,9 @@ def scribble(rng: random.Random, region: Region, catalogue: Catalogue) -> tuple[
     return field.structure, f"{count} bytes at {at:#x}"
 
 
-def mutate(rng: random.Random, region: Region, catalogue: Catalogue) -> tuple[str, str]:
-    """Mutate a view of an image; the structure, and what was done."""
-    kind = rng.random()
+def mutate(rng: random.Random, region: Region, catalogue: Catalogue, only: str = "") -> tuple[str, str]:
+    """Mutate a view of an image (fields of structure ``only``); the first structure, and what was done."""
+    kind = 1.0 if only else rng.random()
     if kind < 0.08:
         return scribble(rng, region, catalogue)
     if kind < 0.18:
@@ -131,7 +131,7 @@ def mutate(rng: random.Random, region: Region, catalogue: Catalogue) -> tuple[st
     done = []
     structure = ""
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        field = pick(rng, catalogue)
+        field = pick(rng, catalogue, only)
         structure = structure or field.structure
         done.append(change(rng, region, field, catalogue))
     return structure, "; ".join(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -101,6 +102,13 @@ class WatchedRegion(CowRegion):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.log: list[tuple[int, int]] = []
+
+    def close(self) -> None:
+        """Unmap: the objects that hold a region are in cycles, and go when they go."""
+        with contextlib.suppress(BufferError):
+            self.words.release()
+            self.view.release()
+            self.map.close()
 
     def read(self, offset: int, length: int) -> bytes:
         Steps.take()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import random
 import stat
 from collections.abc import Callable
@@ -76,9 +77,10 @@ class Use:
 
     def look(self, call: Callable[..., Any], *args: Any, ino: int = 0) -> Any:
         """A call that only reads: stores nothing but access times.  None: it failed."""
+        frozen = ino in self.fs.volume.damage.inodes
         result = judged(call, *args, inos={ino})
         for offset, length in self.region.log:
-            if (offset, length) != (ino * f.INODE_SIZE + f.INODE_ATIME_AT, 8) or ino in self.fs.volume.damage.inodes:
+            if (offset, length) != (ino * f.INODE_SIZE + f.INODE_ATIME_AT, 8) or frozen:
                 raise Violation(f"reading inode {ino} stored {length} bytes at {offset:#x}")
         self.region.log.clear()
         self.note(result)
@@ -101,6 +103,8 @@ class Use:
             inode = self.look(fs.getattr, ino, ino=ino)
             if inode is None:
                 continue
+            if stat.S_ISDIR(inode.mode) and inode.parent != place.parent:
+                raise Violation(f"directory {ino} was reached from {place.parent}, its parent is {inode.parent}")
             judged(self.server.attributes, ino, inode)
             for name in self.look(fs.listxattr, ino) or ():
                 self.look(fs.getxattr, ino, name)
@@ -116,8 +120,11 @@ class Use:
         return places
 
     def entries(self, ino: int) -> list[Entry]:
-        """All of a directory."""
-        return list(self.fs.readdir(ino))
+        """All of a directory, in the order of its cookies, each once."""
+        found = list(self.fs.readdir(ino))
+        if any(a.key >= b.key for a, b in itertools.pairwise(found)):
+            raise Violation(f"cookies of directory {ino} that do not ascend")
+        return found
 
     def content(self, ino: int, inode: f.Inode) -> None:
         """The bytes of files and links."""

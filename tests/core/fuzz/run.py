@@ -33,39 +33,47 @@ class Failure(AssertionError):
     """An image that brought about what must not be; its text says how to see it again."""
 
 
-def hostile(seed: int, n: int) -> tuple[str, WatchedRegion, str, str]:
-    """Image ``n`` of a seed: name of the sound one, a fresh view of the mutated one, structure, what was done."""
+def hostile(seed: int, n: int, only: str = "") -> tuple[str, WatchedRegion, str, str]:
+    """Image ``n`` of a seed: name of the sound one, a fresh view of the mutated one, structure, what was done.
+
+    ``only``: the structure to mutate; "": any.
+    """
     rng = random.Random(f"{seed}/{n}")
-    name = rng.choice(NAMES)
+    name = rng.choice([name for name in NAMES if not only or only in catalogue_of(name).fields])
     region = view_of(name, WatchedRegion)
     assert isinstance(region, WatchedRegion)
-    structure, what = mutate(rng, region, catalogue_of(name))
+    structure, what = mutate(rng, region, catalogue_of(name), only)
     return name, region, structure, what
 
 
-def try_one(seed: int, n: int) -> Tried:
+def try_one(seed: int, n: int, only: str = "") -> Tried:
     """Let everything loose on one image.  Raises Failure."""
-    name, region, structure, what = hostile(seed, n)
     rng = random.Random(f"{seed}/{n}/use")
-    stage = "use"
+    name = stage = structure = what = ""
     try:
-        use = Use(region, rng)
-        if use.refused is None:
-            places = use.walk()
-            use.change(places, 12)
-            use.end()
+        stage = "use"
+        name, region, structure, what = hostile(seed, n, only)
+        with region:
+            use = Use(region, rng)
+            if use.refused is None:
+                places = use.walk()
+                use.change(places, 12)
+                use.end()
         outcome = "refused" if use.refused else "damaged" if use.damaged else "harmless"
         stage = "tools"
-        region = hostile(seed, n)[1]
-        region.readonly = True
-        tools(region, rng)
+        with hostile(seed, n, only)[1] as region:
+            region.readonly = True
+            tools(region, rng)
         stage = "repair"
-        repair(hostile(seed, n)[1])
+        with hostile(seed, n, only)[1] as region:
+            repair(region)
         if n % 20 == 0:
             stage = "mkfs"
-            make_anew(hostile(seed, n)[1])
+            with hostile(seed, n, only)[1] as region:
+                make_anew(region)
     except Violation as error:
         again = f"python -m tests.core.fuzz --seed {seed} --first {n} --images 1"
+        again += f" --structure {only!r}" if only else ""
         raise Failure(f"{stage} of {name}, {what}\n    {error}\n    again: {again}") from error
     return Tried(name, structure, what, outcome)
 
@@ -91,14 +99,16 @@ def prepared() -> Iterator[None]:
         logger.disabled = was
 
 
-def try_many(seed: int, first: int, count: int, failures: list[str] | None = None) -> collections.Counter[Any]:
+def try_many(
+    seed: int, first: int, count: int, failures: list[str] | None = None, only: str = ""
+) -> collections.Counter[Any]:
     """Counts of (structure, outcome).  Raises Failure, or collects them."""
     counts: collections.Counter[Any] = collections.Counter()
     with prepared():
         for n in range(first, first + count):
             signal.setitimer(signal.ITIMER_VIRTUAL, HANG)
             try:
-                tried = try_one(seed, n)
+                tried = try_one(seed, n, only)
             except Failure as failure:
                 if failures is None:
                     raise
