@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from pkernfs.cli.words import human
+from pkernfs.cli.words import human, printable
 
 DESCRIPTION = """\
 Show a region (mounted or not), a mount, or the memory of a file in a mount: its extents as region offsets and physical
@@ -68,7 +68,7 @@ def _print_region(facts: dict[str, Any]) -> None:
         "region": f"{facts['region']} ({facts['kind']})",
         "mounted": f"on {facts['mountpoint']}, server {facts['server']}" if facts["mountpoint"] else "no",
         "uuid": facts["uuid"],
-        "label": facts["label"] or "-",
+        "label": printable(facts["label"]) or "-",
         "format": f"version {facts['version']}, features: {', '.join(features) or 'none'}",
         "size": f"{human(facts['size'])}: {facts['blocks']} blocks of {human(facts['block_size'])}",
         "physical": f"{facts['phys_base']:#x} to {facts['phys_base'] + facts['size'] - 1:#x}",

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.words import region_and_path
+from pkernfs.cli.words import printable, region_and_path
 from pkernfs.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = None
     for row in rows:
         if arguments.recursive and row["folder"] != folder:
-            print(f"{'' if folder is None else chr(10)}{row['folder']}:")
+            print(f"{'' if folder is None else chr(10)}{printable(row['folder'])}:")
             folder = row["folder"]
         print(_line(row, arguments))
     return 1 if damage else 0
@@ -110,11 +110,11 @@ def _row(fs: Filesystem, ino: int, name: bytes, folder: str) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any], arguments: argparse.Namespace) -> str:
-    name: str = row["name"].encode(errors="surrogateescape").decode(errors="replace")
+    name = printable(row["name"])
     prefix = f"{row['ino']:>10} " if arguments.inode else ""
     if not (arguments.long or arguments.numeric):
         return prefix + name
-    target = f" -> {row['target']}" if row["target"] is not None else ""
+    target = f" -> {printable(row['target'])}" if row["target"] is not None else ""
     device = stat.S_ISBLK(row["mode"]) or stat.S_ISCHR(row["mode"])
     size = f"{os.major(row['rdev'])}, {os.minor(row['rdev'])}" if device else row["size"]
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["mtime"] / 1e9))

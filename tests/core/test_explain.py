@@ -2,18 +2,20 @@
 
 import errno
 import random
+import stat
 
 import pytest
 
+from pkernfs.cli.main import run
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
 from pkernfs.fs.explain import explain
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.paths import paths_of
 from pkernfs.fs.scrub import Damage, scrub_all, scrub_step
-from pkernfs.region import MemoryRegion
+from pkernfs.region import MemoryRegion, open_region
 from tests.core.faults import leak_blocks, set_block
-from tests.core.support import ROOT, MiB, mkdir, mkfile, open_fs
+from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, open_fs
 from tests.core.test_check import damaged_regions
 
 
@@ -154,3 +156,18 @@ def test_scrub_of_a_block_that_is_no_slab_any_more(fs: Filesystem) -> None:
     last = scrub_step(fs, fs.volume.total_pages - 1)
     assert (last.next, last.problems) == (fs.volume.total_pages, [])
     assert scrub_step(fs, 10**9) == (10**9, 0, [])
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"\x1b[2J", b"two\nlines"], ids=["not-utf-8", "escape", "newline"])
+def test_names_do_nothing_to_a_terminal(made: str, capsys: pytest.CaptureFixture[str], name: bytes) -> None:
+    with open_region(made) as region:
+        fs = open_fs(region)
+        ino = mkfile(fs, name, b"x", mkdir(fs, name))
+        fs.create(ROOT, b"link", stat.S_IFLNK | 0o777, ME, target=name)
+        offset = fs.extents(ino)[0].page * PAGE
+    for words in (["ls", "-lR", made], ["explain", "--offset", made, str(offset)]):
+        assert run(words) == 0
+        out = capsys.readouterr().out
+        assert "\\" in out
+        assert "\x1b" not in out
+        assert "two\n" not in out

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import errno
 import functools
+import io
 import itertools
 import random
 import stat
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pkernfs.fs.check_ledger import MAX_PROBLEMS
+
 from pkernfs import format as f
+from pkernfs.cli import explain as cli_explain
+from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
 from pkernfs.fs.check import check_region
-from pkernfs.fs.check_ledger import MAX_PROBLEMS
 from pkernfs.fs.directory import Entry
 from pkernfs.fs.explain import explain
 from pkernfs.fs.facts import file_facts, region_facts
@@ -222,7 +228,7 @@ def tools(region: WatchedRegion, rng: random.Random) -> None:
     region.log.clear()
     if not isinstance(opened, PkernfsError):
         fs = opened
-        judged(_collect, fs, "", True, steps="check")
+        judged(shown, fs, steps="check")
         block = 0
         while block < fs.volume.sb.blocks:
             step = judged(scrub_step, fs, block, steps="check")
@@ -230,10 +236,28 @@ def tools(region: WatchedRegion, rng: random.Random) -> None:
                 raise Violation(f"scrub failed: {step}")
             block = step.next
         for _ in range(2):
-            judged(explain, fs, rng.randrange(region.size), steps="check")
+            judged(explained, fs, rng.randrange(region.size), steps="check")
     check(region)
     if region.log:
         raise Violation(f"tools that only read stored at {region.log[0][0]:#x}")
+
+
+def shown(fs: Filesystem) -> None:
+    """What `pkernfs info` and `pkernfs ls -lR` print."""
+    rows, _ = _collect(fs, "", True)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        info._print_region(region_facts(fs) | {"mountpoint": None})
+        for row in rows:
+            print(ls._line(row, LONG))
+    text.getvalue().encode()
+
+
+def explained(fs: Filesystem, offset: int) -> None:
+    """What `pkernfs explain` prints."""
+    cli_explain._line(explain(fs, offset)).encode()
+
+
+LONG = argparse.Namespace(long=True, numeric=True, inode=True)
 
 
 def check(region: WatchedRegion) -> bool:
