@@ -89,6 +89,7 @@ class _Step:
         self.problems: list[Damage] = []
 
     def damaged(self, error: CorruptError, ino: int = 0) -> None:
+        self.fs.volume.damage.note(error)
         self.problems.append(
             Damage(f"{error.what} at region offset {error.offset:#x}: {error.found}", ino, error.offset)
         )
@@ -161,7 +162,8 @@ class _Step:
             check_page(raw, NODE_MAGIC, page * PAGE, owner, f"a tree node of inode {owner}")
             Node.decode(raw, page, owner)
         except CorruptError as error:
-            self.damaged(error, owner)
+            # Not of the inode that the page names: a damaged page may name any.
+            self.damaged(CorruptError(error.what, error.offset, error.found), owner)
 
     def inode(self, ino: int) -> None:
         """An inode, and the values of its attributes that have pages of their own.  A free slot has a checksum, too."""
