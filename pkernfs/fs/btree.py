@@ -104,6 +104,7 @@ class Tree:
     def _node(self, page: int, level: int | None = None) -> Node:
         node = self.volume.nodes.get(page * PAGE)
         if node is None:
+            self.volume.trim()
             self.volume.allocator.check_page_kind(page, PAGE_NODE, f"a tree node of inode {self.owner}", self.owner)
             node = Node.decode(self.volume.region.read(page * PAGE, PAGE), page, self.owner)
             self.volume.nodes[page * PAGE] = node

@@ -67,12 +67,13 @@ class Content:
     def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
         """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
         if inode.flags & FLAG_DIRECT:
+            ranges = []
             for extent in FileMap(self.volume, ino, inode).extents(first):
-                start = max(extent.start, first)
-                page = extent.page + start - extent.start
-                holder = self.region.mapped_by(page * PAGE, (extent.start + extent.length - start) * PAGE)
-                if holder:
-                    raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
+                skip = max(first - extent.start, 0)
+                ranges.append(((extent.page + skip) * PAGE, (extent.length - skip) * PAGE))
+            holder = self.region.mapped_by(ranges)
+            if holder:
+                raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
 
     def finish_cut(self, ino: int) -> None:
         """Free all that lies beyond the end of a file whose cut is pending: before it grows again."""

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
 
 
+KEYS_END = (1 << 62) + KEY_SLOTS  #: of the keys that names have; readdir cookies are a little larger, and signed
+
+
 class Entry(NamedTuple):
     """One name in a directory."""
 
@@ -42,8 +45,8 @@ class Directory:
         dirent = DIRENT.unpack(value)
         name = value[DIRENT.size :]
         bad_name = len(name) != dirent.length or len(name) > NAME_MAX or b"/" in name or b"\0" in name
-        if bad_name or name in (b".", b".."):
-            raise self._bad(f"an entry with the name {name!r}")
+        if bad_name or name in (b".", b"..") or key >= KEYS_END:
+            raise self._bad(f"an entry with the name {name!r} at key {key:#x}")
         return Entry(key, Ino(dirent.ino), dirent.mode, name)
 
     def find(self, name: bytes) -> Entry | None:

@@ -85,10 +85,14 @@ class Volume:
             self.journal.commit(stores, discards)
         for page in tx.pages.values():
             page.fresh = False
-        if len(self.inodes) > CACHED_INODES:
-            self.inodes.clear()
-        if len(self.nodes) > CACHED_NODES:
-            self.nodes.clear()
+
+    def trim(self) -> None:
+        """Keep no more decoded objects than there is room for; while a transaction is open it may need them all."""
+        if self.tx is None:
+            if len(self.inodes) > CACHED_INODES:
+                self.inodes.clear()
+            if len(self.nodes) > CACHED_NODES:
+                self.nodes.clear()
 
     def _abort(self, tx: Transaction) -> None:
         """Forget what was decoded and changed: the region still holds the state before."""
@@ -111,6 +115,7 @@ class Volume:
         """The inode, which must be in use.  Raises FsError(ESTALE) when it is not, CorruptError when it is damaged."""
         inode = self.inodes.get(ino)
         if inode is None:
+            self.trim()
             if not self.allocator.inode_in_use(ino):
                 raise FsError(errno.ESTALE, f"inode {ino}")
             inode = read_inode(self.region, ino)

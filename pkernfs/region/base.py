@@ -1,6 +1,7 @@
 """The interface of a region, and its twin in ordinary memory."""
 
 import mmap
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -62,8 +63,8 @@ class Region:
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of a range that nobody uses back to the host, where that is possible."""
 
-    def mapped_by(self, offset: int, length: int) -> str:
-        """Who else maps a part of the range; "" when nobody does, or nobody that may be seen."""
+    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:
+        """Who else maps a part of the ranges (offset, length); "" when nobody does, or nobody that may be seen."""
         return ""
 
     def flush(self) -> None:

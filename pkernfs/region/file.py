@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
@@ -161,8 +161,10 @@ class FileRegion(Region):
         if not self.readonly:
             self._punch(offset, length)
 
-    def mapped_by(self, offset: int, length: int) -> str:
-        """From /proc/PID/maps, which shows the processes that this one may look at."""
+    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:
+        """From /proc/PID/maps, which shows the processes that this one may look at: read once for all ranges."""
+        if not ranges:
+            return ""
         status = os.fstat(self.fd)
         device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -174,7 +176,8 @@ class FileRegion(Region):
                         addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
                         if inode == str(status.st_ino) and where == device and mode.endswith("s"):
                             low, high = (int(word, 16) for word in addresses.split("-"))
-                            if int(at, 16) < offset + length and offset < int(at, 16) + high - low:
+                            first, end = int(at, 16), int(at, 16) + high - low
+                            if any(first < offset + length and offset < end for offset, length in ranges):
                                 return str(Holder(int(pid), _command(pid)))
         return ""
 

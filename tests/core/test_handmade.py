@@ -12,13 +12,14 @@ import pytest
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.fs import volume
 from pkernfs.fs.btree import Node
 from pkernfs.fs.check import check_region
 from pkernfs.fs.facts import region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.pages import seal_page
 from pkernfs.fs.repair import repair_region
-from tests.core.support import ME, ROOT, mkdir, mkfile, new_fs, open_fs, patch_inode
+from tests.core.support import ME, ROOT, SEED, mkdir, mkfile, new_fs, open_fs, patch_inode
 from tests.core.test_check import (
     child,
     external_page,
@@ -45,6 +46,9 @@ FILE = {b"g", b"d/f"}  #: one file with two names
 FAR = (1 << 63) - 1
 #: Damage, what was found damaged, and what follows from an operation that failed.
 SANE = {errno.EUCLEAN, errno.EROFS, errno.ENOENT, errno.ENODATA}
+
+#: The last name in the root, in the order of the cookies.
+LAST = max((b"d", b"g", b"empty", b"big", b"sparse", b"link", b"iommu"), key=lambda name: f.name_key(SEED, name))
 
 # -- planting ---------------------------------------------------------------------------------------------------------
 
@@ -189,6 +193,10 @@ CASES: dict[str, Case] = {
         f"name-{what}": Case(lambda fs, name=name: rename_in_place(fs, b"link", name), {b"", b"link"})  # type: ignore[misc]
         for what, name in (("with-slash", b"a/bc"), ("with-nul", b"a\0bc"), ("dot", b"."), ("dot-dot", b".."))
     },
+    "name-with-a-key-near-2-64": Case(
+        lambda fs: patch_node(fs, inode_of(fs, b"").root, lambda n: n.keys.__setitem__(-1, (1 << 64) - 1)),
+        {b"", LAST},
+    ),
     "name-empty": Case(lambda fs: rename_in_place(fs, b"link", b""), {b"", b"link"}),
     "name-longer-than-its-entry": Case(lambda fs: patch_dirent(fs, b"link", length=255), {b"", b"link"}),
     "name-of-4-GiB": Case(lambda fs: patch_dirent(fs, b"link", length=(1 << 32) - 1), {b"", b"link"}),
@@ -475,6 +483,18 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     assert fs.volume.damage.inodes == set()
     fs.unlink(ROOT, b"new")
     fs.write(safe, 0, b"SAFE")
+
+
+def test_reading_keeps_a_bounded_number_of_decoded_objects(victim: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume, "CACHED_INODES", 3)
+    monkeypatch.setattr(volume, "CACHED_NODES", 2)
+    sparse_tree(victim)
+    fs = open_fs(victim.region)
+    for _ in range(3):
+        for path in (b"d/e/inner", b"g", b"big", b"sparse", b"link"):
+            assert results(fs, readers, path) == set()
+            assert len(fs.volume.inodes) <= 4
+            assert len(fs.volume.nodes) <= 3
 
 
 def test_findings_are_limited(victim: Filesystem, caplog: pytest.LogCaptureFixture) -> None:

@@ -128,7 +128,7 @@ class Use:
     def entries(self, ino: int) -> list[Entry]:
         """All of a directory, in the order of its cookies, each once."""
         found = list(self.fs.readdir(ino))
-        if any(a.key >= b.key for a, b in itertools.pairwise(found)):
+        if any(a.key >= b.key or b.key >> 63 for a, b in itertools.pairwise(found)):
             raise Violation(f"cookies of directory {ino} that do not ascend")
         return found
 
