@@ -330,14 +330,13 @@ def long_extent(fs: Filesystem) -> None:
 def directory_loop(fs: Filesystem, *, apart: bool = False) -> None:
     """/d/e names /d, too.  ``apart``: and nothing else does, so that no name from the root leads there."""
     outer, inner = fs.resolve(b"d"), fs.resolve(b"d/e")
+    if apart:
+        drop_name(fs, b"d")
+        patch_inode(fs, outer, parent=inner)
     directory = fs.directory(inner)
     with fs.volume.transaction():
         directory.add(b"loop", outer, stat.S_IFDIR)
         fs.volume.put_inode(inner, directory.finish(0)._replace(nlink=3))
-        if apart:
-            fs.volume.put_inode(outer, fs.volume.inode(outer)._replace(parent=inner))
-    if apart:
-        drop_name(fs, b"d")
 
 
 def iommu_elsewhere(fs: Filesystem) -> None:

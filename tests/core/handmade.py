@@ -8,8 +8,7 @@ from pkernfs import format as f
 from pkernfs.fs.btree import Node
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_page
-from tests.core.support import ROOT, SEED, patch_inode
-from tests.core.test_check import (
+from tests.core.faults import (
     child,
     external_page,
     flip,
@@ -28,6 +27,7 @@ from tests.core.test_check import (
     slab_of,
     sparse_tree,
 )
+from tests.core.support import ROOT, SEED, patch_inode
 
 Plant = Callable[[Filesystem], object]
 FILE = {b"g", b"d/f"}  #: one file with two names

@@ -17,13 +17,13 @@ from pkernfs.fs.check import check_region
 from pkernfs.fs.facts import region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.repair import repair_region
-from tests.core.handmade import CASES, FAR, Case
-from tests.core.support import ME, ROOT, mkdir, mkfile, new_fs, open_fs, patch_inode
-from tests.core.test_check import (
+from tests.core.faults import (
     flip,
     share_page,
     sparse_tree,
 )
+from tests.core.handmade import CASES, FAR, Case
+from tests.core.support import ME, ROOT, mkdir, mkfile, new_fs, open_fs, patch_inode
 from tests.core.test_crash import CowRegion, cast
 
 #: Damage, what was found damaged, and what follows from an operation that failed.

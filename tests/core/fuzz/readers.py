@@ -13,14 +13,13 @@ import stat
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pkernfs.fs.check_ledger import MAX_PROBLEMS
-
 from pkernfs import format as f
 from pkernfs.cli import explain as cli_explain
 from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
 from pkernfs.fs.check import check_region
+from pkernfs.fs.check.ledger import MAX_PROBLEMS
 from pkernfs.fs.directory import Entry
 from pkernfs.fs.explain import explain
 from pkernfs.fs.facts import file_facts, region_facts
@@ -229,12 +228,12 @@ def tools(region: WatchedRegion, rng: random.Random) -> None:
     if not isinstance(opened, PkernfsError):
         fs = opened
         judged(shown, fs, steps="check")
-        block = 0
-        while block < fs.volume.sb.blocks:
-            step = judged(scrub_step, fs, block, steps="check")
+        page = 0
+        while page < fs.volume.total_pages:
+            step = judged(scrub_step, fs, page, steps="check")
             if isinstance(step, PkernfsError):
                 raise Violation(f"scrub failed: {step}")
-            block = step.next
+            page = step.next
         for _ in range(2):
             judged(explained, fs, rng.randrange(region.size), steps="check")
     check(region)
@@ -254,7 +253,7 @@ def shown(fs: Filesystem) -> None:
 
 def explained(fs: Filesystem, offset: int) -> None:
     """What `pkernfs explain` prints."""
-    cli_explain._line(explain(fs, offset)).encode()
+    "\n".join(cli_explain._lines(explain(fs, offset))).encode()
 
 
 LONG = argparse.Namespace(long=True, numeric=True, inode=True)
