@@ -51,7 +51,8 @@ Journal.  One transaction at a time: body and header are written, then one 8-byt
 makes it valid, the records are applied in their order, and ``seal`` = 2 * sequence retires it.  A record is
 JournalRecord + data; one of kind DISCARD says that a range is free now and its memory is to be given back (a reader may
 ignore it).  Pages that were free before the transaction are stored before the seal and are not in the journal.  An odd
-seal over a header or body that does not fit means damage: nothing is applied.
+seal over a header or body that does not fit means damage: nothing is applied.  On media that reorder stores each of
+these steps is flushed before the next one begins, also before the next transaction's.
 """
 
 import hashlib

@@ -61,12 +61,22 @@ def _when(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9)) if nanoseconds else "never"
 
 
+def _power_cut(facts: dict[str, Any]) -> str:
+    """What the end of the machine does to the region."""
+    if not facts["volatile"]:
+        return "ends what is in memory"
+    if facts["readonly"]:
+        return "leaves it whole, but for mounts with nobarrier"
+    return "leaves it whole: barriers are on" if facts["barriers"] else "may damage it: mounted with nobarrier"
+
+
 def _print_region(facts: dict[str, Any]) -> None:
     used = facts["space"] - facts["space_free"]
     features = [f"{kind} {bits:#x}" for kind, bits in facts["features"].items() if bits]
     rows = {
         "region": f"{facts['region']} ({facts['kind']})",
         "mounted": f"on {facts['mountpoint']}, server {facts['server']}" if facts["mountpoint"] else "no",
+        "power cut": _power_cut(facts),
         "uuid": facts["uuid"],
         "label": printable(facts["label"]) or "-",
         "format": f"version {facts['version']}, features: {', '.join(features) or 'none'}",

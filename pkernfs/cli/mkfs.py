@@ -89,6 +89,8 @@ def run(argv: Sequence[str] | None) -> int:
     try:
         with open_region(path, prepare=prepare) as region:
             sb = mkfs(region, label=arguments.label, uuid=arguments.uuid, phys_base=phys_base)
+        if made is not None:
+            _flush_name(path)
     except BaseException:
         if made is not None and os.path.exists(path) and os.path.samestat(made, os.stat(path)):
             os.unlink(path)
@@ -117,6 +119,15 @@ def _make(path: str, size: int | None) -> os.stat_result:
     try:
         os.fchmod(fd, 0o600)  # whatever the umask took from it
         return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _flush_name(path: str) -> None:
+    """Let the name of a new file survive a power cut, as its content does."""
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
     finally:
         os.close(fd)
 

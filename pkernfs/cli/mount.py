@@ -20,6 +20,8 @@ options (-o):
   relatime, strictatime, noatime
                          when reading updates access times (default relatime), as mount(8) describes
   log=FILE               log there, not to the journal
+  barrier, nobarrier     whether what is stored in a region on a disk is flushed in order (the default there), so that a
+                         power cut leaves it whole; fsync flushes either way
   notune                 leave the kernel's page cache limits for this mount alone (they are raised when root mounts:
                          random writes to mapped memory are hundreds of times slower without)
   suid, dev, exec, sync, dirsync and their opposites go to the kernel; the words that only mount(8) uses are ignored

@@ -182,6 +182,8 @@ class Content:
         store_word(base + INODE_MTIME_AT, now)
         store_word(base + INODE_CTIME_AT, now)
         if end > inode.size:
+            # What stands beyond the old end on the medium may be anything but what was stored there now.
+            self.region.barrier()
             store_word(base + INODE_SIZE_AT, end)
             self.volume.inodes[ino] = inode._replace(size=end, mtime=now, ctime=now)
         else:

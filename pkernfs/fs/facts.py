@@ -43,6 +43,8 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
         "region": fs.region.path,
         "kind": fs.region.kind,
         "readonly": fs.region.readonly,
+        "volatile": fs.region.volatile,
+        "barriers": fs.region.barriers,
         "version": sb.version,
         "uuid": str(uuid.UUID(bytes=sb.uuid)),
         "label": sb.label.rstrip(b"\0").decode(errors="replace"),

@@ -46,7 +46,8 @@ class Journal:
 
         Offsets and lengths of stores are multiples of 8, of discards multiples of the page size.
 
-        Raises FsError(ENOSPC) when they do not fit: mkfs makes the journal large enough for all that operations change.
+        Raises FsError: ENOSPC when they do not fit (mkfs makes the journal large enough for all that operations change);
+        EIO when the medium fails: the region can be read only then, and the next mount finds the state before or after.
         """
         parts: list[bytes] = []
         records = 0
@@ -68,22 +69,21 @@ class Journal:
         header = JOURNAL_HEADER.pack(JournalHeader(seal - 2, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
         region = self.region
+        # The transaction before is retired on the medium before its body goes: an odd seal must fit what it seals.
+        region.barrier()
         region.store(self.body_at, body)
         # The seal is left alone here: the word that is there says "retired" already.
         region.store(self.header_at + 8, header[8:12] + crc.to_bytes(4, "little") + header[16:])
-        if region.barriers:
-            region.flush()
+        region.barrier()
         region.store_word(self.header_at, seal + 1)
-        if region.barriers:
-            region.flush()
+        region.barrier()
         for offset, data in stores:
             region.store(offset, data)
         for offset, length in discards:
             # The transaction stands already: memory that cannot be given back is no reason to fail it.
             with suppress(OSError):
                 region.discard(offset, length)
-        if region.barriers:
-            region.flush()
+        region.barrier()
         region.store_word(self.header_at, seal)
         self.whole = True
 
@@ -100,13 +100,14 @@ class Journal:
         records = list(self.records(seal >> 1))
         if self.region.readonly and self.region.kind == "devdax":
             raise RegionError(f"{self.region.path}: the journal must be replayed", hint="mount it read-write once")
+        # A server that was killed may have left the seal in the page cache only.
+        self.region.barrier()
         for record, data in records:
             if record.kind == STORE:
                 self.region.store(record.offset, data)
             else:
                 self.region.discard(record.offset, record.length * PAGE)
-        if self.region.barriers:
-            self.region.flush()
+        self.region.barrier()
         self.region.store_word(self.header_at, seal - 1)
         self.sequence = seal >> 1
         self.whole = True

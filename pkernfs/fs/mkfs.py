@@ -96,6 +96,7 @@ def mkfs(
     )
     raw = seal_superblock(sb)
     region.store_word(0, 0)
+    region.flush()
     if geo.first_block < blocks:
         region.discard(geo.first_block * BLOCK, (blocks - geo.first_block) * BLOCK)
     region.reserve(0, geo.first_block * BLOCK)

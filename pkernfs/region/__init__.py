@@ -7,10 +7,11 @@ exclusive lock; a read-only one maps privately, so that recovery can run in memo
 
 from pkernfs.region.base import MemoryRegion, Region
 from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_holder, open_region
-from pkernfs.region.recording import RecordingRegion, Store
+from pkernfs.region.recording import FLUSH, RecordingRegion, Store
 from pkernfs.region.superblock import check_superblock, read_superblock
 
 __all__ = [
+    "FLUSH",
     "DaxRegion",
     "FileRegion",
     "MemoryRegion",

@@ -19,7 +19,7 @@ class Region:
     kind: str = "memory"
     #: True where the medium may lose or reorder what was not flushed (a file on a disk, when its machine dies).
     volatile: bool = False
-    #: True: every commit flushes around its seal.  What a process or a kexec leaves behind needs no barrier.
+    #: True: ``barrier`` flushes.  What a process or a kexec leaves behind needs no barrier.
     barriers: bool = False
     readonly: bool = False
 
@@ -68,7 +68,12 @@ class Region:
         return ""
 
     def flush(self) -> None:
-        """Return when all stores so far are on the medium."""
+        """Return when all stores so far are on the medium.  Raises FsError(EIO)."""
+
+    def barrier(self) -> None:
+        """No store behind this is on the medium before all stores ahead of it are, where ``barriers`` asks for it."""
+        if self.barriers:
+            self.flush()
 
     def close(self) -> None:
         """Release the mapping and the lock."""

@@ -91,6 +91,7 @@ class FileRegion(Region):
     ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock.  Read-only: maps
     privately; with ``locked`` it takes the shared lock, without it looks at a region that may be changing.
     ``prepare`` is called with the descriptor once the lock is held and before anything is mapped.
+    On a disk it is ``volatile``, and ``barriers`` are on.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class FileRegion(Region):
         filesystem = _filesystem_of(self.path)
         self.kind = filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
         self.volatile = self.kind == "file"
+        self.barriers = self.volatile and not self.readonly
         return os.fstat(self.fd).st_size
 
     def _mmap(self, size: int) -> mmap.mmap:
@@ -182,9 +184,19 @@ class FileRegion(Region):
         return ""
 
     def flush(self) -> None:
-        """msync: matters on a disk only."""
+        """msync: matters on a disk only.
+
+        After one that failed nobody knows what is on the medium (the kernel takes the pages for clean): nothing more
+        is written, as with errors=remount-ro of ext4.
+        """
         if self.volatile and not self.readonly:
-            self._map.flush()
+            try:
+                self._map.flush()
+            except OSError as error:
+                self.readonly = True
+                raise FsError(
+                    errno.EIO, f"{self.path}: the medium failed, reading only from now on: {error.strerror}"
+                ) from None
 
     def close(self) -> None:
         """Unmap and unlock.  Views of the region that are still held keep the mapping, but not the lock."""

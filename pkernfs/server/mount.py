@@ -58,14 +58,20 @@ def check_mountpoint(path: str) -> str:
 def remount(path: str, options: MountOptions) -> None:
     """Change the kernel's flags of the mount at ``path``.
 
-    Raises RegionError when there is none, or when a server that opened its region for reading is to write.
+    Raises RegionError when there is none, when a server that opened its region for reading is to write, or when it is
+    to begin or stop flushing.
     """
     real = os.path.realpath(path)
     mounted = mount_at(real)
     if mounted is None or mounted.fstype != FSTYPE:
         raise RegionError(f"{path}: expected a pkernfs mount to change", hint="findmnt -t fuse.pkernfs lists them")
-    if not options.readonly and control(real, "info")["readonly"]:
-        raise RegionError(f"{path}: its region was opened for reading only", hint="umount it and mount it anew")
+    if not options.readonly or options.barriers is not None:
+        facts = control(real, "info")
+        if not options.readonly and facts["readonly"]:
+            raise RegionError(f"{path}: its region was opened for reading only", hint="umount it and mount it anew")
+        if options.barriers not in (None, facts["barriers"]) and not facts["readonly"]:
+            found = "with" if facts["barriers"] else "without"
+            raise RegionError(f"{path}: its region was opened {found} barriers", hint="umount it and mount it anew")
     # mount(2) itself: the mount(8) of util-linux 2.41 hands FUSE's own options on, which the kernel then refuses.
     flags = MS_REMOUNT | os.statvfs(real).f_flag & sum(MS_FLAGS.values()) & ~MS_FLAGS["ro"]
     for word in ("ro", *options.kernel) if options.readonly else options.kernel:
@@ -80,6 +86,14 @@ def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:
     """Open, lock and recover the region, and apply the options that change its root.  Raises PkernfsError."""
     region = open_region(region_path, readonly=options.readonly)
     try:
+        if options.barriers is not None and not options.readonly:
+            if options.barriers and not region.volatile:
+                raise RegionError(
+                    f"{region_path}: -o barrier: expected a region on a disk, found {region.kind}, which has nothing "
+                    "to flush",
+                    hint="leave the option out",
+                )
+            region.barriers = options.barriers
         fs = Filesystem.open(region)
         fs.atime_policy = options.atime
         if not options.readonly:

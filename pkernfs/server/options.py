@@ -17,6 +17,7 @@ class MountOptions(NamedTuple):
     atime: str = "relatime"
     log: str = ""  #: file; "": the journal (or syslog)
     tune: bool = True  #: raise the limits of the backing device
+    barriers: bool | None = None  #: flush so that a power cut leaves the region whole; None: on a disk
     kernel: tuple[str, ...] = ()
 
 
@@ -28,6 +29,7 @@ IGNORED = {
 #: Words of the kernel's own, which mount(8) repeats when it remounts.
 IGNORED_NAMES = {"user_id", "group_id", "rootmode", "max_read", "blksize", "comment"}
 KERNEL = {"nosuid", "suid", "nodev", "dev", "noexec", "exec", "sync", "dirsync"}
+BARRIERS = {"barrier": True, "barrier=1": True, "nobarrier": False, "barrier=0": False}  #: as ext4 has them
 ATIME = {"relatime": "relatime", "noatime": "noatime", "strictatime": "strictatime", "atime": "relatime"}
 
 
@@ -75,6 +77,8 @@ def parse_options(words: list[str]) -> MountOptions:
             options = options._replace(mode=_number(word, 8) & 0o7777)
         elif name == "log":
             options = options._replace(log=word.partition("=")[2])
+        elif word in BARRIERS:
+            options = options._replace(barriers=BARRIERS[word])
         elif word == "notune":
             options = options._replace(tune=False)
         else:

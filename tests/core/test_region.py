@@ -1,17 +1,18 @@
 """Regions in files: locks, refusals, read-only use, giving memory back, the end of the host's memory."""
 
 import errno
+import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from pkernfs.errors import CorruptError, FormatError, PkernfsError, RegionBusyError, RegionError
+from pkernfs.errors import CorruptError, FormatError, FsError, PkernfsError, RegionBusyError, RegionError
 from pkernfs.format import BLOCK, MAGIC, SUPERBLOCK, Superblock
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
@@ -432,3 +433,60 @@ def test_dax_is_for_devices_only(tmp_path: Path) -> None:
     assert issubclass(DaxRegion, FileRegion)
     with suppress(RegionError):
         open_region("/dev/zero")
+
+
+# -- a medium that fails ----------------------------------------------------------------------------------------------
+
+
+class FailingMap:
+    """A mapping whose msync fails."""
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_after_a_flush_that_failed_nothing_is_written(tmp_path: Path) -> None:
+    path = str(tmp_path / "region")
+    sparse_file(path, 16 * MiB)
+    with open_region(path) as region:
+        if not region.volatile:
+            pytest.skip("the folder of the tests is not on a disk")
+        mkfs(region)
+        fs = open_fs(region)
+        real, region._map = region._map, cast(mmap.mmap, FailingMap())
+        with pytest.raises(FsError, match="the medium failed, reading only from now on") as caught:
+            region.flush()
+        assert caught.value.errno == errno.EIO
+        with fails(errno.EROFS):
+            mkfile(fs, b"new")
+        assert [entry.name for entry in fs.readdir(ROOT)] == [b"iommu"]
+        region._map = real
+
+
+class WearyRegion(MemoryRegion):
+    """A medium with barriers that fails for good after ``left`` flushes."""
+
+    barriers = True
+    left = 100
+
+    def flush(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            self.readonly = True
+            raise FsError(errno.EIO, "the medium failed")
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_a_commit_on_a_medium_that_fails(left: int) -> None:
+    """The call fails, and the next mount finds the state before it or, once it was sealed, after it."""
+    region = WearyRegion(16 * MiB)
+    mkfs(region)
+    fs = open_fs(region)
+    region.left = left
+    with fails(errno.EIO):
+        mkfile(fs, b"new")
+    with fails(errno.EROFS):
+        mkfile(fs, b"later")
+    fs = open_fs(MemoryRegion(image=region.view))
+    assert_sound(fs)
+    assert [entry.name for entry in fs.readdir(ROOT) if entry.name != b"iommu"] == [b"new"] * (left > 1)
