@@ -23,7 +23,7 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
-MAX_SEQUENCE = 1 << 61  #: more are damage, and could not be counted on
+MAX_SEQUENCE = 1 << 61  #: the numbers begin again behind it; a greater one is damage
 
 
 class Journal:
@@ -63,10 +63,10 @@ class Journal:
         body = b"".join(parts)
         if len(body) > self.capacity:
             raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
-        self.sequence += 1
+        self.sequence = self.sequence % MAX_SEQUENCE + 1
         self.whole = False
         seal = 2 * self.sequence
-        header = JOURNAL_HEADER.pack(JournalHeader(seal - 2, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
+        header = JOURNAL_HEADER.pack(JournalHeader(0, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
         region = self.region
         # The transaction before is retired on the medium before its body goes: an odd seal must fit what it seals.

@@ -21,8 +21,8 @@ from pkernfs.fs.pages import seal_page
 from pkernfs.fs.volume import Volume
 from pkernfs.region import MemoryRegion
 from tests.core.faults import DOUBLE, FAULTS, flip, inode_of, orphan_files
+from tests.core.images import CowRegion, cast
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, new_fs, patch_inode
-from tests.core.test_crash import CowRegion, cast
 
 
 def noted_names() -> set[str]:

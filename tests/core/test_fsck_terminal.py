@@ -19,8 +19,8 @@ from pkernfs.fs.check.order import PASSES
 from pkernfs.fs.volume import Volume
 from pkernfs.region import MemoryRegion, Region
 from tests.core.faults import FAULTS
+from tests.core.images import cast
 from tests.core.support import digest, new_fs
-from tests.core.test_crash import cast
 
 PATIENCE = 60.0
 CHECKOUT = Path(__file__).parents[2]

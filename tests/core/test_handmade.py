@@ -23,8 +23,8 @@ from tests.core.faults import (
     sparse_tree,
 )
 from tests.core.handmade import CASES, FAR, Case
+from tests.core.images import CowRegion, cast
 from tests.core.support import ME, ROOT, mkdir, mkfile, new_fs, open_fs, patch_inode
-from tests.core.test_crash import CowRegion, cast
 
 #: Damage, what was found damaged, and what follows from an operation that failed.
 SANE = {errno.EUCLEAN, errno.EROFS, errno.ENOENT, errno.ENODATA}

@@ -32,9 +32,9 @@ from tests.core.faults import (
     slab_of,
     sparse_tree,
 )
+from tests.core.images import CowRegion, cast, torn
 from tests.core.support import ME, ROOT, MiB, Shape, full, mkdir, mkfile, new_fs, open_fs, patch_inode
 from tests.core.test_check import damaged_regions
-from tests.core.test_crash import CowRegion, cast, torn
 
 Plant = Callable[[Filesystem], object]
 

@@ -11,8 +11,8 @@ from pkernfs.format import JOURNAL_HEADER, PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import RecordingRegion, Region
+from tests.core.images import CowRegion
 from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkdir, mkfile, open_fs
-from tests.core.test_crash import CowRegion
 
 SIZE = 12 * MiB
 

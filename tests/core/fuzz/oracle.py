@@ -20,7 +20,7 @@ from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
-from tests.core.test_crash import CowRegion
+from tests.core.images import CowRegion
 
 T = TypeVar("T")
 

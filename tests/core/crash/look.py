@@ -1,0 +1,154 @@
+"""Everything that a user can see of a region after a crash, and whether the filesystem still works."""
+
+import errno
+import stat
+from typing import NamedTuple
+
+from pkernfs.errors import FsError
+from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE
+from pkernfs.fs.check import check
+from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
+from pkernfs.region import Region
+from tests.core.support import ME, ROOT, mkdir, open_fs
+
+ZEROS = bytes(1 << 20)
+
+
+class Facts(NamedTuple):
+    """One inode, but for its content."""
+
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size: int
+    pages: int
+    flags: int
+    target: bytes  #: of a symbolic link
+    xattrs: tuple[tuple[bytes, bytes], ...]
+
+
+class State(NamedTuple):
+    """A whole region, by path."""
+
+    facts: dict[bytes, Facts]
+    times: dict[bytes, tuple[int, int, int]]
+    content: dict[bytes, dict[int, bytes]]  #: the pages of each file that are not all zeros, up to its end
+    space: Statfs
+
+
+def look(fs: Filesystem) -> State:
+    """All that can be seen."""
+    fs.atime_policy = "noatime"
+    state = State({}, {}, {}, fs.statfs())
+    todo = [(b"", int(ROOT))]
+    while todo:
+        path, ino = todo.pop()
+        inode = fs.getattr(ino)
+        xattrs = tuple(sorted((name, fs.getxattr(ino, name)) for name in fs.listxattr(ino)))
+        target = fs.readlink(ino) if stat.S_ISLNK(inode.mode) else b""
+        owner = inode.uid, inode.gid, inode.rdev
+        state.facts[path] = Facts(
+            ino, inode.mode, inode.nlink, *owner, inode.size, inode.pages, inode.flags, target, xattrs
+        )
+        state.times[path] = inode.atime, inode.mtime, inode.ctime
+        if stat.S_ISDIR(inode.mode):
+            todo += [(path + b"/" + entry.name, entry.ino) for entry in fs.readdir(ino)]
+        elif stat.S_ISREG(inode.mode):
+            state.content[path] = pages(fs, ino)
+    return state
+
+
+def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:
+    """The pages of a file that are not all zeros, by their number; read as a user would, where memory is mapped."""
+    found = {}
+    for extent in fs.extents(ino):
+        raw = bytes(fs.read(ino, extent.start * PAGE, extent.length * PAGE))
+        for at in range(0, len(raw), PAGE):
+            page = raw[at : at + PAGE]
+            if page != ZEROS[: len(page)]:
+                found[extent.start + at // PAGE] = page
+    return found
+
+
+def metadata_key(fs: Filesystem) -> int:
+    """A hash of all metadata: the block table, reserved inodes, slab headers, inodes, nodes."""
+    allocator = fs.volume.allocator
+    view = fs.region.view
+    found = hash(bytes(view[: PAGE * (1 + fs.volume.sb.table_pages)]))
+    for block in allocator.slab_blocks():
+        for index, kind in enumerate(allocator.slab(block).kinds):
+            if kind in (PAGE_HEADER, PAGE_INODES, PAGE_NODE):
+                at = block * BLOCK + index * PAGE
+                found = hash((found, at, bytes(view[at : at + PAGE])))
+    return found
+
+
+def mixed(found: dict[int, bytes], old: dict[int, bytes], new: dict[int, bytes]) -> bool:
+    """Every byte of ``found`` is that of ``old``, of ``new`` (beyond their ends: zero)."""
+    for number in {*found, *old, *new}:
+        parts = [side.get(number, b"").ljust(PAGE, b"\0") for side in (found, old, new)]
+        if parts[0] not in parts[1:] and any(one not in (x, y) for one, x, y in zip(*parts, strict=True)):
+            return False
+    return True
+
+
+def assert_works(region: Region, empty: Statfs) -> None:
+    """Everything can be made and removed; free memory reads as zero once it is a file's; in the end all is free."""
+    fs = open_fs(region)
+    _make(fs)
+    _take_all(fs)
+    _remove(fs, ROOT)
+    fs.settle()
+    assert check(fs.volume) == []
+    assert fs.statfs() == empty, "what an empty region has free"
+
+
+def _make(fs: Filesystem) -> None:
+    try:
+        directory = mkdir(fs, b"~works")
+        ino = fs.create(directory, b"file", stat.S_IFREG | 0o644, ME)
+        fs.write(ino, 1000, b"content")
+        assert fs.read(ino, 0, 2000) == bytes(1000) + b"content"
+        fs.setxattr(ino, b"user.name", b"value" * 1000)
+        fs.link(ino, ROOT, b"~link")
+        fs.rename(directory, b"file", ROOT, b"~moved")
+        assert fs.getxattr(fs.lookup(ROOT, b"~link"), b"user.name") == b"value" * 1000
+    except FsError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+
+
+def _take_all(fs: Filesystem) -> None:
+    """A file of all the memory that one can have is zero."""
+    try:
+        ino = fs.create(ROOT, b"~all", stat.S_IFREG | 0o644, ME)
+    except FsError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return
+    blocks = fs.volume.allocator.free_blocks
+    for size in (blocks * BLOCK, (blocks - 1) * BLOCK, 200 * PAGE, PAGE):
+        try:
+            fs.setattr(ino, SetAttr(size=max(size, 0)))
+            break
+        except FsError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+    for at in range(0, fs.getattr(ino).size, len(ZEROS)):
+        found = bytes(fs.read(ino, at, len(ZEROS)))
+        assert found == ZEROS[: len(found)], "old bytes in new memory"
+
+
+def _remove(fs: Filesystem, ino: int) -> None:
+    """Remove all that is in a directory."""
+    for entry in list(fs.readdir(ino)):
+        if ino == ROOT and entry.name == b"iommu":
+            continue
+        if stat.S_ISDIR(entry.mode):
+            _remove(fs, entry.ino)
+            fs.rmdir(ino, entry.name)
+        else:
+            fs.unlink(ino, entry.name)

@@ -1,0 +1,212 @@
+"""What a region holds when an operation begins: images by the name of the state."""
+
+import functools
+import stat
+from collections.abc import Callable
+
+from pkernfs.format import (
+    BLOCK,
+    BLOCK_FREE,
+    INODES_PER_PAGE,
+    JOURNAL_HEADER,
+    PAGE,
+    PAGE_FREE,
+    PAGES_PER_BLOCK,
+    Extent,
+)
+from pkernfs.fs.filesystem import Filesystem, Statfs
+from pkernfs.fs.journal import MAX_SEQUENCE
+from pkernfs.fs.mkfs import mkfs
+from pkernfs.region import MemoryRegion, Region
+from tests.core.images import cast
+from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkfile, open_fs
+
+SIZE = 20 * MiB
+LEAF_EXTENTS = 156  #: that one node holds
+
+
+def everything(fs: Filesystem) -> None:
+    """The files that the operations work on."""
+    cast(fs)
+    d = fs.resolve(b"d")
+    mkfile(fs, b"set-id", b"program", mode=0o6755)
+    scattered(fs, b"five", 5, 3)
+    fs.create(ROOT, b"fifo", stat.S_IFIFO | 0o600, ME)
+    for n in range(40):
+        fs.setxattr(fs.lookup(d, b"f"), b"user.%02d" % n, b"v" * 200)
+    fs.setxattr(fs.resolve(b"empty"), b"user.only", b"v")
+
+
+def scattered(fs: Filesystem, name: bytes, count: int, step: int) -> int:
+    """A file of ``count`` pages that are not side by side."""
+    ino = mkfile(fs, name)
+    for n in range(count):
+        fs.write(ino, n * step * PAGE, b"%d" % n)
+    return ino
+
+
+def nodes(fs: Filesystem, ino: int) -> int:
+    """Tree nodes of a directory."""
+    return len(list(fs.directory(ino).tree.all_pages()))
+
+
+def split(fs: Filesystem) -> None:
+    """One name more, "new", and the leaf that it goes to is split."""
+    everything(fs)
+    for n in range(10_000):
+        before = nodes(fs, ROOT)
+        mkfile(fs, b"new")
+        after = nodes(fs, ROOT)
+        fs.unlink(ROOT, b"new")
+        if after > before:
+            return
+        mkfile(fs, b"filler%04d" % n)
+
+
+def merge(fs: Filesystem) -> None:
+    """One name less, "link", and nodes are merged."""
+    everything(fs)
+    for n in range(150):
+        mkfile(fs, b"filler%03d" % n)
+    for n in range(150):
+        before = nodes(fs, ROOT)
+        fs.unlink(ROOT, b"link")
+        after = nodes(fs, ROOT)
+        fs.create(ROOT, b"link", stat.S_IFLNK | 0o777, ME, target=b"t" * 500)
+        if after < before:
+            return
+        fs.unlink(ROOT, b"filler%03d" % n)
+
+
+def tight(fs: Filesystem) -> None:
+    """Three pages are free."""
+    everything(fs)
+    full(fs, leave=3)
+
+
+def no_slots(fs: Filesystem) -> None:
+    """Every page of inodes is full: the next inode takes a page, and its removal gives one back."""
+    everything(fs)
+    for n in range(INODES_PER_PAGE):
+        if not any(slab.page_with_slots() >= 0 for slab in fs.volume.allocator.slabs.values()):
+            return
+        mkfile(fs, b"filler%d" % n)
+    raise AssertionError("there are always free slots")
+
+
+def no_pages(fs: Filesystem) -> None:
+    """Every slab is full, and blocks are free: the next page takes a new slab."""
+    no_slots(fs)
+    ino = mkfile(fs, b"filler")
+    for n in range(10 * PAGES_PER_BLOCK):
+        if not any(slab.free for slab in fs.volume.allocator.slabs.values()):
+            return
+        fs.write(ino, n * 3 * PAGE, b"f")
+    raise AssertionError("there are always free pages")
+
+
+def last_page(fs: Filesystem) -> None:
+    """A slab holds one page only, of "last": it is given back with it."""
+    no_pages(fs)
+    before = len(fs.volume.allocator.slab_blocks())
+    fs.setxattr(fs.resolve(b"filler"), b"user.last", b"v" * 600)
+    assert len(fs.volume.allocator.slab_blocks()) == before + 1
+
+
+def leaves(fs: Filesystem) -> None:
+    """Extents that fill the one node of their tree, in "leaf"; and two levels of them, in "levels"."""
+    everything(fs)
+    fs.unlink(ROOT, b"big")
+    scattered(fs, b"leaf", LEAF_EXTENTS, 3)
+    scattered(fs, b"levels", LEAF_EXTENTS + 1, 3)
+
+
+def removed(fs: Filesystem) -> None:
+    """Files that were open when their last name went, and one that was being cut: the next mount frees them."""
+    everything(fs)
+    leaf = scattered(fs, b"leaf", 40, 3)
+    for n in range(40):
+        fs.setxattr(leaf, b"user.%d" % n, b"v" * (600 + n))
+    for path in (b"big", b"sparse", b"d/e/inner", b"leaf", b"link"):
+        fs.remember(fs.resolve(path))
+    for path in (b"big", b"sparse", b"leaf", b"link"):
+        fs.unlink(ROOT, path)
+    fs.unlink(fs.resolve(b"d/e"), b"inner")
+    cut = scattered(fs, b"cut", 70, 3)
+    with fs.volume.transaction():
+        fs.volume.put_inode(cut, fs.getattr(cut)._replace(size=3 * PAGE + 7))
+        fs.list_orphan(cut)
+
+
+STATES: dict[str, Callable[[Filesystem], None]] = {
+    "small": everything,
+    "split": split,
+    "merge": merge,
+    "tight": tight,
+    "no-slots": no_slots,
+    "no-pages": no_pages,
+    "last-page": last_page,
+    "leaves": leaves,
+    "removed": removed,
+    "old-sequence": everything,
+}
+
+
+@functools.cache
+def image_of(state: str) -> bytes:
+    """The image of a region in this state."""
+    region = MemoryRegion(SIZE)
+    mkfs(region, uuid=UUID, hash_seed=SEED)
+    fs = open_fs(region)
+    STATES[state](fs)
+    spoil(fs)
+    if state == "old-sequence":
+        # As after so many transactions: the numbers begin again.
+        header_at = fs.volume.journal.header_at
+        region.store_word(header_at, 2 * MAX_SEQUENCE)
+        region.store_word(header_at + JOURNAL_HEADER.offsets["sequence"], MAX_SEQUENCE)
+    return bytes(region.view)
+
+
+def spoil(fs: Filesystem) -> None:
+    """Old bytes wherever old bytes can be: in free memory, behind the ends of files, in the journal's body."""
+    region, journal, allocator = fs.region, fs.volume.journal, fs.volume.allocator
+    _soil(region, journal.body_at, fs.volume.sb.first_block * BLOCK - journal.body_at)
+    for block in range(allocator.first_block, allocator.blocks):
+        if allocator.table[block] == BLOCK_FREE:
+            _soil(region, block * BLOCK, BLOCK)
+    for block in allocator.slab_blocks():
+        for index, kind in enumerate(allocator.slab(block).kinds):
+            if kind == PAGE_FREE:
+                _soil(region, block * BLOCK + index * PAGE, PAGE)
+    for extent, beyond in ends(fs):
+        _soil(region, extent.page * PAGE + beyond, extent.length * PAGE - beyond)
+
+
+def ends(fs: Filesystem) -> list[tuple[Extent, int]]:
+    """The extents of files that reach beyond the end, and from which byte of theirs on."""
+    found = []
+    todo = [int(ROOT)]
+    while todo:
+        ino = todo.pop()
+        inode = fs.getattr(ino)
+        if stat.S_ISDIR(inode.mode):
+            todo += [entry.ino for entry in fs.readdir(ino)]
+        elif stat.S_ISREG(inode.mode):
+            for extent in fs.extents(ino):
+                beyond = max(0, inode.size - extent.start * PAGE)
+                if beyond < extent.length * PAGE:
+                    found.append((extent, -(-beyond // 8) * 8))
+    return found
+
+
+def _soil(region: Region, offset: int, length: int) -> None:
+    region.store(offset, b"\xee" * length)
+
+
+@functools.cache
+def empty_space() -> Statfs:
+    """What is free in an empty region."""
+    region = MemoryRegion(SIZE)
+    mkfs(region, uuid=UUID, hash_seed=SEED)
+    return open_fs(region).statfs()
