@@ -109,7 +109,6 @@ def mkfs(
     for ino, inode in _first_inodes(now).items():
         region.store(ino * INODE_SIZE, seal_inode(ino, inode))
     region.store(geo.journal_offset, raw)
-    region.flush()
     region.store(8, raw[8:])
     _add_iommu(Filesystem(Volume(region, sb)))
     region.flush()

@@ -276,8 +276,8 @@ FLUSHES = {
     "before the size": Fault(no_barrier_before_size, [("small", "append-in-page"), ("small", "append-behind-gap")]),
 }
 RECOVERY_FLUSHES = {
-    "before it is applied": Fault(recovery_without_barrier(1), [("small", "chmod")]),
-    "before it is retired": Fault(recovery_without_barrier(2), [("small", "chmod")]),
+    "before it is applied": Fault(recovery_without_barrier(1), [("small", "rename")]),
+    "before it is retired": Fault(recovery_without_barrier(2), [("small", "rename")]),
 }
 
 

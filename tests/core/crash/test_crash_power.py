@@ -13,8 +13,11 @@ SHORT = [
     *[("small", name) for name in ("rename-over-file", "rename-directory-up", "exchange-file-and-directory")],
     *[("small", name) for name in ("chmod", "xattr-large", "xattr-large-by-large", "xattr-remove-last")],
     *[("small", name) for name in ("grow-4097", "grow-5242880", "cut-100000", "cut-0", "cut-sparse-inside")],
-    *[("small", name) for name in ("overwrite", "append-in-page", "append-behind-gap-in-block", "hole", "over-holes")],
-    *[("tight", name) for name in ("create", "unlink-sparse", "xattr-large-by-large", "append-in-page", "makes-block")],
+    *[("small", name) for name in ("overwrite", "append-in-page", "append-behind-gap-in-block", "hole", "far-away")],
+    *[
+        ("tight", name)
+        for name in ("create", "unlink-sparse", "xattr-large-by-large", "append-in-page", "append-pages")
+    ],
     ("split", "create"),
     ("no-pages", "create"),
     ("last-page", "last-page-goes"),

@@ -15,7 +15,6 @@ SHORT = [
     ("tight", "xattr-large-by-large"),
     ("no-pages", "hole"),
     ("last-page", "last-page-goes"),
-    ("removed", "mount"),
 ]
 TWICE = [("small", "unlink-open"), ("tight", "rename-over-open-sparse"), ("removed", "mount")]
 
