@@ -54,9 +54,12 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fs: Filesystem = new_fs(14)
+        self.fs: Filesystem = self.made()
         self.root = Node(ROOT, stat.S_IFDIR)
         self.orphans: dict[int, Node] = {}
+
+    def made(self) -> Filesystem:
+        return new_fs(14)
 
     @initialize(lazy=st.booleans())
     def begin(self, lazy: bool) -> None:
@@ -93,8 +96,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- both sides ------------------------------------------------------------------------------------------------
 
-    def expect(self, number: int, operation: Callable[[], Any]) -> Any:
-        """Run; ``number``: the errno that the model says.  None when there is no space, which the model cannot know."""
+    def expect(self, number: int, operation: Callable[[], Any], *, content: bool = False, last: bool = True) -> Any:
+        """Run; ``number``: the errno that the model says.  None when there is no space, which the model cannot know.
+
+        ``content``: it stores content.  ``last``: it is the last call of its rule.
+        """
         try:
             result = operation()
         except FsError as error:
@@ -136,7 +142,7 @@ class Machine(RuleBasedStateMachine):
         if node is None:
             return
         data = bytes([byte]) * count
-        done = self.expect(0, lambda: self.fs.write(node.ino, offset, data))
+        done = self.expect(0, lambda: self.fs.write(node.ino, offset, data), content=True)
         if done:
             node.data.extend(bytes(max(0, offset + done - len(node.data))))
             node.data[offset : offset + done] = data[:done]
@@ -155,10 +161,10 @@ class Machine(RuleBasedStateMachine):
         if node is None:
             return
         for n in range(count):
-            self.write_one(node, n * step * 4096)
+            self.write_one(node, n * step * 4096, last=n == count - 1)
 
-    def write_one(self, node: Node, offset: int) -> None:
-        if self.expect(0, lambda: self.fs.write(node.ino, offset, b"s")):
+    def write_one(self, node: Node, offset: int, *, last: bool) -> None:
+        if self.expect(0, lambda: self.fs.write(node.ino, offset, b"s"), content=True, last=last):
             node.data.extend(bytes(max(0, offset + 1 - len(node.data))))
             node.data[offset : offset + 1] = b"s"
 
@@ -279,26 +285,33 @@ class Machine(RuleBasedStateMachine):
         if opened:
             node = opened[which % len(opened)]
             node.opened -= 1
-            self.fs.forget(node.ino, 1)
+            self.expect(0, lambda: self.fs.forget(node.ino, 1))
             if not node.opened:
                 self.orphans.pop(node.ino, None)
 
     @precondition(lambda self: self.fs.pending)
     @rule()
     def step(self) -> None:
-        self.fs.pending_step()
+        self.expect(0, self.fs.pending_step)
 
     @rule()
     def remount(self) -> None:
         """The server is killed and the next one mounts."""
         self.compare()
-        for node in self.nodes():
-            node.opened = 0
-        self.orphans.clear()
+        self.mount()
+        self.compare()
+
+    def mount(self) -> None:
+        """A new server: nobody has anything open."""
+        self.close_all()
         self.fs = open_fs(self.fs.region)
         self.fs.in_background = self.lazy
         assert self.fs.orphans() == []
-        self.compare()
+
+    def close_all(self) -> None:
+        for node in self.nodes():
+            node.opened = 0
+        self.orphans.clear()
 
     # -- comparing -------------------------------------------------------------------------------------------------
 
@@ -337,9 +350,9 @@ class Machine(RuleBasedStateMachine):
         assert_sound(self.fs)
 
 
-def run_machine(examples: int, steps: int) -> None:
+def run_machine(examples: int, steps: int, machine: type[Machine] = Machine) -> None:
     run_state_machine_as_test(
-        Machine,
+        machine,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,

@@ -1,12 +1,14 @@
 """Power cuts: regions on a disk lose any of the words that were not flushed."""
 
 import pytest
+import trio
 
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.region import FLUSH
+from pkernfs.region import FLUSH, RecordingRegion
 from tests.core.crash.operations import EVERY, OPERATIONS
 from tests.core.crash.proof import Proof, prove_power_cuts, record
 from tests.core.crash.states import image_of
+from tests.core.support import open_fs
 
 SHORT = [
     *[("small", name) for name in ("create", "mkdir", "symlink-long", "link", "unlink-big", "unlink-open", "rmdir")],
@@ -76,3 +78,16 @@ def test_a_medium_that_flushes_nothing_is_noticed(state: str, name: str) -> None
     """As with nobarrier: nothing of a transaction that was sealed in part is applied."""
     recording = record(image_of(state), [OPERATIONS[name].run])
     Proof(recording, OPERATIONS[name], refusal=True).sealed_in_part(subsets=20)
+
+
+@pytest.mark.parametrize("name", ["fsync", "fsyncdir"])
+def test_fsync_flushes(name: str) -> None:
+    from pkernfs.server.operations import Operations
+
+    region = RecordingRegion(image=image_of("small"), volatile=True)
+    fs = open_fs(region)
+    ino = fs.resolve(b"big")
+    fs.write(ino, 0, b"W" * 100)
+    assert region.log[-1] is not FLUSH
+    trio.run(getattr(Operations(fs, dict), name), ino, False)
+    assert region.log[-1] is FLUSH
