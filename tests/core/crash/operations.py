@@ -190,6 +190,8 @@ OPERATIONS: dict[str, Operation] = {
     "new-extent-inside": Operation(write(b"leaf", 100 * PAGE, 10), content=True),
     "cut-extent-level": Operation(setattr_(b"levels", size=(3 * LEAF_EXTENTS - 9) * PAGE)),
     "unlink-levels": Operation(unlink(b"levels")),
+    "fill-holes": Operation(write(b"five", 100 * PAGE, 40 * PAGE), content=True),
+    "last-slot-goes": Operation(unlink(b"last")),
     "last-page-goes": Operation(removexattr(b"filler", b"user.last")),
 }
 
@@ -210,7 +212,9 @@ CASES: dict[str, list[str]] = {
         "hole",
         "append-pages",
     ],
+    "last-slot": ["last-slot-goes", "create"],
     "last-page": ["last-page-goes", "unlink-sparse", "create"],
+    "holes": ["fill-holes", "xattr-large", "symlink-long", "unlink-sparse"],
     "leaves": ["new-extent-level", "new-extent-inside", "cut-extent-level", "unlink-levels"],
     "removed": ["mount", "create", "grow-5242880"],
     "old-sequence": ["create", "unlink-sparse", "append-pages"],

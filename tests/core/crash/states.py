@@ -18,6 +18,7 @@ from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import MemoryRegion, Region
+from tests.core.crash.scratch import Scratch
 from tests.core.images import cast
 from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkfile, open_fs
 
@@ -45,37 +46,44 @@ def scattered(fs: Filesystem, name: bytes, count: int, step: int) -> int:
     return ino
 
 
-def nodes(fs: Filesystem, ino: int) -> int:
-    """Tree nodes of a directory."""
-    return len(list(fs.directory(ino).tree.all_pages()))
+def nodes(fs: Filesystem) -> int:
+    """Tree nodes of the root directory."""
+    return len(list(fs.directory(ROOT).tree.all_pages()))
+
+
+def nodes_after(fs: Filesystem, run: Callable[[Filesystem], object]) -> int:
+    """The same after a call that is taken back."""
+    assert isinstance(fs.region, Scratch)
+    mark = fs.region.mark()
+    twin = open_fs(fs.region)
+    run(twin)
+    found = nodes(twin)
+    fs.region.take_back(mark)
+    return found
 
 
 def split(fs: Filesystem) -> None:
     """One name more, "new", and the leaf that it goes to is split."""
     everything(fs)
-    for n in range(10_000):
-        before = nodes(fs, ROOT)
-        mkfile(fs, b"new")
-        after = nodes(fs, ROOT)
-        fs.unlink(ROOT, b"new")
-        if after > before:
+    for n in range(1000):
+        if nodes_after(fs, lambda twin: mkfile(twin, b"new")) > nodes(fs):
             return
         mkfile(fs, b"filler%04d" % n)
+    raise AssertionError("nothing is ever split")
 
 
 def merge(fs: Filesystem) -> None:
-    """One name less, "link", and nodes are merged."""
+    """One name less, "link", and nodes are merged: those beside it went, most of the others not."""
     everything(fs)
-    for n in range(150):
-        mkfile(fs, b"filler%03d" % n)
-    for n in range(150):
-        before = nodes(fs, ROOT)
-        fs.unlink(ROOT, b"link")
-        after = nodes(fs, ROOT)
-        fs.create(ROOT, b"link", stat.S_IFLNK | 0o777, ME, target=b"t" * 500)
-        if after < before:
+    for n in range(200):
+        mkfile(fs, b"%03d" % n)
+    entries = [entry for entry in fs.readdir(ROOT) if entry.name.isdigit()]
+    key = next(entry.key for entry in fs.readdir(ROOT) if entry.name == b"link")
+    for entry in entries[::2] + sorted(entries[1::2], key=lambda entry: abs(entry.key - key)):
+        if nodes_after(fs, lambda twin: twin.unlink(ROOT, b"link")) < nodes(fs):
             return
-        fs.unlink(ROOT, b"filler%03d" % n)
+        fs.unlink(ROOT, entry.name)
+    raise AssertionError("nothing is ever merged")
 
 
 def tight(fs: Filesystem) -> None:
@@ -85,24 +93,56 @@ def tight(fs: Filesystem) -> None:
 
 
 def no_slots(fs: Filesystem) -> None:
-    """Every page of inodes is full: the next inode takes a page, and its removal gives one back."""
+    """Every page of inodes is full: the next inode takes a page."""
     everything(fs)
+    fill_slots(fs)
+
+
+def fill_slots(fs: Filesystem) -> None:
     for n in range(INODES_PER_PAGE):
         if not any(slab.page_with_slots() >= 0 for slab in fs.volume.allocator.slabs.values()):
             return
-        mkfile(fs, b"filler%d" % n)
+        mkfile(fs, b"slot%d" % n)
     raise AssertionError("there are always free slots")
 
 
-def no_pages(fs: Filesystem) -> None:
-    """Every slab is full, and blocks are free: the next page takes a new slab."""
+def last_slot(fs: Filesystem) -> None:
+    """A page of inodes holds one only, of "last": it is given back with it."""
     no_slots(fs)
+    mkfile(fs, b"last")
+
+
+def no_pages(fs: Filesystem) -> None:
+    """Every slab and every page of inodes is full, and blocks are free: the next page takes a new slab."""
+    everything(fs)
     ino = mkfile(fs, b"filler")
+    fill_slots(fs)
     for n in range(10 * PAGES_PER_BLOCK):
         if not any(slab.free for slab in fs.volume.allocator.slabs.values()):
             return
         fs.write(ino, n * 3 * PAGE, b"f")
     raise AssertionError("there are always free pages")
+
+
+def holes(fs: Filesystem) -> None:
+    """All blocks are slabs, with a few free pages in each: what takes many pages changes the headers of all."""
+    everything(fs)
+    fs.unlink(ROOT, b"big")
+    allocator = fs.volume.allocator
+    for n in range(20):
+        for hole in range(6):
+            mkfile(fs, b"hole-%d-%d" % (n, hole), b"h")
+        ino = mkfile(fs, b"filler%d" % n)
+        slabs = len(allocator.slab_blocks())
+        for page in range(PAGES_PER_BLOCK):
+            if len(allocator.slab_blocks()) > slabs or fs.statfs().free < 3:
+                break
+            fs.write(ino, page * 3 * PAGE, b"f")
+        if fs.statfs().free < 3:
+            break
+    for entry in list(fs.readdir(ROOT)):
+        if entry.name.startswith(b"hole-"):
+            fs.unlink(ROOT, entry.name)
 
 
 def last_page(fs: Filesystem) -> None:
@@ -144,8 +184,10 @@ STATES: dict[str, Callable[[Filesystem], None]] = {
     "merge": merge,
     "tight": tight,
     "no-slots": no_slots,
+    "last-slot": last_slot,
     "no-pages": no_pages,
     "last-page": last_page,
+    "holes": holes,
     "leaves": leaves,
     "removed": removed,
     "old-sequence": everything,
@@ -155,8 +197,7 @@ STATES: dict[str, Callable[[Filesystem], None]] = {
 @functools.cache
 def image_of(state: str) -> bytes:
     """The image of a region in this state."""
-    region = MemoryRegion(SIZE)
-    mkfs(region, uuid=UUID, hash_seed=SEED)
+    region = Scratch(_empty_image())
     fs = open_fs(region)
     STATES[state](fs)
     spoil(fs)
@@ -205,8 +246,13 @@ def _soil(region: Region, offset: int, length: int) -> None:
 
 
 @functools.cache
-def empty_space() -> Statfs:
-    """What is free in an empty region."""
+def _empty_image() -> bytes:
     region = MemoryRegion(SIZE)
     mkfs(region, uuid=UUID, hash_seed=SEED)
-    return open_fs(region).statfs()
+    return bytes(region.view)
+
+
+@functools.cache
+def empty_space() -> Statfs:
+    """What is free in an empty region."""
+    return open_fs(MemoryRegion(image=_empty_image())).statfs()
