@@ -246,7 +246,7 @@ class Fault(NamedTuple):
     caught_by: list[tuple[str, str]]
 
 
-NAMES = [("small", "rename-over-file"), ("small", "create")]
+NAMES = [("small", "rename-over-file")]
 #: Faults that the end of a process or of the kernel shows.
 ORDER = {
     "seal before the body": Fault(moved("seal", "body"), NAMES),

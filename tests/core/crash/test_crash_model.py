@@ -127,7 +127,7 @@ class PowerMachine(CrashMachine):
 
 @pytest.mark.parametrize("machine", [CrashMachine, PowerMachine])
 def test_random_programs_with_crashes(machine: type[Machine]) -> None:
-    run_machine(12, 40, machine)
+    run_machine(8, 40, machine)
 
 
 @pytest.mark.slow
