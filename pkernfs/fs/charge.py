@@ -36,24 +36,27 @@ def without_quota(inode: Inode, above: int) -> Inode:
 
 def project_above(volume: Volume, ino: int, inode: Inode) -> int:
     """The project that the directory with a quota ``ino`` itself is in, or 0."""
-    return 0 if ino == ROOT_INO else volume.inode(inode.parent).project
+    return 0 if ino == ROOT_INO else volume.inode_named_by(ino, inode.parent).project
 
 
-def chain(volume: Volume, tx: Transaction | None, project: int) -> Iterator[tuple[int, Inode]]:
-    """The directories with a quota against which counts what is in ``project``.  Raises CorruptError."""
+def chain(volume: Volume, tx: Transaction | None, ino: int, project: int) -> Iterator[tuple[int, Inode]]:
+    """The directories with a quota against which inode ``ino``, which names ``project``, counts.
+
+    Raises CorruptError.
+    """
     seen = set()
     while project:
-        if project in seen:
-            raise CorruptError(f"inode {project}", project * INODE_SIZE, "a quota above itself")
+        inode = (tx and tx.inodes.get(project)) or volume.inode_named_by(ino, project)
+        # This very transaction may give or take the quota, or remove the directory.
+        before = tx.before.get(project, inode) if tx else inode
+        if project in seen or not stat.S_ISDIR(before.mode) or project not in (before.project, inode.project):
+            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, f"{project:#x} as its project", ino=ino)
         seen.add(project)
-        inode = (tx and tx.inodes.get(project)) or volume.inode(project)
+        ino = project
         if inode.project == project:
-            if not stat.S_ISDIR(inode.mode):
-                raise CorruptError(f"inode {project}", project * INODE_SIZE, "a quota that is not a directory's")
             yield project, inode
             project = project_above(volume, project, inode)
         else:
-            # Its quota is taken away in this very transaction.
             project = inode.project
 
 
@@ -62,16 +65,15 @@ def charge(volume: Volume, tx: Transaction) -> None:
 
     What only gives back always succeeds, also beyond the limit.
     """
-    moved: dict[int, int] = {}
+    sums: dict[int, int] = {}
     for ino, inode in tx.inodes.items():
         before = tx.before[ino]
-        if before.project or inode.project:
-            moved[before.project] = moved.get(before.project, 0) - cost(before)
-            moved[inode.project] = moved.get(inode.project, 0) + cost(inode)
-    sums: dict[int, int] = {}
-    for project, amount in moved.items():
-        if amount:
-            for above, _ in chain(volume, tx, project):
+        if before.project == inode.project:
+            moved = [(inode.project, cost(inode) - cost(before))] if inode.project else []
+        else:
+            moved = [(before.project, -cost(before)), (inode.project, cost(inode))]
+        for project, amount in moved:
+            for above, _ in chain(volume, tx, ino, project) if amount else ():
                 sums[above] = sums.get(above, 0) + amount
     for project, amount in sums.items():
         inode = volume.inode(project)
@@ -84,9 +86,9 @@ def charge(volume: Volume, tx: Transaction) -> None:
         volume.put_inode(project, with_quota(inode, quota._replace(used=max(quota.used + amount, 0))))
 
 
-def check_room(volume: Volume, project: int, pages: int) -> None:
-    """Raise FsError(EDQUOT) when ``pages`` more do not fit: before they are allocated."""
-    for _, inode in chain(volume, volume.tx, project):
-        quota = quota_of(inode)
+def check_room(volume: Volume, ino: int, inode: Inode, pages: int) -> None:
+    """Raise FsError(EDQUOT) when ``pages`` more of an inode do not fit: before they are allocated."""
+    for _, above in chain(volume, volume.tx, ino, inode.project):
+        quota = quota_of(above)
         if quota.limit and quota.used + pages * PAGE > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {pages * PAGE} more wanted")

@@ -209,7 +209,7 @@ class FileMap:
     def allocate(self, first: int, end: int) -> None:
         """Map every hole in pages [first, end) to zeroed memory.  Raises FsError: ENOSPC, EDQUOT."""
         if self.inode.project:
-            check_room(self.volume, self.inode.project, sum(until - at for at, until in self._holes(first, end)))
+            check_room(self.volume, self.ino, self.inode, sum(until - at for at, until in self._holes(first, end)))
         for at, until in self._holes(first, end):
             self._fill(at, until)
 

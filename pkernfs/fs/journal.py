@@ -46,8 +46,9 @@ class Journal:
 
         Offsets and lengths of stores are multiples of 8, of discards multiples of the page size.
 
-        Raises FsError: ENOSPC when they do not fit (mkfs makes the journal large enough for all that operations change);
-        EIO when the medium fails: the region can be read only then, and the next mount finds the state before or after.
+        Raises FsError: ENOSPC when they do not fit (mkfs makes the journal large enough for all that operations
+        change); EIO when the medium fails: the region can be read only then, and the next mount finds the state before
+        or after.
         """
         parts: list[bytes] = []
         records = 0

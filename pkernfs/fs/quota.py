@@ -32,7 +32,7 @@ class Use(NamedTuple):
 
 def get_quota(fs: Filesystem, ino: int) -> Use:
     """The quota that counts first for what is made in (or written to) ``ino``."""
-    for project, inode in chain(fs.volume, None, fs.getattr(ino).project):
+    for project, inode in chain(fs.volume, None, ino, fs.getattr(ino).project):
         quota = quota_of(inode)
         if quota.limit:
             return Use(project, quota.limit, quota.used)

@@ -29,6 +29,7 @@ SANE = {
     getattr(errno, name)
     for name in (
         *("ENOENT", "EEXIST", "ENOTDIR", "EISDIR", "ENOTEMPTY", "EINVAL", "ENOSPC", "ENODATA", "EROFS", "EPERM"),
+        *("EXDEV", "EDQUOT"),
         *("EFBIG", "EMLINK", "ENAMETOOLONG", "EBUSY", "EUCLEAN"),
     )
 }
