@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pkernfs.format import PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from pkernfs.fs.quota import set_quota
 from tests.core.crash.states import LEAF_EXTENTS
 from tests.core.support import ME, ROOT, MiB, mkdir
 
@@ -190,6 +191,9 @@ OPERATIONS: dict[str, Operation] = {
     "new-extent-inside": Operation(write(b"leaf", 100 * PAGE, 10), content=True),
     "cut-extent-level": Operation(setattr_(b"levels", size=(3 * LEAF_EXTENTS - 9) * PAGE)),
     "unlink-levels": Operation(unlink(b"levels")),
+    "quota-set": Operation(lambda fs: set_quota(fs, fs.resolve(b"empty"), 1 << 30)),
+    "quota-removed": Operation(rmdir(b"limited")),
+    "quota-taken": Operation(lambda fs: set_quota(fs, ROOT, 0)),
     "fill-holes": Operation(write(b"five", 100 * PAGE, 40 * PAGE), content=True),
     "last-slot-goes": Operation(unlink(b"last")),
     "last-page-goes": Operation(removexattr(b"filler", b"user.last")),
@@ -217,6 +221,16 @@ CASES: dict[str, list[str]] = {
     "holes": ["fill-holes", "xattr-large", "symlink-long", "unlink-sparse"],
     "leaves": ["new-extent-level", "new-extent-inside", "cut-extent-level", "unlink-levels"],
     "removed": ["mount", "create", "grow-5242880"],
+    "quotas": [
+        *NAMES,
+        "cut-sparse-inside",
+        "append-pages",
+        "hole",
+        "xattr-large",
+        "quota-set",
+        "quota-removed",
+        "quota-taken",
+    ],
     "old-sequence": ["create", "unlink-sparse", "append-pages"],
 }
 EVERY: list[tuple[str, str]] = [(state, name) for state, names in CASES.items() for name in names]

@@ -17,10 +17,11 @@ from pkernfs.format import (
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.quota import set_quota
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash.scratch import Scratch
 from tests.core.images import cast
-from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkfile, open_fs
+from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkdir, mkfile, open_fs
 
 SIZE = 20 * MiB
 LEAF_EXTENTS = 156  #: that one node holds
@@ -145,6 +146,14 @@ def holes(fs: Filesystem) -> None:
             fs.unlink(ROOT, entry.name)
 
 
+def quotas(fs: Filesystem) -> None:
+    """All counts against the quota of the root, and two directories have quotas of their own."""
+    everything(fs)
+    set_quota(fs, ROOT, 1 << 40)
+    set_quota(fs, fs.resolve(b"d/e"), 1 << 30)
+    set_quota(fs, mkdir(fs, b"limited"), 1 << 30)
+
+
 def last_page(fs: Filesystem) -> None:
     """A slab holds one page only, of "last": it is given back with it."""
     no_pages(fs)
@@ -191,6 +200,7 @@ STATES: dict[str, Callable[[Filesystem], None]] = {
     "leaves": leaves,
     "removed": removed,
     "old-sequence": everything,
+    "quotas": quotas,
 }
 
 

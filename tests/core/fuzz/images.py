@@ -11,6 +11,7 @@ from pkernfs.format import JOURNAL_HEADER, PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import RecordingRegion, Region
+from tests.core.faults import quotas
 from tests.core.images import CowRegion
 from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkdir, mkfile, open_fs
 
@@ -87,6 +88,12 @@ def nearly_full(fs: Filesystem) -> None:
     full(fs, leave=1)
 
 
+def quotas_in_quotas(fs: Filesystem) -> None:
+    """Directories with quotas."""
+    one_of_each(fs)
+    quotas(fs)
+
+
 def nothing(fs: Filesystem) -> None:
     """As mkfs makes it."""
 
@@ -99,6 +106,7 @@ CONTENT: dict[str, Callable[[Filesystem], None]] = {
     "orphans": orphans,
     "full": nearly_full,
     "fresh": nothing,
+    "quotas": quotas_in_quotas,
 }
 NAMES = [*CONTENT, "sealed"]
 
