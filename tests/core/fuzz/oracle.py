@@ -177,12 +177,23 @@ class Before:
         for ino in inos:
             if 0 < ino < fs.volume.total_pages * f.INODES_PER_PAGE:
                 self.inos |= {self._raw(ino).orphan_next, self._raw(ino).orphan_prev}
+        for ino in inos:
+            self.inos |= self._projects(ino)
         self.owned: set[int] = set()
         for ino in inos:
             self.owned |= _content(fs, ino)
 
     def _raw(self, ino: int) -> f.Inode:
         return f.INODE.unpack(self.region.view, ino * f.INODE_SIZE)
+
+    def _projects(self, ino: int) -> set[int]:
+        """The directories with a quota that an inode counts against."""
+        found: set[int] = set()
+        while 0 < ino < len(self.region.view) // f.INODE_SIZE and self._raw(ino).project not in found:
+            project = self._raw(ino).project
+            found.add(project)
+            ino = self._raw(project).parent if 0 < project < len(self.region.view) // f.INODE_SIZE else 0
+        return found
 
     def note_nodes(self) -> None:
         """Remember the owners of all tree nodes: stores are judged when they have been made."""
