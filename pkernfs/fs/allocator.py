@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import struct
-from array import array
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
@@ -26,22 +24,18 @@ from pkernfs.format import (
     PAGE_KINDS,
     PAGE_NODE,
     PAGES_PER_BLOCK,
-    SLAB_KINDS_AT,
-    SLAB_MAGIC,
-    SLAB_SLOTS_AT,
     TABLE_FANOUT,
     TABLE_MAGIC,
     Inode,
 )
 from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.slab import ALL_SLOTS, Slab
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Transaction, Volume
 
 DISCARD_BLOCKS = 1 << 20  #: 2 TiB: what one record of the journal can count
 FREE_SLOT = Inode()
-ALL_SLOTS = (1 << INODES_PER_PAGE) - 1
-_SLOTS = struct.Struct(f"<{PAGES_PER_BLOCK}H")
 
 
 class TablePage:
@@ -59,54 +53,6 @@ class TablePage:
         first = self.index * TABLE_FANOUT
         kinds = bytes(self.allocator.table[first : first + TABLE_FANOUT])
         return seal_page(TABLE_MAGIC, self.offset, self.index, 0, 0, kinds)
-
-
-class Slab:
-    """The header of a block that is cut into pages.
-
-    ``kinds``: a kind for each page.  ``slots``: for a page of inodes, the bitmap of its 16 slots in use.
-    """
-
-    def __init__(self, block: int, kinds: bytearray, slots: array[int], *, fresh: bool) -> None:
-        self.block = block
-        self.offset = block * BLOCK
-        self.kinds = kinds
-        self.slots = slots
-        self.fresh = fresh
-        self.free = kinds.count(PAGE_FREE)
-        self.inodes = sum(map(int.bit_count, slots))
-        self.first_with_slots = 0  #: no page of inodes before this index has a free slot
-
-    @classmethod
-    def empty(cls, block: int) -> Slab:
-        """A new slab: everything free but the header."""
-        kinds = bytearray(PAGES_PER_BLOCK)
-        kinds[0] = PAGE_HEADER
-        return cls(block, kinds, array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=True)
-
-    @classmethod
-    def decode(cls, raw: bytes, block: int) -> Slab:
-        """Check and decode the header of the slab in ``block``.  Raises CorruptError."""
-        offset = block * BLOCK
-        check_page(raw, SLAB_MAGIC, offset, block, f"the header of slab {block}")
-        kinds = bytearray(raw[SLAB_KINDS_AT : SLAB_KINDS_AT + PAGES_PER_BLOCK])
-        if kinds[0] != PAGE_HEADER or max(kinds) not in PAGE_KINDS or kinds.count(PAGE_HEADER) != 1:
-            raise CorruptError(f"the header of slab {block}", offset, "kinds of pages that do not exist")
-        slots = array("H", _SLOTS.unpack_from(raw, SLAB_SLOTS_AT))
-        return cls(block, kinds, slots, fresh=False)
-
-    def encode(self) -> bytes:
-        """The page as it goes to the region."""
-        body = bytes(self.kinds) + _SLOTS.pack(*self.slots)
-        return seal_page(SLAB_MAGIC, self.offset, self.block, 0, 0, body)
-
-    def page_with_slots(self) -> int:
-        """The index of a page of inodes with a free slot, or -1."""
-        at = self.kinds.find(PAGE_INODES, self.first_with_slots)
-        while at >= 0 and self.slots[at] == ALL_SLOTS:
-            at = self.kinds.find(PAGE_INODES, at + 1)
-        self.first_with_slots = at if at >= 0 else PAGES_PER_BLOCK
-        return at
 
 
 class Allocator:

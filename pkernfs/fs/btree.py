@@ -7,81 +7,18 @@ the caller stores ``tree.root`` and ``tree.pages`` in its inode.
 from __future__ import annotations
 
 import errno
-import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import KEY_SLOTS, NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT, PAGE_NODE
-from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.format import KEY_SLOTS, PAGE, PAGE_BODY, PAGE_NODE
+from pkernfs.fs.node import INNER_ITEM, INNER_MAX, LEAF_ITEM, Node
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
 
-MAX_LEVEL = 12
-LEAF_ITEM = 10  #: bytes of a key and a value's length
-INNER_ITEM = 16  #: bytes of a key and a child
-INNER_MAX = PAGE_BODY // INNER_ITEM
 KEY_END = 1 << 64
-BODY_AT = PAGE_HEADER_LAYOUT.size
-
-
-class Node:
-    """One node.  A leaf (level 0) has ``values``, an inner node ``children`` (page numbers), each beside ``keys``."""
-
-    __slots__ = ("children", "end", "fresh", "keys", "level", "low", "offset", "owner", "used", "values")
-
-    def __init__(self, page: int, owner: int, level: int, *, fresh: bool) -> None:
-        self.offset = page * PAGE
-        self.owner = owner
-        self.level = level
-        self.fresh = fresh
-        self.keys: list[int] = []
-        self.values: list[bytes] = []
-        self.children: list[int] = []
-        self.used = 0  #: bytes of the body that a leaf's items take
-        self.low = self.end = 0  #: bounds [low, end) of its keys, as it was last reached from the root
-
-    @property
-    def page(self) -> int:
-        """Page number."""
-        return self.offset // PAGE
-
-    def encode(self) -> bytes:
-        """The page as it goes to the region."""
-        n = len(self.keys)
-        if self.level:
-            body = struct.pack(f"<{n}Q{n}Q", *self.keys, *self.children)
-        else:
-            body = struct.pack(f"<{n}Q{n}H", *self.keys, *map(len, self.values)) + b"".join(self.values)
-        return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, body)
-
-    @classmethod
-    def decode(cls, raw: bytes, page: int, owner: int) -> Node:
-        """Check and decode.  Raises CorruptError."""
-        what = f"a tree node of inode {owner}"
-        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner)
-        node = cls(page, owner, header.level, fresh=False)
-        n = header.keys
-        if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
-            raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}", ino=owner)
-        node.keys = list(struct.unpack_from(f"<{n}Q", raw, BODY_AT))
-        if any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
-            raise CorruptError(what, page * PAGE, "keys out of order", ino=owner)
-        at = BODY_AT + 8 * n
-        if header.level:
-            node.children = list(struct.unpack_from(f"<{n}Q", raw, at))
-            return node
-        lengths = struct.unpack_from(f"<{n}H", raw, at)
-        at += 2 * n
-        node.used = n * LEAF_ITEM + sum(lengths)
-        if node.used > PAGE_BODY:
-            raise CorruptError(what, page * PAGE, "values beyond its end", ino=owner)
-        for length in lengths:
-            node.values.append(raw[at : at + length])
-            at += length
-        return node
 
 
 class Tree:

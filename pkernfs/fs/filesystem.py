@@ -20,8 +20,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.content import clamp_time, killed_mode
 from pkernfs.fs.filemap import FileMap
-from pkernfs.fs.names import Names
 from pkernfs.fs.orphans import STEP
+from pkernfs.fs.rename import Renames
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import Region
@@ -49,7 +49,7 @@ class SetAttr(NamedTuple):
     mtime: int | None = None
 
 
-class Filesystem(Names):
+class Filesystem(Renames):
     """All operations on one region.  Inode numbers in, FsError out; every call is complete when it returns."""
 
     @classmethod

@@ -7,13 +7,12 @@ import stat
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import FsError
 from pkernfs.format import (
     FIRST_FREE_SLOT,
     FLAG_DIR,
     FLAG_FILE,
     INLINE_SIZE,
-    INODE_SIZE,
     LINK_MAX,
     NAME_MAX,
     ROOT_INO,
@@ -25,9 +24,6 @@ from pkernfs.fs.charge import cost, project_above, quota_of, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
-
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 
 
 class Caller(NamedTuple):
@@ -172,6 +168,10 @@ class Names(Orphans):
             self.volume.put_inode(parent, directory.finish(now))
             self.volume.put_inode(ino, inode._replace(nlink=inode.nlink + 1, ctime=now))
 
+    def _check_project(self, one: Inode, other: Inode) -> None:
+        if one.project != other.project:
+            raise FsError(errno.EXDEV, "from one quota to another")
+
     # -- removing -------------------------------------------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -254,105 +254,3 @@ class Names(Orphans):
             self.pending.pop(ino, None)
         elif not self.lookups.get(ino) and not self.volume.inode(ino).nlink:
             self.begin_freeing(ino)
-
-    # -- renaming -------------------------------------------------------------------------------------------------
-
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
-        """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
-
-        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM,
-        ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas of other filesystems have it).
-        """
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
-            raise FsError(errno.EINVAL, f"flags {flags:#x}")
-        if len(new_name) > NAME_MAX:
-            raise FsError(errno.ENAMETOOLONG, repr(new_name))
-        source = self.directory(parent)
-        target = source if new_parent == parent else self.directory(new_parent)
-        old = self._entry(source, name)
-        new = target.find(new_name)
-        if new is not None:
-            target.target(new)
-        self._check_removable(old.ino, name)
-        if flags == RENAME_EXCHANGE and new is None:
-            raise FsError(errno.ENOENT, repr(new_name))
-        if flags == RENAME_NOREPLACE and new is not None:
-            raise FsError(errno.EEXIST, repr(new_name))
-        moved = self.volume.inode(old.ino)
-        if stat.S_ISDIR(moved.mode):
-            self._check_not_below(old.ino, new_parent)
-        if new is None:
-            self._check_new_place(target, new_name)
-        elif new.ino == old.ino:
-            return
-        else:
-            self._check_removable(new.ino, new_name)
-        self._check_project(source.inode, target.inode)
-        now = self.now()
-        with self.volume.transaction():
-            if flags == RENAME_EXCHANGE and new is not None:
-                other = self.volume.inode(new.ino)
-                if stat.S_ISDIR(other.mode):
-                    self._check_not_below(new.ino, parent)
-                source.replace(old, new.ino, other.mode)
-                target.replace(new, old.ino, moved.mode)
-                self._moved(new.ino, other, parent, now)
-                links = stat.S_ISDIR(moved.mode) - stat.S_ISDIR(other.mode)
-            else:
-                links = stat.S_ISDIR(moved.mode) + 0
-                if new is not None:
-                    self._replace_target(new, moved, now)
-                    target.replace(new, old.ino, moved.mode)
-                else:
-                    target.add(new_name, old.ino, moved.mode)
-                source.remove(old)
-            # Read again: listing the target as an orphan may have changed the links of this one.
-            self._moved(old.ino, self.volume.inode(old.ino), new_parent, now)
-            lost = stat.S_ISDIR(new.mode) + 0 if new is not None and flags != RENAME_EXCHANGE else 0
-            if source is target:
-                inode = source.finish(now)
-                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - lost))
-            else:
-                inode = source.finish(now)
-                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - links))
-                inode = target.finish(now)
-                self.volume.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
-        if new is not None and flags != RENAME_EXCHANGE:
-            self._reap_if_unused(new.ino)
-
-    def _check_new_place(self, target: Directory, name: bytes) -> None:
-        if not name or b"/" in name or b"\0" in name:
-            raise FsError(errno.EINVAL, repr(name))
-        if name in (b".", b".."):
-            raise FsError(errno.EEXIST, repr(name))
-        if not target.inode.nlink:
-            raise FsError(errno.ENOENT, "the directory was removed")
-
-    def _check_project(self, one: Inode, other: Inode) -> None:
-        if one.project != other.project:
-            raise FsError(errno.EXDEV, "from one quota to another")
-
-    def _check_not_below(self, ino: int, place: int) -> None:
-        """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""
-        at, inode = place, self.volume.inode(place)
-        seen = set()
-        while at != ROOT_INO and at not in seen:
-            seen.add(at)
-            if at == ino:
-                raise FsError(errno.EINVAL, "a directory cannot move below itself")
-            at, inode = inode.parent, self.volume.inode_named_by(at, inode.parent)
-        if at != ROOT_INO:
-            found = "its parents do not end at the root"
-            raise CorruptError(f"inode {place}", place * INODE_SIZE, found, ino=place)
-
-    def _replace_target(self, new: Entry, moved: Inode, now: int) -> None:
-        inode = self.volume.inode(new.ino)
-        if stat.S_ISDIR(moved.mode) != stat.S_ISDIR(inode.mode):
-            raise FsError(errno.ENOTDIR if stat.S_ISDIR(moved.mode) else errno.EISDIR, repr(new.name))
-        if stat.S_ISDIR(inode.mode) and inode.root:
-            raise FsError(errno.ENOTEMPTY, repr(new.name))
-        self._drop_name(new.ino, inode, now)
-
-    def _moved(self, ino: int, inode: Inode, parent: int, now: int) -> None:
-        is_dir = stat.S_ISDIR(inode.mode)
-        self.volume.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else 0))

@@ -24,10 +24,10 @@ from pkernfs.format import (
     SUPERBLOCK,
     TABLE_MAGIC,
 )
-from pkernfs.fs.allocator import Slab
-from pkernfs.fs.btree import Node
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.node import Node
 from pkernfs.fs.pages import check_page, read_inode
+from pkernfs.fs.slab import Slab
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import check_superblock
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs import format as f
-from pkernfs.fs.allocator import Slab
-from pkernfs.fs.btree import Node
 from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode, seal_page
 from pkernfs.fs.quota import set_quota
+from pkernfs.fs.slab import Slab
 from pkernfs.region.superblock import seal_superblock
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pkernfs import format as f
-from pkernfs.fs.btree import Node
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.node import Node
 from pkernfs.fs.pages import seal_page
 from tests.core.faults import (
     child,

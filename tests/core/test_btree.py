@@ -9,8 +9,9 @@ import pytest
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import BLOCK, KEY_SLOTS, NODE_MAGIC, PAGE, PAGE_BODY, PAGE_FREE, PAGE_HEADER_LAYOUT, PAGE_NODE
-from pkernfs.fs.btree import INNER_MAX, MAX_LEVEL, Node, Tree
+from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.node import INNER_MAX, MAX_LEVEL, Node
 from pkernfs.fs.pages import seal_page
 from tests.core.support import fails, full, new_fs
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE, RENAME_NOREPLACE
+from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.support import ME, ROOT, MiB, assert_sound, new_fs, open_fs
 
 LIMIT = 6 * MiB

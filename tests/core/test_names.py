@@ -21,7 +21,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs import directory as directory_module
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE, RENAME_NOREPLACE, Caller
+from pkernfs.fs.names import Caller
+from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.support import (
     ME,
     ROOT,

@@ -15,8 +15,8 @@ from pkernfs.format import INODE_SIZE, PAGE
 from pkernfs.fs.charge import quota_of
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE
 from pkernfs.fs.quota import Use, get_quota, set_quota
+from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fs.repair import repair_region
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import (

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, INODES_PER_PAGE, PAGE, PAGE_INODES, PAGES_PER_BLOCK, Ino
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE
+from pkernfs.fs.rename import RENAME_EXCHANGE
 from tests.core.support import ME, ROOT, MiB, full, mkdir, mkfile
 
 SPARE = 12  #: directories beside the cast, each with room for names

@@ -25,7 +25,7 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     Extent,
 )
-from pkernfs.fs.allocator import Slab
+from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 
 MAX_PROBLEMS = 10_000  #: more are not collected

@@ -18,7 +18,7 @@ from pkernfs.format import (
     XATTR_HEAD,
     name_key,
 )
-from pkernfs.fs.btree import Node
+from pkernfs.fs.node import Node
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker

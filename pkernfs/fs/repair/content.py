@@ -21,10 +21,11 @@ from pkernfs.format import (
     Inode,
     name_key,
 )
-from pkernfs.fs.btree import Node, Tree
+from pkernfs.fs.btree import Tree
 from pkernfs.fs.check.inodes import PLACES, in_its_place
 from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.directory import Directory
+from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.repair.work import BATCH, Work
 from pkernfs.fs.volume import Volume

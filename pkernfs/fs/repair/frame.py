@@ -29,10 +29,10 @@ from pkernfs.format import (
     Superblock,
     geometry,
 )
-from pkernfs.fs.allocator import Slab
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, seal_page
 from pkernfs.fs.repair.work import Repair, batches
+from pkernfs.fs.slab import Slab
 from pkernfs.region import Region, check_superblock
 
 

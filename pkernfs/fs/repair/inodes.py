@@ -15,8 +15,8 @@ from pkernfs.format import (
     ROOT_INO,
     Inode,
 )
-from pkernfs.fs.btree import Node
 from pkernfs.fs.check.inodes import RESERVED
+from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume

@@ -23,10 +23,10 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
 )
-from pkernfs.fs.allocator import Slab
 from pkernfs.fs.pages import check_page, read_inode
 from pkernfs.fs.repair.frame import is_slab
 from pkernfs.fs.repair.work import Work, batches
+from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pkernfs.format import PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.names import RENAME_EXCHANGE, RENAME_NOREPLACE
 from pkernfs.fs.quota import set_quota
+from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.crash.states import LEAF_EXTENTS
 from tests.core.support import ME, ROOT, MiB, mkdir
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pkernfs import format as f
-from pkernfs.fs.btree import BODY_AT, Node
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.node import BODY_AT, Node
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.layout import Layout

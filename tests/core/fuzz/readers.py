@@ -25,7 +25,7 @@ from pkernfs.fs.explain import explain
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.names import RENAME_EXCHANGE
+from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fs.repair import repair_region
 from pkernfs.fs.scrub import scrub_step
 from pkernfs.server.operations import Operations
