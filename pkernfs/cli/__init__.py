@@ -4,6 +4,7 @@ May import everything below, and does so late: a command must not load trio, pyf
 Invariants: errors meet exit codes only here; a PkernfsError is one line on standard error, a bug is a traceback.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,13 +19,15 @@ def guarded(
     from pkernfs.errors import PkernfsError, UsageError
 
     try:
-        return run(None)
+        code = run(None)
+        sys.stdout.flush()
+        return code
     except PkernfsError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_code if failure is None or isinstance(error, UsageError) else failure
     except BrokenPipeError:
         # The reader of our output is gone (`pkernfs ls ... | head`); nothing can be told to anybody any more.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return failure or 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Reading a region without a mount: read-only, the journal replayed in memory, nothing written."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,12 +22,18 @@ def region_of(path: str) -> str:
     return found[-1] if found else path
 
 
+def keep_quiet() -> None:
+    """No log: what is damaged comes up as an error, or in what is printed."""
+    logging.getLogger("pkernfs").addHandler(logging.NullHandler())
+
+
 def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: str = "pkernfs") -> T:
     """Open the region for reading and give what ``use`` makes of it.
 
     A region that is mounted changes while it is read: that is said, and a reader that stumbles over a change half made
     begins again.  Raises PkernfsError.
     """
+    keep_quiet()
     for attempt in range(TRIES):
         with open_region(region_path, readonly=True, locked=False) as region:
             holder = lock_holder(region.path)

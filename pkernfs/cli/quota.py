@@ -24,7 +24,10 @@ filesystems.  Setting a quota marks everything below, which keeps the mount busy
 
 def limit(word: str) -> int:
     """SIZE or "none".  For argparse."""
-    return 0 if word == "none" else size(word)
+    number = 0 if word == "none" else size(word)
+    if number >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected less than 8 EiB, found {word!r}")
+    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,12 +76,14 @@ def _online(mountpoint: str) -> Iterator[Step]:
 
 
 def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
+    from pkernfs.cli.offline import keep_quiet
     from pkernfs.errors import CorruptError, FormatError
     from pkernfs.fs.filesystem import Filesystem
     from pkernfs.fs.repair.frame import find_copy
     from pkernfs.fs.scrub import scrub_all
     from pkernfs.region import open_region
 
+    keep_quiet()
     with open_region(path, readonly=True) as region:
         try:
             fs = Filesystem.open(region)

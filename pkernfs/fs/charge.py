@@ -24,6 +24,11 @@ def quota_of(inode: Inode) -> Quota:
     return QUOTA.unpack(inode.inline)
 
 
+def has_quota(inode: Inode) -> bool:
+    """Whether what stands inline in a directory is a quota that counts, whatever ``project`` says."""
+    return bool(quota_of(inode).limit) and not inode.inline[QUOTA.size :].strip(b"\0")
+
+
 def with_quota(inode: Inode, quota: Quota) -> Inode:
     """The directory with this quota in it."""
     return inode._replace(inline=QUOTA.pack(quota) + bytes(INLINE_SIZE - QUOTA.size))
@@ -50,6 +55,9 @@ def chain(volume: Volume, tx: Transaction | None, ino: int, project: int) -> Ite
         # This very transaction may give or take the quota, or remove the directory.
         before = tx.before.get(project, inode) if tx else inode
         if project in seen or not stat.S_ISDIR(before.mode) or project not in (before.project, inode.project):
+            if stat.S_ISDIR(before.mode) and has_quota(before):
+                # It is the directory's own record that is wrong.
+                ino, project = project, before.project
             raise CorruptError(f"inode {ino}", ino * INODE_SIZE, f"{project:#x} as its project", ino=ino)
         seen.add(project)
         ino = project
@@ -73,17 +81,26 @@ def charge(volume: Volume, tx: Transaction) -> None:
         else:
             moved = [(before.project, -cost(before)), (inode.project, cost(inode))]
         for project, amount in moved:
-            for above, _ in chain(volume, tx, ino, project) if amount else ():
-                sums[above] = sums.get(above, 0) + amount
+            try:
+                for above, _ in chain(volume, tx, ino, project) if amount else ():
+                    sums[above] = sums.get(above, 0) + amount
+            except CorruptError as error:
+                if amount > 0:
+                    raise
+                # What is damaged must not keep anything from being removed.
+                volume.damage.note(CorruptError(error.what, error.offset, error.found))
     for project, amount in sums.items():
         inode = volume.inode(project)
         quota = quota_of(inode)
         if not quota.limit or not amount:
             continue
-        if amount > 0 and quota.used + amount > quota.limit:
+        if not -amount <= quota.used <= volume.total_pages * PAGE:
+            volume.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, f"{quota}"))
+        elif amount > 0 and quota.used + amount > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {amount} more wanted")
-        # A count that is too small is damage, which fsck mends: it must not keep anything from being removed.
-        volume.put_inode(project, with_quota(inode, quota._replace(used=max(quota.used + amount, 0))))
+        # A wrong count is damage, which fsck mends: it must not keep anything from being removed.
+        used = min(max(quota.used + amount, 0), volume.total_pages * PAGE)
+        volume.put_inode(project, with_quota(inode, quota._replace(used=used)))
 
 
 def check_room(volume: Volume, ino: int, inode: Inode, pages: int) -> None:

@@ -19,8 +19,9 @@ from pkernfs.format import (
     SYMLINK_MAX,
     Ino,
     Inode,
+    Quota,
 )
-from pkernfs.fs.charge import cost, project_above, quota_of, without_quota
+from pkernfs.fs.charge import project_above, with_quota, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
@@ -199,6 +200,8 @@ class Names(Orphans):
         if inode.root:
             raise FsError(errno.ENOTEMPTY, repr(name))
         self._check_removable(entry.ino, name)
+        self.drop_quota(entry.ino)
+        inode = self.volume.inode(entry.ino)
         now = self.now()
         with self.volume.transaction():
             directory.remove(entry)
@@ -217,8 +220,6 @@ class Names(Orphans):
         if not left:
             self.check_unmapped(ino, inode, 0)
         inode = inode._replace(nlink=left, ctime=now)
-        if inode.project == ino:
-            inode = self._drop_quota(ino, inode)
         self.volume.put_inode(ino, inode)
         if left:
             return
@@ -227,14 +228,21 @@ class Names(Orphans):
         else:
             self.list_orphan(ino)
 
-    def _drop_quota(self, ino: int, inode: Inode) -> Inode:
-        """A directory with a quota goes: what counts against it, files without a name, counts above from now on."""
-        above = project_above(self.volume, ino, inode)
-        for orphan in self.orphans() if quota_of(inode).used > cost(inode) else ():
-            other = self.volume.inode(orphan)
-            if other.project == ino:
-                self.volume.put_inode(orphan, other._replace(project=above))
-        return without_quota(inode, above)
+    def drop_quota(self, ino: int) -> None:
+        """Take the quota away of a directory that is about to go, if it has one.
+
+        Files without a name that count against it count against what is above it from now on.
+        """
+        volume = self.volume
+        inode = volume.inode(ino)
+        if inode.project != ino:
+            return
+        above = project_above(volume, ino, inode)
+        with volume.transaction():
+            volume.put_inode(ino, with_quota(inode, Quota(0, 0)))
+        self.move_orphans(ino, above)
+        with volume.transaction():
+            volume.put_inode(ino, without_quota(volume.inode(ino), above))
 
     def remember(self, ino: int) -> None:
         """Somebody refers to the inode (FUSE: the kernel looked it up)."""

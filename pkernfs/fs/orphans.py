@@ -22,6 +22,7 @@ log = logging.getLogger("pkernfs")
 #: Extents and attributes that one transaction frees: what it changes must fit in the journal (an attribute's value can
 #: lie in 17 slabs), and take little time.
 STEP = 32
+BATCH = 1000  #: inodes that one transaction marks: less than the journal holds
 
 
 class Orphans(Content):
@@ -91,6 +92,15 @@ class Orphans(Content):
         volume.put_inode(before, volume.inode(before)._replace(orphan_next=after))
         volume.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
         volume.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
+
+    def move_orphans(self, project: int, to: int) -> None:
+        """Let what is listed and counts against one project count against another."""
+        volume = self.volume
+        inos = [ino for ino in self.orphans() if volume.inode(ino).project == project]
+        for at in range(0, len(inos), BATCH):
+            with volume.transaction():
+                for ino in inos[at : at + BATCH]:
+                    volume.put_inode(ino, volume.inode(ino)._replace(project=to))
 
     def is_small(self, ino: int, inode: Inode) -> bool:
         """Whether one transaction can free all that belongs to the inode."""

@@ -2,7 +2,8 @@
 
 They are kept by marking every inode below (``project``), so that all that is taken can be charged where it is taken;
 setting and taking away mark a tree anew.  While the limit is 0 nothing is counted, so that a crash in between leaves
-marks that mean nothing; setting it again finishes them.
+marks that mean nothing; setting it again finishes them.  A file that lost its last name before goes on counting where
+it did: it is not below anything.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from pkernfs.errors import FsError
 from pkernfs.format import Inode, Quota
 from pkernfs.fs.charge import chain, cost, project_above, quota_of, with_quota, without_quota
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.orphans import BATCH
 from pkernfs.fs.volume import Volume
-
-BATCH = 1000  #: inodes that one transaction marks: less than the journal holds
 
 
 class Use(NamedTuple):
@@ -62,6 +62,7 @@ def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
     if limit:
         _store(volume, ino, with_quota(inode, Quota(limit, used)))
     else:
+        fs.move_orphans(ino, above)
         _store(volume, ino, without_quota(inode, above))
     return get_quota(fs, ino)
 

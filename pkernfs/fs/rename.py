@@ -48,6 +48,9 @@ class Renames(Names):
         else:
             self._check_removable(new.ino, new_name)
         self._check_project(source.inode, target.inode)
+        if new is not None and flags != RENAME_EXCHANGE:
+            self._check_replaceable(new, moved)
+            self.drop_quota(new.ino)
         now = self.now()
         with self.volume.transaction():
             if flags == RENAME_EXCHANGE and new is not None:
@@ -61,7 +64,7 @@ class Renames(Names):
             else:
                 links = stat.S_ISDIR(moved.mode) + 0
                 if new is not None:
-                    self._replace_target(new, moved, now)
+                    self._drop_name(new.ino, self.volume.inode(new.ino), now)
                     target.replace(new, old.ino, moved.mode)
                 else:
                     target.add(new_name, old.ino, moved.mode)
@@ -101,13 +104,12 @@ class Renames(Names):
             found = "its parents do not end at the root"
             raise CorruptError(f"inode {place}", place * INODE_SIZE, found, ino=place)
 
-    def _replace_target(self, new: Entry, moved: Inode, now: int) -> None:
+    def _check_replaceable(self, new: Entry, moved: Inode) -> None:
         inode = self.volume.inode(new.ino)
         if stat.S_ISDIR(moved.mode) != stat.S_ISDIR(inode.mode):
             raise FsError(errno.ENOTDIR if stat.S_ISDIR(moved.mode) else errno.EISDIR, repr(new.name))
         if stat.S_ISDIR(inode.mode) and inode.root:
             raise FsError(errno.ENOTEMPTY, repr(new.name))
-        self._drop_name(new.ino, inode, now)
 
     def _moved(self, ino: int, inode: Inode, parent: int, now: int) -> None:
         is_dir = stat.S_ISDIR(inode.mode)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INODE_SIZE, PAGE
-from pkernfs.fs.charge import quota_of
+from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.quota import Use, get_quota, set_quota
@@ -440,3 +440,70 @@ def test_quotas_above_themselves(loop: str) -> None:
     assert check(fs.volume)
     assert repair_region(fs.region).left == []
     mkfile(Filesystem.open(fs.region), b"f", parent=d)
+
+
+# -- files without a name ---------------------------------------------------------------------------------------------
+
+
+def open_orphans(fs: Filesystem, d: int, count: int) -> list[int]:
+    """Files that were removed from ``d`` and are still open."""
+    found = []
+    for n in range(count):
+        found.append(mkfile(fs, b"open%d" % n, parent=d))
+        fs.remember(found[-1])
+        fs.unlink(d, b"open%d" % n)
+    return found
+
+
+def test_taking_away_a_quota_of_open_files(fs: Filesystem, d: int) -> None:
+    """They count above from then on."""
+    set_quota(fs, ROOT, 50 * MiB)
+    (ino,) = open_orphans(fs, d, 1)
+    set_quota(fs, d, 0)
+    fs.write(ino, 0, b"x" * MiB)
+    assert used(fs, ROOT) == counted(fs, ROOT) + INODE_SIZE + PAGE * fs.getattr(ino).pages
+    fs.rmdir(ROOT, b"d")
+    fs.forget(ino, 1)
+    assert used(fs, ROOT) == counted(fs, ROOT)
+
+
+@pytest.mark.parametrize("how", ["rmdir", "rename"])
+def test_removing_a_directory_with_many_open_files(fs: Filesystem, d: int, how: str) -> None:
+    """More than one transaction can mark."""
+    inos = open_orphans(fs, d, 9000)
+    if how == "rmdir":
+        fs.rmdir(ROOT, b"d")
+    else:
+        mkdir(fs, b"e")
+        fs.rename(ROOT, b"e", ROOT, b"d")
+    assert check(fs.volume) == []
+    for ino in inos:
+        fs.forget(ino, 1)
+
+
+@pytest.mark.parametrize("used_now", [0, 1 << 63])
+def test_a_wrong_count_is_noted_and_refuses_nothing(fs: Filesystem, d: int, used_now: int) -> None:
+    ino = mkfile(fs, b"f", b"x" * 50_000, d)
+    inode = fs.getattr(d)
+    patch_inode(fs, d, inline=with_quota(inode, quota_of(inode)._replace(used=used_now)).inline)
+    fs.setattr(ino, SetAttr(size=1))
+    fs.unlink(d, b"f")
+    assert any("quota" in finding["structure"] for finding in fs.volume.damage.facts())
+    repair_region(fs.region)
+    fs.volume.inodes.clear()
+
+
+def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
+    """The directory is damaged, and its quota is not lost."""
+    e = mkdir(fs, b"e", d)
+    mkfile(fs, b"f", b"x", e)
+    patch_inode(fs, d, project=0)
+    with pytest.raises(CorruptError) as caught:
+        mkfile(fs, b"g", parent=e)
+    assert caught.value.ino == d
+    fs.unlink(e, b"f")
+    assert {problem.code for problem in check(fs.volume)} == {"project"}
+    assert repair_region(fs.region).left == []
+    again = Filesystem.open(fs.region)
+    assert get_quota(again, e).limit == 4 * MiB
+    fs.volume.inodes.clear()

@@ -6,7 +6,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from pkernfs.format import QUOTA, ROOT_INO, Inode
-from pkernfs.fs.charge import cost, quota_of, with_quota, without_quota
+from pkernfs.fs.charge import cost, has_quota, quota_of, with_quota, without_quota
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker
@@ -17,9 +17,13 @@ def quota_form(checker: Checker, ino: int, inode: Inode) -> None:
     if inode.project:
         checker.used[inode.project] = checker.used.get(inode.project, 0) + cost(inode)
     if stat.S_ISDIR(inode.mode):
+        if inode.project != ino and has_quota(inode):
+            checker.note("project", f"directory {ino:#x}: expected itself as its project, found {inode.project:#x}")
+            checker.correct(ino, project=ino)
+            return
         least = QUOTA.size if inode.project == ino else 0
         if inode.inline[least:].strip(b"\0"):
-            checker.note("quota", f"directory {ino:#x}: expected zeros behind a quota, found {inode.inline!r}")
+            checker.note("quota", f"directory {ino:#x}: expected zeros behind a quota, found other bytes")
             right = with_quota(inode, quota_of(inode)) if least else without_quota(inode, inode.project)
             checker.correct(ino, inline=right.inline)
 
