@@ -92,35 +92,45 @@ class Proof:
         self.region = recording.region
         self.tally = Tally()
         self.tally.cases = 1
-        self._judged: dict[tuple[int, int], tuple[int, list[Store]]] = {}
+        self._judged: dict[tuple[int, int], int] = {}
         self._verdicts: dict[int, int] = {}
         self._cut_again: set[tuple[int, tuple[int, int]]] = set()
 
     # -- judging ----------------------------------------------------------------------------------------------------
 
-    def judge(self, where: str) -> tuple[int, list[Store]]:
-        """Mount what the region holds: which of the states it is, and what recovery stored.  Leaves it as it was."""
+    def judge(self, where: str) -> int:
+        """Mount what the region holds: which of the states it is.  Leaves it as it was."""
         region = self.region
         key = region.keys()
         if key not in self._judged:
             mark = region.mark()
-            region.log.clear()
             try:
                 Filesystem.open(region)
-                log = list(region.log)
                 rest = region.keys()[1]
                 if rest not in self._verdicts:
                     self._verdicts[rest] = self._verdict()
-                self._judged[key] = self._verdicts[rest], log
+                self._judged[key] = self._verdicts[rest]
             except PkernfsError as error:
                 if not self.refusal:
                     raise CrashFailure(f"{where}: {error}") from error
-                self._judged[key] = self.last, []
+                self._judged[key] = self.last
             except Exception as error:
                 raise CrashFailure(f"{where}: {error!r}") from error
             finally:
                 region.take_back(mark)
         return self._judged[key]
+
+    def recovery(self) -> list[Store]:
+        """What recovery stores.  Made anew each time: to keep all of them would take more memory than there is."""
+        mark = self.region.mark()
+        self.region.log.clear()
+        try:
+            Filesystem.open(self.region)
+            return list(self.region.log)
+        except PkernfsError:
+            return []
+        finally:
+            self.region.take_back(mark)
 
     def _verdict(self) -> int:
         self.tally.images += 1
@@ -180,10 +190,11 @@ class Proof:
         region = self.region
         mark = region.mark()
         region.apply(pieces)
-        index, log = self.judge(where)
+        index = self.judge(where)
         key = depth, region.keys()
         if depth and key not in self._cut_again:
             self._cut_again.add(key)
+            log = self.recovery()
             for n, store in enumerate(log):
                 again = f"{where}, then while recovering at store {n} of {len(log)}"
                 for torn_pieces in torn(store, 1, rng):
@@ -209,10 +220,10 @@ class Proof:
         log = self.recording.log
         flushes = [n for n, store in enumerate(log) if store is FLUSH]
         unflushed = log[flushes[-1] if flushes else 0 :]
-        if not self.content and self.judge("after the last store, none of the unflushed")[0] != self.last:
+        if not self.content and self.judge("after the last store, none of the unflushed") != self.last:
             raise CrashFailure("after the last store: what was done is not on the medium")
         self.region.apply(unflushed)
-        if self.judge("after a last flush")[0] != self.last:
+        if self.judge("after a last flush") != self.last:
             raise CrashFailure("after a last flush: what was done is not there")
 
     def sealed_in_part(self, *, subsets: int) -> None:
@@ -243,26 +254,25 @@ class Proof:
                 self.tally.power += 1
                 mark = region.mark()
                 region.apply(chosen)
-                _, recovery = self.judge(here)
-                self._again(recovery, [], f"{here}, then ", rng, subsets, depth)
+                self.judge(here)
+                self._again([], f"{here}, then ", rng, subsets, depth)
                 region.take_back(mark)
             if depth:
-                mark = region.mark()
-                region.apply(pending)
-                _, recovery = self.judge(f"{where}killed at store {n} of {len(log)}")
-                region.take_back(mark)
-                self._again(recovery, pending, f"{where}killed at store {n} of {len(log)}, then ", rng, subsets, depth)
+                self._again(pending, f"{where}killed at store {n} of {len(log)}, then ", rng, subsets, depth)
 
-    def _again(
-        self, recovery: list[Store], pending: list[Store], where: str, rng: random.Random, subsets: int, depth: int
-    ) -> None:
-        """Cut the power while recovering."""
+    def _again(self, pending: list[Store], where: str, rng: random.Random, subsets: int, depth: int) -> None:
+        """Cut the power while recovering; ``pending``: what a mere kill before has left unflushed."""
         key = depth, self.region.keys()
-        if not depth or not recovery or (not pending and key in self._cut_again):
+        if not depth or (not pending and key in self._cut_again):
+            return
+        mark = self.region.mark()
+        self.region.apply(pending)
+        recovery = self.recovery()
+        self.region.take_back(mark)
+        if not recovery:
             return
         if not pending:
             self._cut_again.add(key)
-        mark = self.region.mark()
         self._cut_power(recovery, pending, where, rng, subsets, depth - 1)
         self.region.take_back(mark)
 
