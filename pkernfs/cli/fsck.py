@@ -22,17 +22,18 @@ Check a pkernfs region: every structure, and that they agree.  Prints one line f
 With -y or -p problems are repaired: a superblock is restored from its copy, what cannot be read is taken out, counts
 are made right, memory that nobody owns is freed, and files that lost their names get one in /lost+found.  Files that
 are sound are not touched.  A repair that was interrupted is continued by the next one.  A transaction that a crash
-left in the journal is replayed, with -n in memory only.  Without -n, -y and -p it asks, and needs a terminal.
+left in the journal is replayed, with -n in memory only.  Without -n, -y and -p it asks on a terminal, and only
+looks elsewhere.
 
 A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.
 """
 EPILOG = """\
 exit status, as fsck(8) has it; they add up:
   0  clean                    1  problems were corrected, or the journal was replayed
-  4  problems were left       8  it could not be checked: no region, in use, no terminal
+  4  problems were left       8  it could not be checked: no region, or in use
   16  wrong usage            32  cancelled by SIGINT or SIGTERM: what was repaired so far is whole
 
---json prints one object:
+--json prints one object, where the region could be checked:
   region, exit, clean         the region's real path, the exit status, whether nothing is left
   replayed                    records of the journal that were replayed for good
   files, directories          how many there are; null where the region could not be opened before a repair
@@ -116,13 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> Outcome:
     """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
-    from pkernfs.errors import RegionBusyError, UsageError
+    from pkernfs.errors import RegionBusyError
     from pkernfs.fs.check import check_region
     from pkernfs.region import open_region
 
     ask = not (arguments.no or arguments.yes or arguments.auto)
     if ask and (arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())):
-        raise UsageError("a terminal is needed to ask what to do", hint="-n looks only, -y and -p repair")
+        ask = False
     warnings = []
     try:
         opened = open_region(arguments.region, readonly=True)
@@ -137,7 +138,8 @@ def _run(arguments: argparse.Namespace) -> Outcome:
             problems, checker = check_region(region, progress=tell)
         paths = _paths(checker, {problem.ino for problem in problems})
     found = Outcome(problems, problems, [], checker, records, False, warnings, paths)
-    if arguments.no or not (records or problems) or (ask and problems and not _agreed(arguments.region, found)):
+    repairs = arguments.yes or arguments.auto or ask
+    if not repairs or not (records or problems) or (ask and problems and not _agreed(arguments.region, found)):
         return found
     return _repaired(arguments, found)
 
