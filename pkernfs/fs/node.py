@@ -46,16 +46,16 @@ class Node:
         return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, body)
 
     @classmethod
-    def decode(cls, raw: bytes, page: int, owner: int) -> Node:
-        """Check and decode.  Raises CorruptError."""
+    def decode(cls, raw: bytes, page: int, owner: int, *, sealed: bool = True) -> Node:
+        """Check and decode; if not ``sealed``, whatever the checksum and the order of keys.  Raises CorruptError."""
         what = f"a tree node of inode {owner}"
-        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner)
+        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner, sealed=sealed)
         node = cls(page, owner, header.level, fresh=False)
         n = header.keys
         if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
             raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}", ino=owner)
         node.keys = list(struct.unpack_from(f"<{n}Q", raw, BODY_AT))
-        if any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
+        if sealed and any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
             raise CorruptError(what, page * PAGE, "keys out of order", ino=owner)
         at = BODY_AT + 8 * n
         if header.level:

@@ -48,17 +48,27 @@ def seal_page(magic: int, offset: int, owner: int, count: int, level: int, body:
     return page[:4] + _CHECKSUM.pack(checksum(page)) + page[8:]
 
 
-def check_page(raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0) -> PageHeader:
-    """Check the header and the checksum of a page that was read at ``offset``.  Raises CorruptError (of ``ino``)."""
+def check_page(
+    raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0, sealed: bool = True
+) -> PageHeader:
+    """Check the header of a page that was read at ``offset`` and, if ``sealed``, the checksum.
+
+    Raises CorruptError (of ``ino``).
+    """
     header = PAGE_HEADER_LAYOUT.unpack(raw)
     expected = (magic, offset, owner)
     if (header.magic, header.offset, header.owner) != expected:
         found = (header.magic, header.offset, header.owner)
         raise CorruptError(what, offset, f"expected magic, offset, owner {expected}, found {found}", ino=ino)
     crc = checksum(raw[:4] + bytes(4) + raw[8:])
-    if crc != header.checksum:
+    if sealed and crc != header.checksum:
         raise CorruptError(what, offset, f"checksum {header.checksum:#x}, expected {crc:#x}", ino=ino)
     return header
+
+
+def raw_inode(region: Region, ino: int) -> Inode:
+    """The fields of a slot, damaged or not."""
+    return INODE.unpack(region.read(ino * INODE_SIZE, INODE_SIZE))
 
 
 def read_inode(region: Region, ino: int) -> Inode:

@@ -48,10 +48,13 @@ class Slab:
         return cls(block, kinds, array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=True)
 
     @classmethod
-    def decode(cls, raw: bytes, block: int) -> Slab:
-        """Check and decode the header of the slab in ``block``.  Raises CorruptError."""
+    def decode(cls, raw: bytes, block: int, *, sealed: bool = True) -> Slab:
+        """Check and decode the header of the slab in ``block``; if not ``sealed``, whatever its checksum.
+
+        Raises CorruptError.
+        """
         offset = block * BLOCK
-        check_page(raw, SLAB_MAGIC, offset, block, f"the header of slab {block}")
+        check_page(raw, SLAB_MAGIC, offset, block, f"the header of slab {block}", sealed=sealed)
         kinds = bytearray(raw[SLAB_KINDS_AT : SLAB_KINDS_AT + PAGES_PER_BLOCK])
         if kinds[0] != PAGE_HEADER or max(kinds) not in PAGE_KINDS or kinds.count(PAGE_HEADER) != 1:
             raise CorruptError(f"the header of slab {block}", offset, "kinds of pages that do not exist")

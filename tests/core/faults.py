@@ -55,6 +55,11 @@ def flip(fs: Filesystem, offset: int) -> None:
     fs.region.store(offset, bytes([fs.region.view[offset] ^ 0x10]))
 
 
+def flip_at(place: Callable[[Filesystem], int]) -> Callable[[Filesystem], None]:
+    """Damage one byte of what ``place`` makes."""
+    return lambda fs: flip(fs, place(fs))
+
+
 def inode_of(fs: Filesystem, path: bytes) -> Any:
     return read_inode(fs.region, fs.resolve(path))
 
@@ -404,6 +409,22 @@ def patch_project(fs: Filesystem, path: bytes, project: int | bytes) -> None:
     patch_inode(fs, ino, project=fs.resolve(project) if isinstance(project, bytes) else project)
 
 
+#: What has a checksum -> what is noted when that is damaged, and where it stands once it is made: offset in bytes.
+CHECKSUMS: dict[str, tuple[str, Callable[[Filesystem], int]]] = {
+    "a-file": ("inode-checksum", lambda fs: fs.resolve(b"g") * 256 + 32),
+    "a-file-with-a-tree": ("inode-checksum", lambda fs: fs.resolve(b"sparse") * 256 + 32),
+    "a-link": ("inode-checksum", lambda fs: fs.resolve(b"link") * 256 + 32),
+    "a-directory": ("inode-checksum", lambda fs: fs.resolve(b"d") * 256 + 32),
+    "the-root": ("inode-checksum", lambda fs: 256 + 32),
+    "the-list-of-orphans": ("inode-checksum", lambda fs: f.ORPHANS_INO * 256 + 32),
+    "extents": ("tree-node", lambda fs: int(inode_of(fs, b"sparse").root) * f.PAGE + 4),
+    "an-inner-node": ("tree-node", lambda fs: sparse_tree(fs) * f.PAGE + 4),
+    "a-leaf": ("tree-node", lambda fs: child(fs, sparse_tree(fs), 1) * f.PAGE + 4),
+    "attributes": ("tree-node", lambda fs: xattr_page(fs) * f.PAGE + 4),
+    "names": ("tree-node", lambda fs: int(inode_of(fs, b"").root) * f.PAGE + 4),
+    "a-slab": ("slab-header", lambda fs: slab_of(fs) * f.BLOCK + 4),
+}
+
 FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     # the frame
     "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
@@ -457,7 +478,10 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "iommu-has-two-names": ("reserved-name", lambda fs: second_name(fs, b"iommu", b"again")),
     "inode-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"g") * 256 + 50)),
     "inode-of-a-directory-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"d") * 256 + 50)),
-    "root-damaged": ("inode-checksum", lambda fs: flip(fs, 256 + 50)),
+    "root-of-another-owner": ("inode-checksum", lambda fs: flip(fs, 256 + 50)),
+    "inode-type-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"g") * 256 + 37)),
+    "inode-type-of-a-directory-damaged": ("inode-checksum", lambda fs: flip(fs, fs.resolve(b"d") * 256 + 37)),
+    "root-damaged": ("inode-checksum", lambda fs: flip(fs, 256 + 37)),
     "inode-without-type": ("inode-mode", lambda fs: set_mode(fs, b"g", 0o170000)),
     "inode-slot-empty": ("inode-mode", use_empty_slot),
     "inode-in-a-free-slot": ("inode-free", fill_free_slot),
@@ -540,6 +564,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "page-of-inodes-without-inodes": ("leaked-page", lambda fs: set_kind(fs, free_page(fs, zero=True), f.PAGE_INODES)),
     "block-without-owner": ("leaked-block", leak_blocks),
 }
+FAULTS |= {f"checksum-of-{what}": (code, flip_at(place)) for what, (code, place) in CHECKSUMS.items()}
 
 
 #: Faults that are two facts: what is used wrongly, and what is not used any more.
@@ -554,6 +579,11 @@ DOUBLE: dict[str, tuple[set[str], Callable[[Filesystem], object]]] = {
         {"extent-range", "leaked-block"},
         lambda fs: patch_extent(fs, b"big", start=f.MAX_FILE_SIZE // f.PAGE),
     ),
+    "checksum-of-an-orphan": (
+        {"inode-checksum", "orphan-list"},
+        lambda fs: flip(fs, orphan_files(fs)[0] * 256 + 32),
+    ),
+    "checksum-of-a-quota": ({"inode-checksum", "project"}, lambda fs: flip(fs, quotas(fs) * 256 + 32)),
     "directory-loop-apart": ({"inode-lost", "directory-names"}, lambda fs: directory_loop(fs, apart=True)),
     "extents-overlap": (
         {"extent-order", "double-use"},

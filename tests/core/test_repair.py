@@ -15,10 +15,13 @@ from pkernfs.cli.fsck import main
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.fs.check import check, check_region
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pages import seal_inode
 from pkernfs.fs.repair import Outcome, repair_region
+from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 from pkernfs.region import MemoryRegion, RecordingRegion, Region
 from tests.core.faults import (
+    CHECKSUMS,
     DOUBLE,
     FAULTS,
     child,
@@ -27,6 +30,7 @@ from tests.core.faults import (
     inode_of,
     orphan_files,
     page_of,
+    patch_extent,
     set_block,
     set_kind,
     slab_of,
@@ -40,8 +44,10 @@ Plant = Callable[[Filesystem], object]
 
 #: Paths that a fault (by the beginning of its name) may change: what was damaged itself, and the counts of the root.
 VICTIMS: dict[str, set[bytes]] = {
-    "inode-damaged": {b"/g", b"/d/f", b"/d"},
-    "inode-of-a-directory-damaged": {b"/d", b"/g", b"/d/f", b"/d/e", b"/d/e/inner"},
+    "inode-damaged": {b"/g", b"/d/f"},
+    "inode-of-a-directory-damaged": {b"/d"},
+    "inode-type-damaged": {b"/g", b"/d/f", b"/d"},
+    "inode-type-of-a-directory-damaged": {b"/d", b"/g", b"/d/f", b"/d/e", b"/d/e/inner"},
     "inode-without-type": {b"/g", b"/d/f", b"/d"},
     "file-too-large": {b"/g", b"/d/f"},
     "name-does-not-fit-its-key": {b"/g", b"/h"},
@@ -59,6 +65,8 @@ VICTIMS: dict[str, set[bytes]] = {
     "node-of-directory-damaged": {b"/g", b"/d", b"/d/f", b"/d/e", b"/d/e/inner", b"/empty", b"/big", b"/sparse"}
     | {b"/link", b"/iommu", b"/iommu/root-pgtables"},
     "node-": {b"/sparse"},
+    "checksum-of-an-inner-node": {b"/sparse"},  # made larger first
+    "checksum-of-a-leaf": {b"/sparse"},
     "extent-of-shared": {b"/two"},
     "extent-": {b"/big"},
     "extents-overlap": {b"/sparse"},
@@ -155,14 +163,112 @@ def test_a_fault_is_mended(victim: Filesystem, name: str) -> None:
     after = sound(region.view)
     changed = {path for path in before if after.get(path) != before[path]}
     assert changed <= victims(name) | {b""}, [repair.text for repair in outcome.repairs]
-    # The root may have lost or got names, and nothing else.
+    # The root may have lost or got names, or another owner, and nothing else.
     root, was = after[b""], before[b""]
     assert root
     assert was
-    assert root[:1] + root[2:5] + root[7:] == was[:1] + was[2:5] + was[7:]
+    owner = name == "root-of-another-owner"
+    assert root[:1] + root[2 + owner : 5] + root[7:] == was[:1] + was[2 + owner : 5] + was[7:]
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def without_journal(fs: Filesystem) -> bytes:
+    """All bytes of the region but those of the journal."""
+    sb = fs.volume.sb
+    return bytes(fs.region.view[: sb.journal_offset + f.PAGE]) + bytes(fs.region.view[sb.first_block * f.BLOCK :])
+
+
+@pytest.mark.parametrize("what", CHECKSUMS)
+def test_a_damaged_checksum_is_made_right_and_nothing_else(victim: Filesystem, what: str) -> None:
+    offset = CHECKSUMS[what][1](victim)
+    before = without_journal(victim)
+    flip(victim, offset)
+    mended(victim.region)
+    assert without_journal(victim) == before
+
+
+def test_an_orphan_with_a_damaged_checksum_is_kept(victim: Filesystem) -> None:
+    inos = orphan_files(victim)
+    flip(victim, inos[0] * 256 + 32)
+    mended(victim.region)
+    assert sorted(Filesystem(Volume(victim.region)).orphans()) == sorted(inos)
+
+
+@pytest.mark.parametrize("at", range(40, 1000, 90))
+def test_a_bit_of_a_node_of_names_is_one_name_at_most(victim: Filesystem, at: int) -> None:
+    before = shapes(victim.region)
+    root = inode_of(victim, b"").root
+    flip(victim, root * f.PAGE + at)
+    mended(victim.region)
+    after = sound(victim.region.view)
+    gone = {path.split(b"/")[1] for path in before if path not in after}
+    assert len(gone) <= 1
+    contents = {shape.content for shape in after.values() if shape}
+    assert {shape.content for shape in before.values() if shape} <= contents
+
+
+@pytest.mark.parametrize(("mine", "other"), [(b"g", b"d/e/inner"), (b"d/e/inner", b"g"), (b"empty/a", b"g")])
+def test_an_inode_with_a_wrong_checksum_takes_memory_of_nobody(victim: Filesystem, mine: bytes, other: bytes) -> None:
+    mkfile(victim, b"a", b"of its own", victim.resolve(b"empty"))
+    ino, page = victim.resolve(mine), page_of(victim, other)
+    patch_extent(victim, mine, page=page)
+    before = shapes(victim.region)
+    flip(victim, ino * 256 + 32)
+    mended(victim.region)
+    after = sound(victim.region.view)
+    assert after[b"/" + other] == before[b"/" + other]
+    found = after[b"/" + mine]
+    assert found
+    assert found.content == bytes(found.size)
+
+
+@pytest.mark.parametrize("length", [2 * f.PAGE, MiB])
+def test_a_region_whose_start_is_gone(victim: Filesystem, length: int) -> None:
+    """Superblock, reserved inodes and block table: slabs are known by their headers, names by their leaves."""
+    before = shapes(victim.region)
+    victim.region.store(0, bytes(length))
+    mended(victim.region)
+    after = sound(victim.region.view)
+    del before[b""], after[b""]
+    assert after == before
+
+
+def test_a_slab_in_the_data_of_a_file_is_none(victim: Filesystem) -> None:
+    """Where the block table is gone, a file that is named has its blocks, whatever stands in them."""
+    ino = victim.resolve(b"big")
+    block = page_of(victim, b"big") // f.PAGES_PER_BLOCK
+    forged = Slab.empty(block)
+    forged.kinds[1], forged.slots[1] = f.PAGE_INODES, 1
+    own = (block * f.PAGES_PER_BLOCK + 1) * f.INODES_PER_PAGE
+    inode = seal_inode(own, f.Inode(mode=stat.S_IFREG | 0o4755, nlink=1, flags=f.FLAG_FILE))
+    victim.write(ino, 0, forged.encode() + inode)
+    before = shapes(victim.region)
+    victim.region.store(0, bytes(2 * f.PAGE))
+    mended(victim.region)
+    after = sound(victim.region.view)
+    del before[b""], after[b""]
+    assert after == before
+
+
+def test_names_that_are_lost_in_a_full_region() -> None:
+    """What has room is named in the root directory; when something was deleted, the others are."""
+    fs = new_fs(20)
+    for n in range(120):
+        mkfile(fs, b"%x" % n, b"")
+    full(fs)
+    flip(fs, inode_of(fs, b"").root * f.PAGE)
+    region = MemoryRegion(image=fs.region.view)
+    outcome = repair_region(region)
+    assert {problem.code for problem in outcome.left} == {"inode-lost"}
+    named = [path for path in shapes(region) if path.startswith(b"/#")]
+    assert len(named) > 100
+    fs = open_fs(region)
+    largest = max(fs.readdir(ROOT), key=lambda entry: fs.getattr(entry.ino).pages)
+    fs.unlink(ROOT, largest.name)
+    assert repair_region(region).left == []
+    sound(region.view)
 
 
 def test_leaves_beside_a_damaged_root_are_kept(victim: Filesystem) -> None:
@@ -273,7 +379,7 @@ def test_a_page_of_inodes_that_the_slab_has_as_data(victim: Filesystem) -> None:
 @pytest.mark.parametrize("ino", [f.ROOT_INO, f.ORPHANS_INO, f.IOMMU_INO, f.ROOT_PGTABLES_INO])
 def test_reserved_inodes_are_made_anew(victim: Filesystem, ino: int) -> None:
     before = sound(victim.region.view)
-    flip(victim, ino * 256 + 50)
+    flip(victim, ino * 256 + 37)
     mended(victim.region)
     assert sound(victim.region.view) == before
 
@@ -309,27 +415,16 @@ def test_a_full_region_is_repaired_in_place() -> None:
     assert {path for path in before if after[path] != before[path]} == {b"/sparse"}
 
 
-def test_what_cannot_be_repaired_is_left(shm: Path) -> None:
-    """No page is free for what lost+found holds; with one it is."""
+def test_what_lost_found_has_no_room_for_is_named_in_the_root() -> None:
     fs = new_fs(20)
     cast(fs)
-    filler = full(fs)
-    assert filler
+    assert full(fs)
+    ino = fs.resolve(b"empty")
     drop_name(fs, b"empty")
-    region = MemoryRegion(image=fs.region.view)
-    before = shapes(region)
-    outcome = repair_region(region)
-    assert {problem.code for problem in outcome.left} == {"inode-lost"}
-    assert {path for path in before if shapes(region).get(path) != before[path]} <= {b""}
-    path = shm / "region"
-    path.write_bytes(region.view)
-    assert main(["-y", str(path)]) == 4
-    assert shapes(MemoryRegion(image=path.read_bytes())) == shapes(region)
-    victim = open_fs(region)
-    victim.unlink(ROOT, b"big")
-    outcome = mended(region)
-    assert [repair.code for repair in outcome.repairs] == ["inode-lost"]
-    assert len([path for path in sound(region.view) if path.startswith(b"/lost+found/#")]) == 1
+    before = shapes(fs.region)
+    mended(fs.region, nothing_left=False)
+    after = sound(fs.region.view)
+    assert {path for path in after if after[path] != before.get(path)} == {b"", b"/#%d" % ino, b"/lost+found"}
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFLNK, stat.S_IFIFO], ids=["file", "link", "fifo"])

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import FIRST_FREE_SLOT, INODES_PER_PAGE, Inode
-from pkernfs.fs.check.inodes import RESERVED
+from pkernfs.fs.check.inodes import RESERVED, plausible
 from pkernfs.fs.check.ledger import Ledger, Problem, Tally
 from pkernfs.fs.check.order import EACH_INODE, PASSES
 from pkernfs.fs.check.trees import Salvage
-from pkernfs.fs.pages import read_inode
+from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 
 STEP = 1000
@@ -55,6 +55,7 @@ class Checker:
         self.lost: list[int] = []  #: inodes with a count of names, and without a name
         self.unlisted: list[int] = []  #: inodes without names that are not in the list of orphans
         self.slots_elsewhere: list[int] = []  #: pages that hold no inodes, and have slots in use
+        self.not_slabs: set[int] = set()  #: slabs that nothing stands in, and that a file uses whole
         self.free_slots: list[int] = []  #: free slots that are not empty
         self.wrong_slots: dict[int, int] = {}  #: inodes that are named, and whose slots are free: type
         self.used: dict[int, int] = {}  #: by project: bytes of the inodes that name it
@@ -62,6 +63,7 @@ class Checker:
         self.projects_wrong = False
         self.fixes: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}
+        self.unsealed: dict[int, Inode] = {}  #: those with a wrong checksum that look right
         self.salvaged: dict[tuple[int, str], Salvage] = {}  #: by inode and the field of the root, "root" or "xattrs"
         self._damaged: set[int] = set()  #: inodes whose damage was noted
 
@@ -94,6 +96,11 @@ class Checker:
         self.seen[page] = seen | 1 << slot
         return not seen >> slot & 1
 
+    def reached(self, ino: int) -> bool:
+        """Whether the inode was marked."""
+        page, slot = divmod(ino, INODES_PER_PAGE)
+        return bool(self.seen.get(page, 0) >> slot & 1)
+
     def inode(self, ino: int) -> Inode | None:
         """The inode; None when it is damaged, which is noted once."""
         try:
@@ -101,7 +108,11 @@ class Checker:
         except CorruptError as error:
             if ino not in self._damaged:
                 self._damaged.add(ino)
-                self.bad[ino] = "damaged"
+                raw = raw_inode(self.region, ino)
+                if plausible(ino, raw):
+                    self.unsealed[ino] = raw
+                else:
+                    self.bad[ino] = "damaged"
                 self.ledger.note_damage("inode-checksum", error, ino=ino)
             return None
 

@@ -43,6 +43,22 @@ PLACES: dict[int, tuple[int, bytes]] = {
 _INO_AT = {place: ino for ino, place in PLACES.items()}
 
 
+def type_flags(mode: int) -> int:
+    """Those of the flags that say the type."""
+    return FLAG_FILE * stat.S_ISREG(mode) | FLAG_DIR * stat.S_ISDIR(mode)
+
+
+def plausible(ino: int, inode: Inode) -> bool:
+    """Whether a slot with a wrong checksum holds an inode all the same: its flags agree with its type.
+
+    All else is compared with what the inode leads to.
+    """
+    kind = stat.S_IFMT(inode.mode)
+    if ino < FIRST_FREE_SLOT:
+        return RESERVED.get(ino) == (kind, inode.flags)
+    return kind in TYPES and inode.flags & (FLAG_FILE | FLAG_DIR) == type_flags(kind)
+
+
 def has_extents(inode: Inode) -> bool:
     """Whether the content stands in extents: of regular files, and of long symbolic links."""
     return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
@@ -72,7 +88,7 @@ def mode(checker: Checker, ino: int, inode: Inode) -> None:
 
 def flags(checker: Checker, ino: int, inode: Inode) -> None:
     """The flags say what the type says."""
-    wanted = FLAG_FILE * stat.S_ISREG(inode.mode) | FLAG_DIR * stat.S_ISDIR(inode.mode)
+    wanted = type_flags(inode.mode)
     if ino not in checker.bad and inode.flags & (FLAG_FILE | FLAG_DIR) != wanted:
         checker.note(
             "inode-flags", f"inode {ino:#x}: expected the flags of mode {inode.mode:o}, found {inode.flags:#x}"

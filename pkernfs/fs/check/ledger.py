@@ -6,7 +6,7 @@ Nothing here raises on a damaged region: what a reader would raise is noted as a
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
@@ -27,6 +27,9 @@ from pkernfs.format import (
 )
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
+
+if TYPE_CHECKING:
+    from pkernfs.fs.check.trees import Unsealed
 
 MAX_PROBLEMS = 10_000  #: more are not collected
 
@@ -82,6 +85,7 @@ class Ledger:
         self.misused_blocks: set[int] = set()  #: data blocks that a file uses in part, or not in their place
         self.maybe_slabs: set[int] = set()  #: blocks that are used as slabs, and are none
         self.found: dict[int, bytearray] = {}  #: kinds of pages as they are used, of slabs with damaged headers
+        self.unsealed: dict[int, Unsealed] = {}  #: by page
         self.leaked_pages: list[tuple[int, int]] = []
         self.leaked_blocks: list[tuple[int, int]] = []
         self.strays: dict[int, list[int]] | None = None  #: by owner: pages of leaves
@@ -194,7 +198,8 @@ class Ledger:
             block, index = divmod(page, PAGES_PER_BLOCK)
             step = min(left, PAGES_PER_BLOCK - index)
             runs = [(page, step)]
-            if self.table[block] == BLOCK_SLAB:
+            # A sound slab has its header in the first page: none is data as a whole.
+            if self.table[block] == BLOCK_SLAB and not (block in self.slabs and step == PAGES_PER_BLOCK):
                 runs = self.claim_runs(page, step, PAGE_DATA, what)
             else:
                 self.tally.pages += step
@@ -207,6 +212,23 @@ class Ledger:
                     good.append(Extent(start + at - page, at, count))
             start, page, left = start + step, page + step, left - step
         return good
+
+    def is_nobodys(self, page: int, count: int, kind: int) -> bool:
+        """Whether these pages are allocated as ``kind`` (data also in data blocks), and were not seen in use."""
+        if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.volume.total_pages:
+            return False
+        while count:
+            block, index = divmod(page, PAGES_PER_BLOCK)
+            step = min(count, PAGES_PER_BLOCK - index)
+            if block in self.pages:
+                slab = self.slabs.get(block)
+                wrong_kind = slab is not None and slab.kinds[index : index + step] != bytes([kind]) * step
+                if wrong_kind or any(self.pages[block][index : index + step]):
+                    return False
+            elif kind != PAGE_DATA or self.table[block] != BLOCK_DATA or self.blocks[block] or step != PAGES_PER_BLOCK:
+                return False
+            page, count = page + step, count - step
+        return True
 
     def _claim_block(self, block: int, start: int, index: int, step: int, what: str) -> bool:
         kind = self.table[block]

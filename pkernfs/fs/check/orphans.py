@@ -59,6 +59,11 @@ def orphans(checker: Checker) -> None:
 
 def lost_inodes(checker: Checker) -> None:
     """Every slot in use was reached, and free slots are empty."""
+    ledger = checker.ledger
+    used = {page // PAGES_PER_BLOCK for page in checker.seen}
+    checker.not_slabs = {
+        b for b in ledger.wrong_blocks if b in ledger.slabs and b not in used and not any(ledger.pages[b])
+    }
     for ino, (_, name) in PLACES.items():
         if not checker.ledger.incomplete and checker.mark(ino):
             checker.note("reserved-name", f"inode {ino}: expected it as {name.decode()!r}, found no name", ino=ino)
@@ -74,6 +79,8 @@ def _lost_slots(checker: Checker) -> list[int]:
     """The slots that are in use and were not reached: those that others of them name at the end."""
     found: list[int] = []
     for block, slab in checker.ledger.slabs.items():
+        if block in checker.not_slabs:
+            continue
         index = slab.kinds.find(PAGE_INODES)
         while index >= 0:
             first = (block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE

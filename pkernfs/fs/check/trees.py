@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 KEY_END = 1 << 64
 
 
+class Unsealed(NamedTuple):
+    """A node that cannot be used as it is."""
+
+    owner: int
+    fits: Callable[[bytes], bool]  #: whether a value can be one of its tree
+
+
 class Salvage(NamedTuple):
     """What remains of a structure of an inode: extents, entries or attributes."""
 
@@ -61,7 +68,7 @@ def tree(ledger: Ledger, root: int, fits: Callable[[bytes], bool]) -> Iterator[t
     while todo:
         page, level, low, high = todo.pop()
         what = f"tree node {page:#x} of inode {ledger.tally.owner}"
-        node = _node(ledger, page, what)
+        node = _node(ledger, page, what, fits)
         if node is None:
             ledger.tally.broken = ledger.incomplete = True
             continue
@@ -91,7 +98,7 @@ def tree(ledger: Ledger, root: int, fits: Callable[[bytes], bool]) -> Iterator[t
         yield from _stray_items(ledger, fits)
 
 
-def _node(ledger: Ledger, page: int, what: str) -> Node | None:
+def _node(ledger: Ledger, page: int, what: str, fits: Callable[[bytes], bool]) -> Node | None:
     """A node of the inode at work, claimed; None, and a note, when it cannot be had."""
     if not ledger.in_slab(page, what):
         return None
@@ -99,6 +106,7 @@ def _node(ledger: Ledger, page: int, what: str) -> Node | None:
         node = Node.decode(ledger.region.read(page * PAGE, PAGE), page, ledger.tally.owner)
     except CorruptError as error:
         ledger.note_damage("tree-node", error)
+        ledger.unsealed[page] = Unsealed(ledger.tally.owner, fits)
         return None
     if not ledger.claim(page, 1, PAGE_NODE, what):
         return None
@@ -124,6 +132,7 @@ def _stray_items(ledger: Ledger, fits: Callable[[bytes], bool]) -> Iterator[tupl
         try:
             node = Node.decode(ledger.region.read(page * PAGE, PAGE), page, ledger.tally.owner)
         except CorruptError:
+            ledger.unsealed[page] = Unsealed(ledger.tally.owner, fits)
             continue
         if all(map(fits, node.values)) and ledger.claim(page, 1, PAGE_NODE, "a leaf"):
             ledger.tally.nodes.append(page)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Iterable
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -66,7 +67,7 @@ def contents(work: Work) -> None:
                 if field == "root" and stat.S_ISDIR(inode.mode):
                     what = "entries"
                 if field == "root" and not stat.S_ISDIR(inode.mode) and not inode.root:
-                    inode = inode._replace(inline=_inline(salvage))
+                    inode = inode._replace(inline=inline_extents(salvage.items))
                 else:
                     root = _tree(work.volume, ino, salvage, what)
                     inode = inode._replace(root=root) if field == "root" else inode._replace(xattrs=root)
@@ -84,9 +85,9 @@ def contents(work: Work) -> None:
         work.note(what, text, ino=ino, offset=ino * INODE_SIZE)
 
 
-def _inline(salvage: Salvage) -> bytes:
+def inline_extents(items: Iterable[tuple[int, bytes]]) -> bytes:
     """The extents inside the inode.  Cutting one can make more than fit: those at the end go."""
-    extents = [Extent(start, *EXTENT_VALUE.unpack(value)) for start, value in salvage.items]
+    extents = [Extent(start, *EXTENT_VALUE.unpack(value)) for start, value in items]
     raw = b"".join(map(EXTENT.pack, extents[:INLINE_EXTENTS]))
     return raw + bytes(INLINE_SIZE - len(raw))
 
@@ -117,27 +118,37 @@ def _name(value: bytes, what: str) -> bytes:
 
 
 def lost(work: Work) -> None:
-    """Inodes without a name get one: the reserved ones theirs, all others "#" and their number in /lost+found."""
-    volume = work.volume
+    """Inodes without a name get one: the reserved ones theirs, all others "#" and their number.
+
+    In /lost+found as long as there is room to make and grow it, then in the root directory.
+    """
+    rooms = ["/lost+found", "/"]
     for ino in work.checker.lost:
-        try:
-            inode = read_inode(volume.region, ino)
-            if ino in PLACES:
-                parent, name = PLACES[ino]
-            else:
-                parent, name = _lost_found(work), b"#%d" % ino
-            while Directory(volume, parent, volume.inode(parent)).find(name):
-                name += b"~"
-            if not in_its_place(ino, parent, name):
-                continue  # what has the name goes first
-            _add_name(volume, parent, name, ino, inode)
-        except CorruptError:
-            continue
-        except FsError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            return
-        where = "its place" if ino in PLACES else "/lost+found"
+        for where in ["its place"] if ino in PLACES else list(rooms):
+            try:
+                _name_lost(work, ino, where)
+            except CorruptError:
+                pass
+            except FsError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                if where in rooms:
+                    rooms.remove(where)
+                continue
+            break
+
+
+def _name_lost(work: Work, ino: int, where: str) -> None:
+    volume = work.volume
+    inode = read_inode(volume.region, ino)
+    if ino in PLACES:
+        parent, name = PLACES[ino]
+    else:
+        parent, name = ROOT_INO if where == "/" else _lost_found(work), b"#%d" % ino
+    while Directory(volume, parent, volume.inode(parent)).find(name):
+        name += b"~"
+    if in_its_place(ino, parent, name):  # what has the name goes first
+        _add_name(volume, parent, name, ino, inode)
         work.note("inode-lost", f"inode {ino:#x}: named {name.decode(errors='replace')!r} in {where}", ino=ino)
 
 

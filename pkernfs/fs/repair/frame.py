@@ -105,6 +105,12 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
     for index in range(sb.table_pages):
         offset = PAGE + index * PAGE
         raw = region.read(offset, PAGE)
+        try:
+            check_page(raw, TABLE_MAGIC, offset, index, "the block table")
+            text, trusted = f"page {index} of the block table named kinds of blocks that cannot be", True
+        except CorruptError as error:
+            text = f"page {index} of the block table was damaged ({error.found}): its checksum was made right"
+            trusted = False
         found = raw[PAGE_HEADER_LAYOUT.size :]
         first = index * TABLE_FANOUT
         kinds = bytearray(found)
@@ -114,16 +120,10 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
                 kinds[at] = BLOCK_META
             elif block >= sb.blocks:
                 kinds[at] = BLOCK_FREE
-            elif kind == BLOCK_META or kind not in BLOCK_KINDS:
+            elif kind == BLOCK_META or kind not in BLOCK_KINDS or (kind == BLOCK_FREE and not trusted):
                 kinds[at] = BLOCK_SLAB if is_slab(region, block) else BLOCK_FREE
-        try:
-            check_page(raw, TABLE_MAGIC, offset, index, "the block table")
-            text = f"page {index} of the block table named kinds of blocks that cannot be"
-        except CorruptError as error:
-            text = f"page {index} of the block table was damaged ({error.found}): its checksum was made right"
-        else:
-            if kinds == found:
-                continue
+        if trusted and kinds == found:
+            continue
         stores.append((offset, seal_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
         done.append(Repair("block-table", text, 0, offset))
     journal = Journal(region, sb)

@@ -7,7 +7,6 @@ import stat
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     FIRST_FREE_SLOT,
-    INODE,
     INODE_SIZE,
     ORPHANS_INO,
     PAGE,
@@ -17,19 +16,14 @@ from pkernfs.format import (
 )
 from pkernfs.fs.check.inodes import RESERVED
 from pkernfs.fs.node import Node
-from pkernfs.fs.pages import read_inode
+from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume
 
 
-def raw_inode(volume: Volume, ino: int) -> Inode:
-    """The fields of a slot, damaged or not."""
-    return INODE.unpack(volume.region.read(ino * INODE_SIZE, INODE_SIZE))
-
-
 def empty_slot(volume: Volume, ino: int) -> Inode:
     """What a free slot holds: the number that tells its users apart goes on."""
-    return Inode(generation=raw_inode(volume, ino).generation)
+    return Inode(generation=raw_inode(volume.region, ino).generation)
 
 
 def bad_inodes(work: Work) -> None:
@@ -56,15 +50,19 @@ def bad_inodes(work: Work) -> None:
 
 
 def _reserved(volume: Volume, ino: int) -> Inode:
-    """A reserved inode as mkfs makes it; a directory keeps the tree that is certainly its own."""
+    """A reserved inode as mkfs makes it; a directory keeps its entries and attributes.
+
+    Trees that cannot be found begin nowhere: the next round makes them anew from their leaves.
+    """
     if ino not in RESERVED:
         return Inode()
-    raw = raw_inode(volume, ino)
+    raw = raw_inode(volume.region, ino)
     kind, flags = RESERVED[ino]
     is_dir = kind == stat.S_IFDIR
     now = volume.clock()
     permissions = 0o755 if ino != ROOT_INO + 3 else 0o600
-    root = raw.root if is_dir and _is_root_of(volume, raw.root, ino) else 0
+    trees = [page if is_root_of(volume, page, ino) else volume.total_pages for page in (raw.root, raw.xattrs)]
+    root, xattrs = trees if is_dir else (0, 0)
     listed = ORPHANS_INO if ino == ORPHANS_INO else 0
     try:
         owner = read_inode(volume.region, ROOT_INO)
@@ -82,17 +80,18 @@ def _reserved(volume: Volume, ino: int) -> Inode:
         flags=flags,
         parent=ROOT_INO if is_dir else 0,
         root=root,
+        xattrs=xattrs,
         orphan_next=listed,
         orphan_prev=listed,
     )
 
 
-def _is_root_of(volume: Volume, page: int, ino: int) -> bool:
-    """Whether the page holds a node that names the inode as its owner."""
+def is_root_of(volume: Volume, page: int, ino: int) -> bool:
+    """Whether the page holds a node that names the inode as its owner, whatever its checksum."""
     if not volume.sb.first_block * PAGES_PER_BLOCK <= page < volume.total_pages:
         return False
     try:
-        Node.decode(volume.region.read(page * PAGE, PAGE), page, ino)
+        Node.decode(volume.region.read(page * PAGE, PAGE), page, ino, sealed=False)
     except CorruptError:
         return False
     return True

@@ -23,7 +23,8 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
 )
-from pkernfs.fs.pages import check_page, read_inode
+from pkernfs.fs.check.inodes import plausible
+from pkernfs.fs.pages import check_page, raw_inode, read_inode
 from pkernfs.fs.repair.frame import is_slab
 from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.slab import Slab
@@ -40,7 +41,8 @@ def block_kinds(work: Work) -> None:
         if free and ledger.table[block] != BLOCK_SLAB and is_slab(work.volume.region, block):
             wanted[block] = BLOCK_SLAB
     for block in ledger.wrong_blocks:
-        wanted.setdefault(block, BLOCK_DATA)
+        if block not in ledger.slabs or block in work.checker.not_slabs:
+            wanted.setdefault(block, BLOCK_DATA)
     for block, kinds in ledger.found.items():
         # The place of a slab's header belongs to a file: there is no slab.
         if kinds[0] == PAGE_DATA:
@@ -71,6 +73,10 @@ def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
     until everything can be read: it may belong to what is lost."""
     slab = Slab(block, bytearray(kinds), array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=False)
     slab.kinds[0] = PAGE_HEADER
+    try:
+        said = Slab.decode(volume.region.read(slab.offset, PAGE), block, sealed=False).slots
+    except CorruptError:
+        said = slab.slots
     for index in range(1, PAGES_PER_BLOCK):
         if kinds[index]:
             continue
@@ -79,7 +85,8 @@ def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
         if not any(raw):
             continue
         for slot in range(INODES_PER_PAGE):
-            if is_inode(volume, page * INODES_PER_PAGE + slot):
+            ino = page * INODES_PER_PAGE + slot
+            if is_inode(volume, ino) or (said[index] >> slot & 1 and plausible(ino, raw_inode(volume.region, ino))):
                 slab.slots[index] |= 1 << slot
         slab.kinds[index] = PAGE_INODES if slab.slots[index] else PAGE_NODE if is_node(raw, page) else PAGE_DATA
     slab.free = slab.kinds.count(PAGE_FREE)

@@ -18,6 +18,7 @@ from pkernfs.fs.repair.content import contents, lost
 from pkernfs.fs.repair.frame import mend_frame
 from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
 from pkernfs.fs.repair.quotas import projects
+from pkernfs.fs.repair.seals import seals
 from pkernfs.fs.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
 from pkernfs.fs.repair.work import Repair, Work
 from pkernfs.fs.volume import Volume
@@ -30,7 +31,7 @@ STEPS: tuple[tuple[Callable[[Work], None], ...], ...] = (
     (slab_headers,),
     (page_kinds,),
     (slots,),
-    (bad_inodes,),
+    (seals, bad_inodes),
     (contents,),
     (fields, free_slots, orphans, leaks, lost),
     (projects,),
