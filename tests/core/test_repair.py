@@ -224,10 +224,21 @@ def test_an_inode_with_a_wrong_checksum_takes_memory_of_nobody(victim: Filesyste
     assert found.content == bytes(found.size)
 
 
-@pytest.mark.parametrize("length", [2 * f.PAGE, MiB])
-def test_a_region_whose_start_is_gone(victim: Filesystem, length: int) -> None:
-    """Superblock, reserved inodes and block table: slabs are known by their headers, names by their leaves."""
+STARTS = {what: (2 * f.PAGE, place) for what, (_, place) in CHECKSUMS.items()} | {
+    "a-file-of-blocks": (2 * f.PAGE, lambda fs: fs.resolve(b"big") * 256 + 32),
+    "more": (MiB, lambda fs: fs.resolve(b"big") * 256 + 32),
+}
+
+
+@pytest.mark.parametrize(("length", "place"), STARTS.values(), ids=STARTS)
+def test_a_region_whose_start_is_gone(victim: Filesystem, length: int, place: Callable[[Filesystem], int]) -> None:
+    """Superblock, reserved inodes and block table: slabs are known by their headers, names by their leaves.
+
+    A checksum elsewhere is damaged, too.
+    """
+    offset = place(victim)
     before = shapes(victim.region)
+    flip(victim, offset)
     victim.region.store(0, bytes(length))
     mended(victim.region)
     after = sound(victim.region.view)
@@ -252,16 +263,21 @@ def test_a_slab_in_the_data_of_a_file_is_none(victim: Filesystem) -> None:
     assert after == before
 
 
-def test_names_that_are_lost_in_a_full_region() -> None:
+def test_names_that_are_lost_in_a_full_region(shm: Path) -> None:
     """What has room is named in the root directory; when something was deleted, the others are."""
     fs = new_fs(20)
     for n in range(120):
         mkfile(fs, b"%x" % n, b"")
     full(fs)
     flip(fs, inode_of(fs, b"").root * f.PAGE)
-    region = MemoryRegion(image=fs.region.view)
-    outcome = repair_region(region)
-    assert {problem.code for problem in outcome.left} == {"inode-lost"}
+    path = shm / "region"
+    path.write_bytes(fs.region.view)
+    assert main(["-y", str(path)]) == 1 | 4
+    image = path.read_bytes()
+    assert main(["-y", str(path)]) == 4
+    assert path.read_bytes() == image
+    region = MemoryRegion(image=image)
+    assert {problem.code for problem in check(Volume(region))} == {"inode-lost"}
     named = [path for path in shapes(region) if path.startswith(b"/#")]
     assert len(named) > 100
     fs = open_fs(region)

@@ -214,7 +214,7 @@ class Ledger:
         return good
 
     def is_nobodys(self, page: int, count: int, kind: int) -> bool:
-        """Whether these pages are allocated as ``kind`` (data also in data blocks), and were not seen in use."""
+        """Whether these pages were not seen in use, and are of slabs and of that kind, or whole blocks for data."""
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.volume.total_pages:
             return False
         while count:
@@ -225,7 +225,7 @@ class Ledger:
                 wrong_kind = slab is not None and slab.kinds[index : index + step] != bytes([kind]) * step
                 if wrong_kind or any(self.pages[block][index : index + step]):
                     return False
-            elif kind != PAGE_DATA or self.table[block] != BLOCK_DATA or self.blocks[block] or step != PAGES_PER_BLOCK:
+            elif kind != PAGE_DATA or self.blocks[block] or block in self.wrong_blocks or step != PAGES_PER_BLOCK:
                 return False
             page, count = page + step, count - step
         return True
