@@ -507,3 +507,18 @@ def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
     again = Filesystem.open(fs.region)
     assert get_quota(again, e).limit == 4 * MiB
     fs.volume.inodes.clear()
+
+
+def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
+    """Which only damage makes: it counts for one of them."""
+    ino = mkfile(fs, b"f", b"x", d)
+    with fs.volume.transaction():
+        directory = fs.directory(ROOT)
+        directory.add(b"g", ino, stat.S_IFREG)
+        fs.volume.put_inode(ROOT, directory.finish(0))
+        fs.volume.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
+    assert check(fs.volume) == []
+    patch_inode(fs, ino, project=mkdir(fs, b"elsewhere"))
+    assert {problem.code for problem in check(fs.volume)} == {"project"}
+    assert repair_region(fs.region).left == []
+    fs.volume.inodes.clear()

@@ -60,6 +60,7 @@ class Checker:
         self.wrong_slots: dict[int, int] = {}  #: inodes that are named, and whose slots are free: type
         self.used: dict[int, int] = {}  #: by project: bytes of the inodes that name it
         self.odd_projects: dict[tuple[int, int], int] = {}  #: (directory, other project of an entry): the entry's inode
+        self.linked: dict[int, set[int]] = {}  #: files with many names, under quotas: the directories that name them
         self.projects_wrong = False
         self.fixes: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}

@@ -29,9 +29,14 @@ def quota_form(checker: Checker, ino: int, inode: Inode) -> None:
 
 
 def project(checker: Checker, parent: int, above: Inode, ino: int, inode: Inode) -> None:
-    """Note an entry that counts for another project than its directory: compared later, when all can be read."""
-    has_quota = inode.project == ino and stat.S_ISDIR(inode.mode)
-    if inode.project != above.project and not has_quota:
+    """Note an entry that counts for another project than its directory: compared later, when all can be read.
+
+    Of a file with names under several quotas, which only damage makes, one must be where it counts.
+    """
+    is_dir = stat.S_ISDIR(inode.mode)
+    if inode.nlink > 1 and not is_dir and (inode.project or above.project):
+        checker.linked.setdefault(ino, set()).add(parent)
+    elif inode.project != above.project and not (is_dir and inode.project == ino):
         checker.odd_projects[parent, inode.project] = ino
 
 
@@ -43,6 +48,10 @@ def quotas(checker: Checker) -> None:
     for (parent, found), ino in checker.odd_projects.items():
         if found not in _projects(checker, parent):
             _note_project(checker, ino, found)
+    for ino, parents in checker.linked.items():
+        linked = checker.inode(ino)
+        if linked and not any(linked.project in _projects(checker, parent) for parent in parents):
+            _note_project(checker, ino, linked.project)
     for ino in checker.used:
         if not _is_quota(checker, ino):
             checker.note("project", f"project {ino:#x}: expected a directory with a quota, found none", ino=ino)

@@ -30,6 +30,7 @@ def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
     if volume.inode(ROOT_INO).project not in (0, ROOT_INO):
         yield ROOT_INO, 0
     seen = set()
+    linked: dict[int, list[int]] = {}
     todo = [(int(ROOT_INO), int(ROOT_INO) if _has_quota(volume, ROOT_INO) else 0)]
     while todo:
         top, project = todo.pop()
@@ -42,8 +43,13 @@ def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
             if stat.S_ISDIR(inode.mode) and entry.ino not in seen:
                 seen.add(entry.ino)
                 todo.append((entry.ino, entry.ino if own else project))
-            if not own and inode.project != project:
+            if inode.nlink > 1 and not stat.S_ISDIR(inode.mode):
+                linked.setdefault(entry.ino, []).append(project)
+            elif not own and inode.project != project:
                 yield entry.ino, project
+    for ino, found in linked.items():
+        if volume.inode(ino).project not in found:
+            yield ino, max(found)  # under a quota, if any of its names is
     for ino in orphans - {ORPHANS_INO}:
         project = volume.inode(ino).project
         if project and ino not in seen and not _has_quota(volume, project):
