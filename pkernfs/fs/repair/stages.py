@@ -55,7 +55,8 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
     """
     repairs, records = mend_frame(region)
     found: list[Problem] = []
-    seen: set[tuple[Problem, ...]] = set()
+    done: list[Repair] = []
+    seen: set[tuple[tuple[Problem, ...], tuple[Repair, ...]]] = set()
     for number in range(1, MAX_ROUNDS + 1):
 
         def tell(at: Progress, number: int = number) -> None:
@@ -64,7 +65,8 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
 
         checker = Checker(Volume(region), salvage=True, progress=tell)
         problems = checker.run()
-        state = tuple(problems)
+        # What was not noted as a problem of its own may have been repaired: the same again is what leads nowhere.
+        state = tuple(problems), tuple(done)
         found = found or problems
         if not problems or state in seen:
             break
