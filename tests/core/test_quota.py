@@ -518,7 +518,9 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
         fs.volume.put_inode(ROOT, directory.finish(0))
         fs.volume.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
     assert check(fs.volume) == []
-    patch_inode(fs, ino, project=mkdir(fs, b"elsewhere"))
-    assert {problem.code for problem in check(fs.volume)} == {"project"}
-    assert repair_region(fs.region).left == []
-    fs.volume.inodes.clear()
+    for project in (mkdir(fs, b"elsewhere"), 0):
+        patch_inode(fs, ino, project=project)
+        assert {problem.code for problem in check(fs.volume)} == {"project"}
+        assert repair_region(fs.region).left == []
+        fs.volume.inodes.clear()
+        assert fs.getattr(ino).project == d

@@ -48,8 +48,9 @@ def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
             elif not own and inode.project != project:
                 yield entry.ino, project
     for ino, found in linked.items():
-        if volume.inode(ino).project not in found:
-            yield ino, max(found)  # under a quota, if any of its names is
+        # Under a quota, if any of its names is.
+        if volume.inode(ino).project not in (found if not max(found) else set(found) - {0}):
+            yield ino, max(found)
     for ino in orphans - {ORPHANS_INO}:
         project = volume.inode(ino).project
         if project and ino not in seen and not _has_quota(volume, project):
