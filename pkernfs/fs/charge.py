@@ -90,7 +90,9 @@ def charge(volume: Volume, tx: Transaction) -> None:
                 # What is damaged must not keep anything from being removed.
                 volume.damage.note(CorruptError(error.what, error.offset, error.found))
     for project, amount in sums.items():
-        inode = volume.inode(project)
+        inode = tx.inodes.get(project) or volume.inode(project)
+        if not inode.mode:
+            continue  # freed in this very transaction
         quota = quota_of(inode)
         if not quota.limit or not amount:
             continue

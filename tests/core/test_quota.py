@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, PAGE
+from pkernfs.format import INODE_SIZE, PAGE, Quota
 from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
@@ -524,3 +524,13 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
         assert repair_region(fs.region).left == []
         fs.volume.inodes.clear()
         assert fs.getattr(ino).project == d
+
+
+def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: int) -> None:
+    """As only damage makes it: it goes with its quota."""
+    fs.remember(d)
+    fs.rmdir(ROOT, b"d")
+    inode = fs.getattr(d)
+    patch_inode(fs, d, project=d, inline=with_quota(inode, Quota(MiB, INODE_SIZE)).inline)
+    fs.forget(d, 1)
+    assert check(fs.volume) == []

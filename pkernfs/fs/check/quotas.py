@@ -17,7 +17,7 @@ def quota_form(checker: Checker, ino: int, inode: Inode) -> None:
     if inode.project:
         checker.used[inode.project] = checker.used.get(inode.project, 0) + cost(inode)
     if stat.S_ISDIR(inode.mode):
-        if inode.project != ino and has_quota(inode):
+        if inode.project != ino and inode.nlink and has_quota(inode):
             checker.note("project", f"directory {ino:#x}: expected itself as its project, found {inode.project:#x}")
             checker.correct(ino, project=ino)
             return
