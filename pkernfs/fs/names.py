@@ -200,7 +200,7 @@ class Names(Orphans):
         if inode.root:
             raise FsError(errno.ENOTEMPTY, repr(name))
         self._check_removable(entry.ino, name)
-        self.drop_quota(entry.ino)
+        self.drop_quota(entry.ino, parent)
         inode = self.volume.inode(entry.ino)
         now = self.now()
         with self.volume.transaction():
@@ -228,15 +228,18 @@ class Names(Orphans):
         else:
             self.list_orphan(ino)
 
-    def drop_quota(self, ino: int) -> None:
+    def drop_quota(self, ino: int, *others: int) -> None:
         """Take the quota away of a directory that is about to go, if it has one.
 
-        Files without a name that count against it count against what is above it from now on.
+        Files without a name that count against it count against what is above it from now on.  ``others``: the inodes
+        that will be changed with it, and must not be frozen: nothing is half done.
         """
         volume = self.volume
         inode = volume.inode(ino)
         if inode.project != ino:
             return
+        for other in others:
+            volume.damage.check_changeable(other)
         above = project_above(volume, ino, inode)
         with volume.transaction():
             volume.put_inode(ino, with_quota(inode, Quota(0, 0)))

@@ -50,7 +50,7 @@ class Renames(Names):
         self._check_project(source.inode, target.inode)
         if new is not None and flags != RENAME_EXCHANGE:
             self._check_replaceable(new, moved)
-            self.drop_quota(new.ino)
+            self.drop_quota(new.ino, parent, new_parent, old.ino)
         now = self.now()
         with self.volume.transaction():
             if flags == RENAME_EXCHANGE and new is not None:
