@@ -72,6 +72,7 @@ class Outcome(NamedTuple):
     stored: bool  #: they are in the region now, not in memory only
     warnings: list[str]
     paths: dict[int, str]  #: of the inodes concerned, where they have one
+    shown: bool = False  #: the problems were, with the question
 
     @property
     def code(self) -> int:
@@ -121,9 +122,8 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     from pkernfs.fs.check import check_region
     from pkernfs.region import open_region
 
-    ask = not (arguments.no or arguments.yes or arguments.auto)
-    if ask and (arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())):
-        ask = False
+    told = arguments.no or arguments.yes or arguments.auto
+    ask = not told and not arguments.json and sys.stdin.isatty() and sys.stdout.isatty()
     warnings = []
     try:
         opened = open_region(arguments.region, readonly=True)
@@ -138,9 +138,13 @@ def _run(arguments: argparse.Namespace) -> Outcome:
             problems, checker = check_region(region, progress=tell)
         paths = _paths(checker, {problem.ino for problem in problems})
     found = Outcome(problems, problems, [], checker, records, False, warnings, paths)
-    repairs = arguments.yes or arguments.auto or ask
-    if not repairs or not (records or problems) or (ask and problems and not _agreed(arguments.region, found)):
+    if not (records or problems) or not (ask or arguments.yes or arguments.auto):
         return found
+    if ask and problems:
+        agreed = _agreed(arguments.region, found)
+        found = found._replace(shown=True)
+        if not agreed:
+            return found
     return _repaired(arguments, found)
 
 
@@ -159,7 +163,15 @@ def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
         paths = found.paths | _paths(done.checker, concerned)
     # A region that could not be opened has shown one problem only, until its frame was mended.
     problems = found.problems if found.checker else found.problems + done.found
-    return Outcome(problems, done.left, done.repairs, done.checker, done.records, True, found.warnings, paths)
+    return found._replace(
+        problems=problems,
+        left=done.left,
+        repairs=done.repairs,
+        checker=done.checker,
+        records=done.records,
+        stored=True,
+        paths=paths,
+    )
 
 
 def _agreed(region: str, found: Outcome) -> bool:

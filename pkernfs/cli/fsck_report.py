@@ -25,13 +25,12 @@ def report(arguments: argparse.Namespace, outcome: Outcome) -> None:
         print(json.dumps(_object(arguments.region, outcome), indent=2))
         return
     name, problems, left = arguments.region, outcome.problems, outcome.left
-    asked = not (arguments.no or arguments.yes or arguments.auto)
     for warning in outcome.warnings:
         print(f"fsck.pkernfs: warning: {warning}", file=sys.stderr)
     if outcome.records:
         where = "replayed" if outcome.stored else "replayed in memory only, the next mount (or -y) does it for good"
         print(f"{name}: the journal held an unfinished transaction of {outcome.records} records: {where}")
-    if not asked:  # else they were shown with the question
+    if not outcome.shown:
         for line in lines(name, problems, outcome.paths):
             print(line)
     for repair in outcome.repairs:

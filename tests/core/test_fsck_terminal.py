@@ -96,11 +96,16 @@ def test_it_does_not_ask_about_a_clean_region(planted: Plant) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["-f"], ["--json"]], ids=["", "-f", "--json"])
-def test_without_a_terminal_it_only_looks(planted: Plant, options: list[str]) -> None:
+def test_without_a_terminal_it_only_looks(
+    planted: Plant, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """And says what it sees."""
     assert main([*options, planted("")]) == 0
     path = planted("page-count")
     before = digest(path)
+    capsys.readouterr()
     assert main([*options, path]) == 4
+    assert "inode-pages" in capsys.readouterr().out
     assert digest(path) == before
 
 
