@@ -100,6 +100,8 @@ def charge(volume: Volume, tx: Transaction) -> None:
             volume.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, f"{quota}"))
         elif amount > 0 and quota.used + amount > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {amount} more wanted")
+        if project in volume.damage.inodes:
+            continue  # frozen: fsck counts anew
         # A wrong count is damage, which fsck mends: it must not keep anything from being removed.
         used = min(max(quota.used + amount, 0), volume.total_pages * PAGE)
         volume.put_inode(project, with_quota(inode, quota._replace(used=used)))

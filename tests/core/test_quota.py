@@ -534,3 +534,18 @@ def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: int) -> None:
     patch_inode(fs, d, project=d, inline=with_quota(inode, Quota(MiB, INODE_SIZE)).inline)
     fs.forget(d, 1)
     assert check(fs.volume) == []
+
+
+def test_below_a_directory_that_was_found_damaged(fs: Filesystem, d: int) -> None:
+    """Its quota is not counted on, and still holds; what is below it is not damaged."""
+    e = mkdir(fs, b"e", d)
+    ino = mkfile(fs, b"f", b"x" * MiB, e)
+    fs.volume.damage.note(CorruptError("an entry", d * INODE_SIZE, "damaged", ino=d))
+    mkfile(fs, b"g", b"x", e)
+    fs.write(ino, 2 * MiB, b"x")
+    with fails(errno.EDQUOT):
+        fs.setattr(ino, SetAttr(size=5 * MiB))
+    fs.unlink(e, b"f")
+    assert {problem.code for problem in check(fs.volume)} == {"quota"}
+    assert repair_region(fs.region).left == []
+    fs.volume.inodes.clear()
