@@ -188,11 +188,9 @@ def _agreed(region: str, found: Outcome) -> bool:
 
 
 def _paths(checker: Checker | None, inos: set[int]) -> dict[int, str]:
-    from pkernfs.fs.paths import paths_of
+    from pkernfs.fs.paths import a_path_of
 
-    if checker is None or not inos - {0}:
-        return {}
-    return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(checker.volume, inos - {0}).items()}
+    return a_path_of(checker.volume, inos - {0}) if checker and inos - {0} else {}
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, An
     from pkernfs.errors import CorruptError, FormatError
     from pkernfs.fs.filesystem import Filesystem
     from pkernfs.fs.repair.frame import find_copy
-    from pkernfs.fs.scrub import scrub_all
+    from pkernfs.fs.scrub import Damage, scrub_all
     from pkernfs.region import open_region
 
     keep_quiet()
@@ -88,12 +88,11 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, An
         try:
             fs = Filesystem.open(region)
         except CorruptError as error:
-            text = f"{error.what} at region offset {error.offset:#x}: {error.found}"
-            return 1, [{"text": text, "ino": 0, "offset": error.offset}]
+            return 1, [Damage.of(error)._asdict()]
         except FormatError as error:
             if find_copy(region) is None:
                 raise
-            return 1, [{"text": error.text.removeprefix(f"{region.path}: "), "ino": 0, "offset": 0}]
+            return 1, [Damage(error.text.removeprefix(f"{region.path}: "), 0, 0)._asdict()]
         pages = fs.volume.total_pages
         steps = ({**step._asdict(), "problems": [p._asdict() for p in step.problems]} for step in scrub_all(fs))
         return _all(((step, pages) for step in steps), advance)
@@ -111,7 +110,7 @@ def _all(steps: Iterable[Step], advance: Advance | None) -> tuple[int, list[dict
 
 def _paths(region_path: str, inos: set[int]) -> dict[int, str]:
     """A path of each inode that has one and whose directories can be read."""
-    from pkernfs.fs.paths import paths_of
+    from pkernfs.fs.paths import a_path_of
     from pkernfs.fs.volume import Volume
     from pkernfs.region import open_region
 
@@ -119,6 +118,6 @@ def _paths(region_path: str, inos: set[int]) -> dict[int, str]:
         return {}
     try:
         with open_region(region_path, readonly=True, locked=False) as region:
-            return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(Volume(region), inos).items()}
+            return a_path_of(Volume(region), inos)
     except PkernfsError:
         return {}  # too much is damaged for names; what was found is told without them

@@ -10,7 +10,6 @@ from typing import TypeVar
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FLAG_DIRECT,
-    INLINE_SIZE,
     INODE_ATIME_AT,
     INODE_CTIME_AT,
     INODE_MTIME_AT,
@@ -21,6 +20,7 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.pages import has_extents
 from pkernfs.fs.volume import Volume
 
 T = TypeVar("T")
@@ -243,7 +243,7 @@ class Content:
         inode = self.volume.inode(ino)
         if not stat.S_ISLNK(inode.mode):
             raise FsError(errno.EINVAL, f"inode {ino} is not a symbolic link")
-        if inode.size <= INLINE_SIZE:
+        if not has_extents(inode):
             self.accessed(ino, inode)
             return inode.inline[: inode.size]
         return bytes(self.read(ino, 0, inode.size))

@@ -16,7 +16,6 @@ from pkernfs.format import (
     BLOCK_FREE,
     BLOCK_KINDS,
     BLOCK_META,
-    EXTENT_VALUE,
     INODE_SIZE,
     INODES_PER_PAGE,
     JOURNAL_HEADER,
@@ -170,11 +169,8 @@ def _tree_of(fs: Filesystem, ino: int, inode: Inode, page: int) -> str:
 def _attribute_at(fs: Filesystem, ino: int, inode: Inode, page: int) -> str | None:
     """The name of the attribute whose value has a page."""
     for attribute in Xattrs(fs.volume, ino, inode).all():
-        if attribute.head.external:
-            payload = attribute.payload
-            runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
-            if any(run.page <= page < run.page + run.length for run in runs):
-                return os.fsdecode(attribute.name)
+        if any(run.page <= page < run.page + run.length for run in attribute.runs):
+            return os.fsdecode(attribute.name)
     return None
 
 

@@ -11,9 +11,10 @@ import stat
 from itertools import islice
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import INLINE_SIZE, INODE_SIZE, ORPHANS_INO, PAGE, Inode
+from pkernfs.format import INODE_SIZE, ORPHANS_INO, PAGE, Inode
 from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
+from pkernfs.fs.pages import has_extents
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
@@ -106,13 +107,9 @@ class Orphans(Content):
         """Whether one transaction can free all that belongs to the inode."""
         if inode.xattrs and len(Xattrs(self.volume, ino, inode).some(STEP + 1)) > STEP:
             return False
-        if not inode.root or not self.has_content(inode):
+        if not inode.root or not has_extents(inode):
             return True
         return len(list(islice(FileMap(self.volume, ino, inode).extents(), STEP + 1))) <= STEP
-
-    def has_content(self, inode: Inode) -> bool:
-        """Whether the inode has extents (and not entries, or a target inside itself)."""
-        return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
 
     def free_part(self, ino: int, inode: Inode) -> bool:
         """Give back a part of an inode without a name, within a transaction; True: all of it, and the inode."""
@@ -127,7 +124,7 @@ class Orphans(Content):
                 xattrs.remove(attribute)
             inode = xattrs.finish(inode.ctime)
             done = not inode.xattrs
-        if done and self.has_content(inode):
+        if done and has_extents(inode):
             filemap = FileMap(volume, ino, inode)
             done = filemap.remove(0, MAX_PAGES, STEP)
             inode = filemap.finish()
@@ -140,7 +137,7 @@ class Orphans(Content):
     def _truncate_part(self, ino: int, inode: Inode, compact: bool) -> bool:
         """Free a part of what lies beyond the end of a file, within a transaction; True: all of it."""
         done = True
-        if self.has_content(inode):
+        if has_extents(inode):
             filemap = FileMap(self.volume, ino, inode, compact=compact)
             done = filemap.truncate(-(-inode.size // PAGE), STEP)
             self.volume.put_inode(ino, filemap.finish())

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
+    INLINE_SIZE,
     INODE,
     INODE_CHECKED_AT,
     INODE_SIZE,
@@ -20,8 +21,8 @@ from pkernfs.format import (
 from pkernfs.region import Region
 
 _CHECKSUM = struct.Struct("<I")
-#: type -> largest size, bytes
-_SIZES = {
+#: type -> largest size, bytes; of a directory it is the number of its entries
+SIZE_LIMITS = {
     stat.S_IFREG: MAX_FILE_SIZE,
     stat.S_IFLNK: SYMLINK_MAX,
     stat.S_IFIFO: 0,
@@ -60,10 +61,14 @@ def check_page(
     if (header.magic, header.offset, header.owner) != expected:
         found = (header.magic, header.offset, header.owner)
         raise CorruptError(what, offset, f"expected magic, offset, owner {expected}, found {found}", ino=ino)
-    crc = checksum(raw[:4] + bytes(4) + raw[8:])
-    if sealed and crc != header.checksum:
+    if sealed and (crc := checksum(raw[:4] + bytes(4) + raw[8:])) != header.checksum:
         raise CorruptError(what, offset, f"checksum {header.checksum:#x}, expected {crc:#x}", ino=ino)
     return header
+
+
+def has_extents(inode: Inode) -> bool:
+    """Whether the content stands in extents: of regular files, and of long symbolic links."""
+    return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
 
 
 def raw_inode(region: Region, ino: int) -> Inode:
@@ -90,7 +95,7 @@ def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
     more pages than the region has.
     """
     kind = stat.S_IFMT(inode.mode)
-    limit = total_pages * PAGE if kind == stat.S_IFDIR else _SIZES.get(kind, -1)
+    limit = total_pages * PAGE if kind == stat.S_IFDIR else SIZE_LIMITS.get(kind, -1)
     if limit < 0 or inode.mode >> 16:
         found = f"mode {inode.mode:o}"
     elif inode.size > limit:

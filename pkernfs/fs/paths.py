@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 from collections.abc import Collection
@@ -35,3 +36,8 @@ def paths_of(volume: Volume, inos: Collection[int]) -> dict[int, list[bytes]]:
         except (PkernfsError, struct.error):
             continue
     return {ino: sorted(paths) for ino, paths in found.items()}
+
+
+def a_path_of(volume: Volume, inos: Collection[int]) -> dict[int, str]:
+    """The first path of each inode that has one."""
+    return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(volume, inos).items()}

@@ -62,8 +62,7 @@ def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
     if limit:
         _store(volume, ino, with_quota(inode, Quota(limit, used)))
     else:
-        fs.move_orphans(ino, above)
-        _store(volume, ino, without_quota(inode, above))
+        fs.drop_quota(ino)
     return get_quota(fs, ino)
 
 

@@ -15,7 +15,6 @@ from pkernfs.format import (
     INODES_PER_PAGE,
     JOURNAL_HEADER,
     JOURNAL_MAGIC,
-    NODE_MAGIC,
     PAGE,
     PAGE_HEADER_LAYOUT,
     PAGE_INODES,
@@ -40,6 +39,11 @@ class Damage(NamedTuple):
     text: str
     ino: int  #: the inode that it is, or belongs to; 0: none
     offset: int  #: in the region, bytes
+
+    @classmethod
+    def of(cls, error: CorruptError, ino: int = 0) -> Damage:
+        """What an error says."""
+        return cls(f"{error.what} at region offset {error.offset:#x}: {error.found}", ino, error.offset)
 
 
 class Scrubbed(NamedTuple):
@@ -90,9 +94,7 @@ class _Step:
 
     def damaged(self, error: CorruptError, ino: int = 0) -> None:
         self.fs.volume.damage.note(error)
-        self.problems.append(
-            Damage(f"{error.what} at region offset {error.offset:#x}: {error.found}", ino, error.offset)
-        )
+        self.problems.append(Damage.of(error, ino))
 
     def metadata(self) -> None:
         """Superblocks, journal, block table, reserved inodes."""
@@ -159,7 +161,6 @@ class _Step:
         raw = self.region.read(page * PAGE, PAGE)
         owner = PAGE_HEADER_LAYOUT.unpack(raw).owner
         try:
-            check_page(raw, NODE_MAGIC, page * PAGE, owner, f"a tree node of inode {owner}")
             Node.decode(raw, page, owner)
         except CorruptError as error:
             # Not of the inode that the page names: a damaged page may name any.

@@ -38,6 +38,12 @@ class Attribute(NamedTuple):
     head: XattrHead
     payload: bytes  #: the value, or its runs of pages
 
+    @property
+    def runs(self) -> list[ExtentValue]:
+        """The runs of pages of an external value, as they stand there; else none."""
+        step = EXTENT_VALUE.size
+        return [EXTENT_VALUE.unpack(self.payload, at) for at in range(0, len(self.payload) * self.head.external, step)]
+
 
 class Xattrs:
     """The extended attributes of inode ``ino``.  Changes need an open transaction; ``finish`` gives the inode."""
@@ -67,8 +73,7 @@ class Xattrs:
         """The runs of pages of an external value.  Raises CorruptError when they cannot be."""
         if not attribute.head.external:
             return []
-        payload = attribute.payload
-        runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
+        runs = attribute.runs
         total = self.volume.total_pages
         if any(not 0 < r.length <= 17 or r.page + r.length > total for r in runs) or (
             sum(r.length for r in runs) != -(-attribute.head.size // PAGE)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import INODE_SIZE, ROOT_INO, Inode
+from pkernfs.format import FIRST_FREE_SLOT, INODE_SIZE, ROOT_INO, Inode
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -158,6 +158,18 @@ def full(fs: Filesystem, leave: int = 0) -> list[int]:
         fs.unlink(ROOT, b"fill-small%d" % n)
     assert fs.statfs().free == leave
     return [*made, *small[leave:]]
+
+
+def remove_all(fs: Filesystem, ino: int) -> None:
+    """Remove all that is in a directory and can be."""
+    for entry in list(fs.readdir(ino)):
+        if entry.ino < FIRST_FREE_SLOT:
+            continue
+        if stat.S_ISDIR(entry.mode):
+            remove_all(fs, entry.ino)
+            fs.rmdir(ino, entry.name)
+        else:
+            fs.unlink(ino, entry.name)
 
 
 def digest(path: str) -> str:

@@ -6,17 +6,28 @@ from __future__ import annotations
 import errno
 import functools
 import random
-import stat
 from contextlib import suppress
 
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import FIRST_FREE_SLOT, PAGE
+from pkernfs.format import PAGE
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import MemoryRegion
-from tests.core.support import ROOT, SEED, UUID, MiB, assert_sound, content, mkfile, new_fs, open_fs, unchanged
+from tests.core.support import (
+    ROOT,
+    SEED,
+    UUID,
+    MiB,
+    assert_sound,
+    content,
+    mkfile,
+    new_fs,
+    open_fs,
+    remove_all,
+    unchanged,
+)
 from tests.core.tight import FREES, OPERATIONS, STATES, handicap
 
 SIZE = 16 * MiB
@@ -58,18 +69,6 @@ def test_what_needs_no_room(state: str) -> None:
             fs = in_state(state)
             operation.run(fs, fs.resolve)
             assert_sound(fs)
-
-
-def remove_all(fs: Filesystem, directory: int) -> None:
-    """Remove all that is in a directory and can be."""
-    for entry in list(fs.readdir(directory)):
-        if entry.ino < FIRST_FREE_SLOT:
-            continue
-        if stat.S_ISDIR(entry.mode):
-            remove_all(fs, entry.ino)
-            fs.rmdir(directory, entry.name)
-        else:
-            fs.unlink(directory, entry.name)
 
 
 @pytest.mark.parametrize("state", ["pages", "inodes", "host"])

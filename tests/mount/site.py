@@ -259,6 +259,24 @@ def site(**options: object) -> Iterator[Site]:
         made.close()
 
 
+@contextmanager
+def small_host(site: Site, size: str) -> Iterator[None]:
+    """Let the site have a region of 64 MiB, not mounted yet, on a tmpfs of ``size``."""
+    host, region = site.tmp / "host", site.region
+    host.mkdir()
+    site.run_ok("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", host)
+    try:
+        site.region = host / "region"
+        site.make("64M")
+        yield
+    finally:
+        if site.is_mounted():
+            site.run_ok("umount", site.mnt)
+        site.wait_for_end()
+        site.run_ok("umount", host)
+        site.region = region
+
+
 def coarse_tick() -> None:
     """Wait until the clock that filesystems take time stamps from has moved on (a few ms)."""
     coarse = 5  # CLOCK_REALTIME_COARSE

@@ -15,7 +15,7 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import open_region
 from tests.core.support import full
 from tests.core.tight import STATES
-from tests.mount.site import MiB, Site, below, errno_of
+from tests.mount.site import MiB, Site, below, errno_of, small_host
 
 PAGE = 4096
 EXCHANGE = 2
@@ -165,17 +165,12 @@ def test_a_write_at_the_limit_is_short(unmounted: Site) -> None:
 def test_a_host_without_memory(unmounted: Site) -> None:
     """A region on a tmpfs that is smaller: what needs memory is ENOSPC, what frees works, and nobody gets SIGBUS."""
     site = unmounted
-    host, region = site.tmp / "host", site.region
-    host.mkdir()
-    site.run_ok("mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", host)
-    try:
-        site.region = host / "region"
-        site.make("64M")
+    with small_host(site, "16M"):
         site.mount()
         empty = site.free()
         (site.mnt / "large").write_bytes(b"x" * (3 * MiB))
         # Whatever else is on the host: its memory is gone.
-        assert errno_of((host / "other").write_bytes, bytes(16 * MiB)) == errno.ENOSPC
+        assert errno_of((site.tmp / "host/other").write_bytes, bytes(16 * MiB)) == errno.ENOSPC
         names = 0
         while not (found := errno_of((site.mnt / f"small{names}").write_bytes, b"y" * 5000)):
             names += 1
@@ -196,9 +191,3 @@ def test_a_host_without_memory(unmounted: Site) -> None:
         site.mount()
         site.umount()
         site.verify()
-    finally:
-        if site.is_mounted():
-            site.run_ok("umount", site.mnt)
-        site.wait_for_end()
-        site.run_ok("umount", host)
-        site.region = region

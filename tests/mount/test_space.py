@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.site import MiB, Site, below, errno_of, wait_until
+from tests.mount.site import MiB, Site, below, errno_of, small_host, wait_until
 
 PAGE = 4096
 BLOCK = 2 * MiB
@@ -306,13 +306,7 @@ def test_overwriting_does_not_need_space(site: Site) -> None:
 
 def test_tmpfs_without_room_is_no_space(unmounted: Site) -> None:
     """A region larger than what its host has left: ENOSPC, not SIGBUS in the server."""
-    host = unmounted.tmp / "host"
-    host.mkdir()
-    unmounted.run_ok("mount", "-t", "tmpfs", "-o", "size=20M", "tmpfs", host)
-    region = unmounted.region
-    try:
-        unmounted.region = host / "region"
-        unmounted.make("64M")
+    with small_host(unmounted, "20M"):
         unmounted.mount()
         path = unmounted.mnt / "f"
         path.touch()
@@ -324,9 +318,3 @@ def test_tmpfs_without_room_is_no_space(unmounted: Site) -> None:
         assert path.read_bytes() == bytes(8 * MiB)
         unmounted.umount()
         unmounted.verify()
-    finally:
-        if unmounted.is_mounted():
-            unmounted.run_ok("umount", unmounted.mnt)
-        unmounted.wait_for_end()
-        unmounted.run_ok("umount", host)
-        unmounted.region = region

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import EXTENT_VALUE, PAGE, PAGE_XATTR, Inode, checksum
+from pkernfs.format import PAGE, PAGE_XATTR, Inode, checksum
 from pkernfs.fs.check.trees import hashed, is_attribute, items, keep
 from pkernfs.fs.xattrs import Attribute, Xattrs
 
@@ -41,8 +41,7 @@ def attributes(checker: Checker, ino: int, inode: Inode) -> None:
 
 def _external(checker: Checker, attribute: Attribute, what: str) -> bool:
     """Whether the pages and the checksum of a value that stands outside the tree are sound."""
-    payload, size = attribute.payload, attribute.head.size
-    runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
+    size, runs = attribute.head.size, attribute.runs
     if any(not run.length for run in runs) or sum(run.length for run in runs) != -(-size // PAGE):
         checker.note("xattr", f"{what}: expected the pages of {size} bytes, found {runs}")
         return False

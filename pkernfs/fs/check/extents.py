@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Inode
-from pkernfs.fs.check.inodes import has_extents
 from pkernfs.fs.check.trees import is_extent, items, keep
+from pkernfs.fs.pages import has_extents
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker

@@ -13,20 +13,17 @@ from pkernfs.format import (
     FLAG_IOMMU_ROOT_PGTABLES,
     INLINE_SIZE,
     IOMMU_INO,
-    MAX_FILE_SIZE,
     ORPHANS_INO,
     ROOT_INO,
     ROOT_PGTABLES_INO,
-    SYMLINK_MAX,
     Inode,
 )
+from pkernfs.fs.pages import SIZE_LIMITS, has_extents
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker
 
-TYPES = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK}
-#: type -> the largest size; a directory's is compared with its entries
-SIZE_LIMITS = {stat.S_IFREG: MAX_FILE_SIZE, stat.S_IFLNK: SYMLINK_MAX}
+TYPES = {*SIZE_LIMITS, stat.S_IFDIR}
 
 #: inode -> (type, flags) of the slots that mkfs fills
 RESERVED: dict[int, tuple[int, int]] = {
@@ -57,11 +54,6 @@ def plausible(ino: int, inode: Inode) -> bool:
     if ino < FIRST_FREE_SLOT:
         return RESERVED.get(ino) == (kind, inode.flags)
     return kind in TYPES and inode.flags & (FLAG_FILE | FLAG_DIR) == type_flags(kind)
-
-
-def has_extents(inode: Inode) -> bool:
-    """Whether the content stands in extents: of regular files, and of long symbolic links."""
-    return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
 
 
 def may_be_named(ino: int) -> bool:
@@ -124,7 +116,7 @@ def symlink(checker: Checker, ino: int, inode: Inode) -> None:
 def no_content(checker: Checker, ino: int, inode: Inode) -> None:
     """Devices, FIFOs and sockets have no content."""
     kind = stat.S_IFMT(inode.mode)
-    if kind not in SIZE_LIMITS and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
+    if not SIZE_LIMITS.get(kind) and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
         checker.note("inode-content", f"inode {ino:#x}: expected no content for mode {inode.mode:o}, found some")
         checker.correct(ino, root=0, inline=bytes(INLINE_SIZE))
 

@@ -29,11 +29,11 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs.check import Checker
-from pkernfs.fs.check.inodes import has_extents, in_its_place, may_be_named
+from pkernfs.fs.check.inodes import in_its_place, may_be_named
 from pkernfs.fs.check.trees import is_attribute, is_entry, is_extent
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
-from pkernfs.fs.pages import raw_inode
+from pkernfs.fs.pages import has_extents, raw_inode
 from pkernfs.fs.repair.content import inline_extents
 from pkernfs.fs.repair.inodes import is_root_of
 from pkernfs.fs.repair.work import Work, batches
@@ -126,9 +126,7 @@ def _is_right_attribute(checker: Checker, owner: int, key: int, value: bytes) ->
         attribute = Xattrs(checker.volume, owner, Inode())._attribute(key, value)
     except CorruptError:
         return False
-    payload = attribute.payload if attribute.head.external else b""
-    runs = [EXTENT_VALUE.unpack(payload, at) for at in range(0, len(payload), EXTENT_VALUE.size)]
-    memory = all(checker.ledger.is_nobodys(run.page, run.length, PAGE_XATTR) for run in runs)
+    memory = all(checker.ledger.is_nobodys(run.page, run.length, PAGE_XATTR) for run in attribute.runs)
     return memory and _at_its_key(checker, key, attribute.name)
 
 

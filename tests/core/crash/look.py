@@ -9,7 +9,7 @@ from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
 from pkernfs.region import Region
-from tests.core.support import ME, ROOT, mkdir, open_fs
+from tests.core.support import ME, ROOT, mkdir, open_fs, remove_all
 
 ZEROS = bytes(1 << 20)
 
@@ -100,7 +100,7 @@ def assert_works(region: Region, empty: Statfs) -> None:
     fs = open_fs(region)
     _make(fs)
     _take_all(fs)
-    _remove(fs, ROOT)
+    remove_all(fs, ROOT)
     fs.settle()
     assert check(fs.volume) == []
     assert fs.statfs() == empty, "what an empty region has free"
@@ -140,15 +140,3 @@ def _take_all(fs: Filesystem) -> None:
     for at in range(0, fs.getattr(ino).size, len(ZEROS)):
         found = bytes(fs.read(ino, at, len(ZEROS)))
         assert found == ZEROS[: len(found)], "old bytes in new memory"
-
-
-def _remove(fs: Filesystem, ino: int) -> None:
-    """Remove all that is in a directory."""
-    for entry in list(fs.readdir(ino)):
-        if ino == ROOT and entry.name == b"iommu":
-            continue
-        if stat.S_ISDIR(entry.mode):
-            _remove(fs, entry.ino)
-            fs.rmdir(ino, entry.name)
-        else:
-            fs.unlink(ino, entry.name)
