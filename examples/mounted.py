@@ -164,10 +164,11 @@ def has_open(pid: int, status: os.stat_result) -> bool:
 
 def holds_fuse(pid: int) -> bool:
     """Has the process /dev/fuse open?"""
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/fd/{name}") == "/dev/fuse":
-                return True
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") == "/dev/fuse":
+                    return True
     return False
 
 

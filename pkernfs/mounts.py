@@ -7,12 +7,13 @@ FSTYPE = "fuse.pkernfs"
 
 
 class Mount(NamedTuple):
-    """One line of mountinfo.  ``device`` is MAJOR:MINOR; names are unescaped."""
+    """One line of mountinfo.  ``device`` is MAJOR:MINOR; names are unescaped; ``owner`` is FUSE's user_id, else 0."""
 
     device: str
     mountpoint: str
     fstype: str
     source: str
+    owner: int = 0
 
 
 def unescape(field: str) -> str:
@@ -27,8 +28,9 @@ def mounts() -> Iterator[Mount]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             fields = line.split()
-            fstype, source = fields[fields.index("-") + 1 :][:2]
-            yield Mount(fields[2], unescape(fields[4]), fstype, unescape(source))
+            fstype, source, options = fields[fields.index("-") + 1 :][:3]
+            owner = next((word[8:] for word in options.split(",") if word.startswith("user_id=")), "0")
+            yield Mount(fields[2], unescape(fields[4]), fstype, unescape(source), int(owner))
 
 
 def mountpoints_of(region: str) -> list[str]:

@@ -8,8 +8,9 @@ from pkernfs.cli.words import Parser, add_version
 
 DESCRIPTION = """\
 Mount a pkernfs region on a directory.  Called by mount(8) for `mount -t pkernfs REGION DIR [-o OPTIONS]`, for lines of
-fstab(5) with the type pkernfs, or by hand.  Returns when the mount is usable; the server goes on in the background and
-ends when the filesystem is unmounted.
+fstab(5) with the type pkernfs, or by hand.  Returns when the mount is usable; two processes go on in the background, a
+keeper and its worker, until the filesystem is unmounted.  When one of them is killed, another takes its place: see
+pkernfs status --help.
 """
 EPILOG = """\
 options (-o):
@@ -20,6 +21,9 @@ options (-o):
   relatime, strictatime, noatime
                          when reading updates access times (default relatime), as mount(8) describes
   log=FILE               log there, not to the journal
+  hang=SECONDS           replace a worker that has not answered for so long (default 30)
+  metrics=[ADDRESS:]PORT, metrics=/FILE
+                         metrics for Prometheus (see pkernfs metrics --help; default: none)
   barrier, nobarrier     whether what is stored in a region on a disk is flushed in order (the default there), so that a
                          power cut leaves it whole; fsync flushes either way
   notune                 leave the kernel's page cache limits for this mount alone (they are raised when root mounts:
@@ -62,7 +66,8 @@ def run(argv: Sequence[str] | None) -> int:
     """Mount.  Raises PkernfsError before anything is mounted; afterwards only the server's exit status tells."""
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
-    from pkernfs.server.mount import check_mountpoint, open_filesystem, remount, serve, start_logging
+    from pkernfs.server.logs import start_logging
+    from pkernfs.server.mount import check_mountpoint, mount, remount, resumed
     from pkernfs.server.options import parse_options
 
     try:
@@ -75,34 +80,37 @@ def run(argv: Sequence[str] | None) -> int:
     if options.remount:
         remount(arguments.directory, options)
         return 0
+    options = options._replace(foreground=arguments.foreground)
+    region = os.path.realpath(arguments.region)
+    if (keeper := resumed(region, os.path.realpath(arguments.directory))) is not None:
+        start_logging(options)
+        keeper.keep()
+        return 0
     mountpoint = check_mountpoint(arguments.directory)
-    fs = open_filesystem(arguments.region, options)
-    if fs.volume.recovered:
-        print(f"pkernfs: {arguments.region}: replayed the journal: {fs.volume.recovered} records", file=sys.stderr)
 
-    def tell(warning: str) -> None:
+    def tell(replayed: int, warning: str) -> None:
+        if replayed:
+            print(f"pkernfs: {arguments.region}: replayed the journal: {replayed} records", file=sys.stderr)
         if warning:
             print(f"pkernfs: {mountpoint}: {warning}", file=sys.stderr)
         elif arguments.verbose:
-            print(f"pkernfs: {fs.region.path} mounted on {mountpoint}", file=sys.stderr)
+            print(f"pkernfs: {arguments.region} mounted on {mountpoint}", file=sys.stderr)
 
     if arguments.foreground:
-        if options.log:
-            start_logging(options.log)
-        serve(fs, mountpoint, options, tell)
+        start_logging(options)
+        mount(region, mountpoint, options, tell)
         return 0
     from pkernfs.server.daemon import daemonize
 
     daemon = daemonize()
     if daemon is None:
-        # The parent has the region open too; the child's descriptor keeps the lock.
         return 0
     with daemon:
-        start_logging(options.log)
+        start_logging(options)
 
-        def ready(warning: str) -> None:
-            tell(warning)
+        def ready(replayed: int, warning: str) -> None:
+            tell(replayed, warning)
             daemon.ready()
 
-        serve(fs, mountpoint, options, ready)
+        mount(region, mountpoint, options, ready)
     os._exit(0)

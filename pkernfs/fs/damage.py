@@ -35,12 +35,6 @@ class Damage:
         if len(self.found) == MAX_LOGGED:
             log.error("%d structures were found damaged: more are not logged", MAX_LOGGED)
 
-    def log_again(self) -> None:
-        """Log what was found before there was a log: when the region was opened."""
-        if log.hasHandlers():
-            for error in self.found.values():
-                log.error("%s", error)
-
     def check_changeable(self, ino: int) -> None:
         """Raise FsError(EROFS) when the inode was found damaged."""
         if ino in self.inodes:

@@ -20,6 +20,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.content import clamp_time, killed_mode
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import STEP
 from pkernfs.fs.rename import Renames
 from pkernfs.fs.volume import Volume
@@ -53,12 +54,13 @@ class Filesystem(Renames):
     """All operations on one region.  Inode numbers in, FsError out; every call is complete when it returns."""
 
     @classmethod
-    def open(cls, region: Region) -> Filesystem:
+    def open(cls, region: Region, lookups: Lookups | None = None) -> Filesystem:
         """Open the filesystem in ``region``: replay the journal and, when it may write, free the orphans.
 
-        Raises FormatError, CorruptError (also when the root directory is damaged).
+        ``lookups``: of a mount that goes on after the end of its server.  Raises FormatError, CorruptError (also when
+        the root directory is damaged).
         """
-        fs = cls(Volume(region))
+        fs = cls(Volume(region), lookups)
         root = fs.volume.inode_named_by(ROOT_INO, ROOT_INO)
         if not stat.S_ISDIR(root.mode) or root.parent != ROOT_INO:
             found = f"expected a directory, its own parent, found mode {root.mode:o}, parent {root.parent:#x}"
@@ -70,7 +72,8 @@ class Filesystem(Renames):
     def close(self) -> None:
         """Free what was kept for open files only, note the orderly end, release the region."""
         if not self.region.readonly:
-            self.lookups.clear()
+            self.ended = True
+            self.in_background = False
             self.finish_orphans()
             self.volume.mark_unmounted()
         self.region.close()

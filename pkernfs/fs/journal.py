@@ -23,6 +23,8 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
+#: Names the request that a transaction belongs to.
+ASKED = JournalRecord(SUPERBLOCK.offsets["asked"], 8, STORE)
 MAX_SEQUENCE = 1 << 61  #: the numbers begin again behind it; a greater one is damage
 
 
@@ -142,12 +144,14 @@ class Journal:
                 at += record.length
 
     def _is_possible(self, record: JournalRecord) -> bool:
-        """Whether a transaction can have such a record: nothing in the superblocks, in the journal, or beyond the end,
-        and no memory given back but whole pages behind the metadata."""
+        """Whether a transaction can have such a record: nothing in the superblocks but the word ``asked``, nothing in
+        the journal, or beyond the end, and no memory given back but whole pages behind the metadata."""
         start = record.offset
         if record.kind == DISCARD:
             return self.first_free <= start and start + record.length * PAGE <= self.end and not start % PAGE
         end = start + record.length
+        if record == ASKED:
+            return True
         inode_or_table = SUPERBLOCK.size <= start and end <= self.header_at - PAGE
         behind = self.first_free <= start and end <= self.end
         return record.kind == STORE and (inode_or_table or behind) and not start & 7 and not end & 7

@@ -35,7 +35,7 @@ class Caller(NamedTuple):
 
 
 class Names(Orphans):
-    """The tree of names.  ``lookups`` counts who still refers to an inode, so that a removed file stays while open."""
+    """The tree of names.  A removed file stays while it is referred to (``lookups``)."""
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Names(Orphans):
         self.volume.put_inode(ino, inode)
         if left:
             return
-        if not self.lookups.get(ino) and self.is_small(ino, inode):
+        if not self.referenced(ino) and self.is_small(ino, inode):
             self.free_part(ino, inode)
         else:
             self.list_orphan(ino)
@@ -241,27 +241,23 @@ class Names(Orphans):
         for other in others:
             volume.damage.check_changeable(other)
         above = project_above(volume, ino, inode)
-        with volume.transaction():
+        with volume.transaction(preparing=True):
             volume.put_inode(ino, with_quota(inode, Quota(0, 0)))
         self.move_orphans(ino, above)
-        with volume.transaction():
+        with volume.transaction(preparing=True):
             volume.put_inode(ino, without_quota(volume.inode(ino), above))
 
     def remember(self, ino: int) -> None:
         """Somebody refers to the inode (FUSE: the kernel looked it up)."""
-        self.lookups[ino] = self.lookups.get(ino, 0) + 1
+        self.lookups.add(ino)
 
     def forget(self, ino: int, count: int) -> None:
         """``count`` references are gone; with the last one an orphan is freed."""
-        left = self.lookups.get(ino, 0) - count
-        if left > 0:
-            self.lookups[ino] = left
-            return
-        self.lookups.pop(ino, None)
-        self._reap_if_unused(ino)
+        if not self.lookups.drop(ino, count):
+            self._reap_if_unused(ino)
 
     def _reap_if_unused(self, ino: int) -> None:
         if not self.volume.allocator.inode_in_use(ino):
             self.pending.pop(ino, None)
-        elif not self.lookups.get(ino) and not self.volume.inode(ino).nlink:
+        elif not self.referenced(ino) and not self.volume.inode(ino).nlink:
             self.begin_freeing(ino)

@@ -14,6 +14,7 @@ from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import INODE_SIZE, ORPHANS_INO, PAGE, Inode
 from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
+from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
@@ -33,11 +34,16 @@ class Orphans(Content):
     between other calls, with ``pending_step``; without, every call finishes what it began.
     """
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, lookups: Lookups | None = None) -> None:
         super().__init__(volume)
-        self.lookups: dict[int, int] = {}  #: how many references there are to an inode: an open file stays
+        self.lookups = lookups or Lookups(self.region.size)
+        self.ended = False  #: nobody refers to anything any more
         self.in_background = False
         self.pending: dict[int, None] = {}
+
+    def referenced(self, ino: int) -> bool:
+        """Whether the kernel knows the inode: it may be open."""
+        return not self.ended and self.lookups[ino] > 0
 
     def orphans(self) -> list[int]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
@@ -99,7 +105,7 @@ class Orphans(Content):
         volume = self.volume
         inos = [ino for ino in self.orphans() if volume.inode(ino).project == project]
         for at in range(0, len(inos), BATCH):
-            with volume.transaction():
+            with volume.transaction(preparing=True):
                 for ino in inos[at : at + BATCH]:
                     volume.put_inode(ino, volume.inode(ino)._replace(project=to))
 
@@ -151,7 +157,7 @@ class Orphans(Content):
         def step(compact: bool) -> bool:
             inode = self.volume.inode(ino)
             # A file that was cut may have been removed since, and still be open.
-            is_used = inode.nlink or self.lookups.get(ino)
+            is_used = inode.nlink or self.referenced(ino)
             return self._truncate_part(ino, inode, compact) if is_used else self.free_part(ino, inode)
 
         return self.compacting(step)
@@ -194,14 +200,18 @@ class Orphans(Content):
             self.pending_step()
 
     def finish_orphans(self) -> None:
-        """After the end of a mount: free what it kept for open files, and finish what it had begun.
+        """After the end of a server or a mount: finish what it had begun, and free what nobody has open any more.
 
         What is damaged is logged and left: the rest of the region can be used.
         """
         try:
-            self.pending = dict.fromkeys(self.orphans())
+            listed = self.orphans()
         except PkernfsError as error:
             self.complain(error)
+            return
+        self.pending = {ino: None for ino in listed if not self.referenced(ino) or self.volume.inode(ino).nlink}
+        if self.in_background:
+            return
         while self.pending:
             try:
                 self.pending_step()

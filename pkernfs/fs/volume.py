@@ -10,7 +10,7 @@ from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superbloc
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.charge import charge
 from pkernfs.fs.damage import Damage
-from pkernfs.fs.journal import Journal
+from pkernfs.fs.journal import ASKED, Journal
 from pkernfs.fs.pages import Page, check_inode, read_inode, seal_inode
 from pkernfs.region import Region, read_superblock
 
@@ -21,7 +21,8 @@ CACHED_NODES = 8192  #: decoded tree nodes kept
 class Transaction:
     """What one transaction has changed so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, preparing: bool = False) -> None:
+        self.preparing = preparing
         self.pages: dict[int, Page] = {}  #: by offset
         self.inodes: dict[int, Inode] = {}
         self.before: dict[int, Inode] = {}  #: what those were; a free slot has mode 0
@@ -48,19 +49,25 @@ class Volume:
         self.total_pages = self.sb.blocks * BLOCK // PAGE
         self.damage = Damage()
         self.allocator = Allocator(self)
+        self.asked = 0  #: names the request at work, if it must not be executed twice
+        self.unanswered = False
+        self.inherited = self.superblock_word("asked")  #: of the server before: names its last request
         self.charges = True  #: False: a repair is at work, which counts anew what the quotas charge
         self.clock: Callable[[], int] = time.time_ns
 
     # -- transactions ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Everything that is changed inside happens at once at the end, or not at all when an exception leaves."""
+    def transaction(self, *, preparing: bool = False) -> Iterator[Transaction]:
+        """Everything that is changed inside happens at once at the end, or not at all when an exception leaves.
+
+        ``preparing``: the request at work is not done with that yet (``asked``).
+        """
         if self.tx is not None:
             raise AssertionError("a transaction inside a transaction")
         if self.region.readonly:
             raise FsError(errno.EROFS, "the region is open for reading only")
-        tx = self.tx = Transaction()
+        tx = self.tx = Transaction(preparing)
         try:
             yield tx
             self._commit(tx)
@@ -81,6 +88,9 @@ class Volume:
             else:
                 stores.append((offset, page.encode()))
         stores += [(ino * INODE_SIZE, seal_inode(ino, inode)) for ino, inode in tx.inodes.items()]
+        if stores and self.asked and not tx.preparing:
+            stores.append((ASKED.offset, self.asked.to_bytes(8, "little")))
+            self.unanswered = True
         if stores:
             self.journal.commit(stores, discards)
         for page in tx.pages.values():
@@ -172,6 +182,23 @@ class Volume:
 
     def _set_superblock_word(self, name: str, value: int) -> None:
         self.region.store_word(SUPERBLOCK.offsets[name], value)
+
+    def answered(self) -> None:
+        """The last request that was executed is answered."""
+        if self.unanswered:
+            self.unanswered = False
+            self._set_superblock_word("asked", 0)
+
+    def take_inherited(self) -> None:
+        """What the server before had executed is about to be answered."""
+        self.inherited = 0
+        self.unanswered = True
+
+    def forget_inherited(self) -> None:
+        """The server before had answered all that it had executed."""
+        if self.inherited and not self.region.readonly:
+            self.take_inherited()
+            self.answered()
 
     def mark_mounted(self) -> None:
         """Count a read-write mount in the superblock's words."""

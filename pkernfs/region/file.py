@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
@@ -30,9 +30,9 @@ class Holder(NamedTuple):
         return f"process {self.pid} ({self.command})"
 
 
-def _filesystem_of(path: str) -> str:
-    """The type of the filesystem that ``path`` is on ("" when it is not found)."""
-    device = os.stat(path).st_dev
+def _filesystem_of(fd: int) -> str:
+    """The type of the filesystem that the file is on ("" when it is not found)."""
+    device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     return next((mount.fstype for mount in mounts() if mount.device == wanted), "")
 
@@ -85,23 +85,43 @@ def lock(fd: int, path: str, *, shared: bool = False) -> None:
     )
 
 
+def shared_mappings(fd: int) -> Iterator[tuple[int, int, int]]:
+    """(process id, first byte, end) of each shared mapping of the file, of the processes that we may look at."""
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
+                if inode == str(status.st_ino) and where == device and mode.endswith("s"):
+                    low, high = (int(word, 16) for word in addresses.split("-"))
+                    yield int(pid), int(at, 16), int(at, 16) + high - low
+
+
 class FileRegion(Region):
     """A region in a regular file.
 
     ``kind`` is "tmpfs", "hugetlbfs" or "file".  Writable: maps shared and takes the exclusive lock.  Read-only: maps
     privately; with ``locked`` it takes the shared lock, without it looks at a region that may be changing.
     ``prepare`` is called with the descriptor once the lock is held and before anything is mapped.
-    On a disk it is ``volatile``, and ``barriers`` are on.
+    On a disk it is ``volatile``, and ``barriers`` are on.  ``fd``: a descriptor that is open and
+    locked already.
     """
 
     def __init__(
-        self, path: str, *, readonly: bool = False, locked: bool = True, prepare: Callable[[int], None] | None = None
+        self,
+        path: str,
+        *,
+        readonly: bool = False,
+        locked: bool = True,
+        prepare: Callable[[int], None] | None = None,
+        fd: int = -1,
     ) -> None:
         self.path = path
         self.readonly = readonly
-        self.fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        self.fd = fd if fd >= 0 else os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
         try:
-            if locked:
+            if locked and fd < 0:
                 lock(self.fd, path, shared=readonly)
             if prepare is not None:
                 prepare(self.fd)
@@ -119,7 +139,7 @@ class FileRegion(Region):
         super().__init__(memoryview(self._map))
 
     def _find_size(self) -> int:
-        filesystem = _filesystem_of(self.path)
+        filesystem = _filesystem_of(self.fd)
         self.kind = filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
         self.volatile = self.kind == "file"
         self.barriers = self.volatile and not self.readonly
@@ -165,22 +185,10 @@ class FileRegion(Region):
 
     def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:
         """From /proc/PID/maps, which shows the processes that this one may look at: read once for all ranges."""
-        if not ranges:
-            return ""
-        status = os.fstat(self.fd)
-        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                if int(pid) == os.getpid():
-                    continue
-                with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
-                    for line in lines:
-                        addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
-                        if inode == str(status.st_ino) and where == device and mode.endswith("s"):
-                            low, high = (int(word, 16) for word in addresses.split("-"))
-                            first, end = int(at, 16), int(at, 16) + high - low
-                            if any(first < offset + length and offset < end for offset, length in ranges):
-                                return str(Holder(int(pid), _command(pid)))
+        if ranges:
+            for pid, first, end in shared_mappings(self.fd):
+                if pid != os.getpid() and any(first < at + length and at < end for at, length in ranges):
+                    return str(Holder(pid, _command(str(pid))))
         return ""
 
     def flush(self) -> None:
@@ -239,7 +247,12 @@ class DaxRegion(FileRegion):
 
 
 def open_region(
-    path: str, *, readonly: bool = False, locked: bool = True, prepare: Callable[[int], None] | None = None
+    path: str,
+    *,
+    readonly: bool = False,
+    locked: bool = True,
+    prepare: Callable[[int], None] | None = None,
+    fd: int = -1,
 ) -> FileRegion:
     """Open the region at ``path``, whatever its kind; the other arguments are those of FileRegion.
 
@@ -247,11 +260,11 @@ def open_region(
     """
     path = os.path.realpath(path)
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(fd if fd >= 0 else path).st_mode
         if stat.S_ISREG(mode):
-            return FileRegion(path, readonly=readonly, locked=locked, prepare=prepare)
+            return FileRegion(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
         if stat.S_ISCHR(mode):
-            return DaxRegion(path, readonly=readonly, locked=locked, prepare=prepare)
+            return DaxRegion(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
     except FileNotFoundError:
         raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
     except OSError as error:

@@ -22,10 +22,7 @@ class Daemon:
         os.write(self._pipe, b"\0")
         os.close(self._pipe)
         self._pipe = -1
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        let_go_of_terminal()
 
     def __enter__(self) -> Self:
         return self
@@ -46,6 +43,14 @@ class Daemon:
             traceback.print_exception(error)
         sys.stderr.flush()
         os._exit(32)
+
+
+def let_go_of_terminal() -> None:
+    """Nothing to read, and what is printed goes nowhere."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def daemonize() -> Daemon | None:

@@ -12,13 +12,16 @@ these.  pyfuse3 looks ``trio`` up in its own module at run time (its asyncio sup
 
 from __future__ import annotations
 
+import os
 import select
+import socket
 from collections import deque
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
+HEADER = 48  #: bytes of a relayed request that are looked at
 POLL_MS = 1
 PASS_EVERY = 256
 
@@ -50,10 +53,27 @@ class UnfairLock:
             trio.lowlevel.reschedule(self._waiting.popleft())
 
 
-class PollingLowlevel:
-    """``trio.lowlevel``, with a wait_readable that polls first."""
+class Session(Protocol):
+    """Who is told about requests before they are read."""
 
-    def __init__(self) -> None:
+    def before_read(self) -> None:
+        """All requests so far are answered, or wait for something."""
+
+    def relayed(self, header: bytes) -> None:
+        """A request comes from the keeper; ``header``: its first bytes, b"" after the last one."""
+
+
+class PollingLowlevel:
+    """``trio.lowlevel``, with a wait_readable that polls first.
+
+    Until the keeper closes its end of ``relay``, requests come from there; then ``device`` takes the place of that
+    descriptor.
+    """
+
+    def __init__(self, relay: int, device: int, session: Session) -> None:
+        self._relay: socket.socket | None = socket.socket(fileno=relay)
+        self._device = device
+        self._session = session
         self._poll = select.poll()
         self._fd = -1
         self._passes = 0
@@ -63,6 +83,16 @@ class PollingLowlevel:
 
     async def wait_readable(self, fd: int) -> None:
         """Return when ``fd``, always the same one, is readable."""
+        self._session.before_read()
+        if self._relay is not None:
+            await trio.lowlevel.wait_readable(fd)
+            header = self._relay.recv(HEADER, socket.MSG_PEEK)
+            self._session.relayed(header)
+            if header:
+                return
+            self._relay.detach()
+            self._relay = None
+            os.dup2(self._device, fd)
         if fd != self._fd:
             self._fd = fd
             self._poll.register(fd, select.POLLIN)
@@ -78,15 +108,15 @@ class Facade:
 
     Lock = UnfairLock
 
-    def __init__(self) -> None:
-        self.lowlevel = PollingLowlevel()
+    def __init__(self, lowlevel: PollingLowlevel) -> None:
+        self.lowlevel = lowlevel
 
     def __getattr__(self, name: str) -> Any:
         return getattr(trio, name)
 
 
-def install() -> None:
+def install(lowlevel: PollingLowlevel) -> None:
     """Let pyfuse3 use the facade from now on."""
     import pyfuse3
 
-    pyfuse3.trio = Facade()  # type: ignore[attr-defined]
+    pyfuse3.trio = Facade(lowlevel)  # type: ignore[attr-defined]

@@ -1,34 +1,31 @@
-"""Mounting: from a region and a directory to a served mount, and to its end."""
+"""Mounting: from a region and a directory to a keeper that sees to it that the mount is served."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import logging
-import logging.handlers
+import json
 import os
-import signal
+import socket
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Callable
 
 from pkernfs.client import control
 from pkernfs.errors import RegionBusyError, RegionError
-from pkernfs.format import ROOT_INO
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.lookups import lookups_size
 from pkernfs.mounts import FSTYPE, mount_at
 from pkernfs.region import open_region
+from pkernfs.server.child import worker_command
+from pkernfs.server.device import MS_FLAGS, Device
+from pkernfs.server.keeper import STORED, Keeper, adopt
 from pkernfs.server.options import MountOptions
+from pkernfs.server.state import Descriptors, State
+from pkernfs.server.stats import make_stats
+from pkernfs.server.systemd import service, stored
 
-log = logging.getLogger("pkernfs")
-
-#: Flags of mount(2); statvfs(3) has the same values.
 MS_REMOUNT = 32
-MS_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "noatime": 1024}
 
 
 def check_mountpoint(path: str) -> str:
@@ -82,165 +79,49 @@ def remount(path: str, options: MountOptions) -> None:
         raise RegionError(f"{path}: the kernel refuses the new flags: {os.strerror(ctypes.get_errno())}")
 
 
-def open_filesystem(region_path: str, options: MountOptions) -> Filesystem:
-    """Open, lock and recover the region, and apply the options that change its root.  Raises PkernfsError."""
-    region = open_region(region_path, readonly=options.readonly)
-    try:
-        if options.barriers is not None and not options.readonly:
-            if options.barriers and not region.volatile:
-                raise RegionError(
-                    f"{region_path}: -o barrier: expected a region on a disk, found {region.kind}, which has nothing "
-                    "to flush",
-                    hint="leave the option out",
-                )
-            region.barriers = options.barriers
-        fs = Filesystem.open(region)
-        fs.atime_policy = options.atime
-        if not options.readonly:
-            fs.volume.mark_mounted()
-            if (options.uid, options.gid, options.mode) != (None, None, None):
-                fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
-    except BaseException:
-        region.close()
-        raise
-    return fs
+def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[int, str], None]) -> None:
+    """Mount and keep the mount until its end.
 
-
-def start_logging(path: str) -> None:
-    """Log to a file, or to the journal (syslog's socket); warnings of Python itself too.  Raises RegionError."""
-    handler: logging.Handler
-    if path:
-        try:
-            handler = logging.FileHandler(path)
-        except OSError as error:
-            raise RegionError(f"{path}: cannot write the log: {error.strerror}") from None
-        handler.setFormatter(logging.Formatter("%(asctime)s pkernfs[%(process)d]: %(levelname)s: %(message)s"))
-    elif os.path.exists("/dev/log"):
-        handler = logging.handlers.SysLogHandler("/dev/log", facility=logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter("pkernfs[%(process)d]: %(levelname)s: %(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("pkernfs: %(levelname)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
-    logging.captureWarnings(True)
-
-
-class _Option(str):
-    """An option of libfuse with a path in it; pyfuse3 encodes options as ASCII, paths are whatever bytes they are."""
-
-    def encode(self, *_: str) -> bytes:
-        return os.fsencode(str(self))
-
-
-def fuse_options(region_path: str, options: MountOptions) -> set[str]:
-    """What libfuse is told; commas and backslashes in the region's path escaped as libfuse wants."""
-    root = os.geteuid() == 0
-    escaped = region_path.replace("\\", "\\\\").replace(",", "\\,")
-    words = {"default_permissions", _Option(f"fsname={escaped}"), "subtype=pkernfs"}
-    if options.allow_other or (options.allow_other is None and root):
-        words.add("allow_other")
-    if options.readonly:
-        words.add("ro")
-    if root:
-        # libfuse's defaults are nosuid and nodev; a filesystem of root's own has both unless told otherwise.
-        words |= {"suid", "dev"} - {word.removeprefix("no") for word in options.kernel}
-    return words | set(options.kernel)
-
-
-def unmount(mountpoint: str, device: str) -> bool:
-    """umount, by fusermount3 for users; False when it is in use, or something else is mounted on top of ``device``."""
-    mounted = mount_at(mountpoint)
-    if mounted is None or mounted.device != device:
-        return False
-    command = ["umount", "-i", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", mountpoint]
-    return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
-
-
-@contextmanager
-def stderr_of_libfuse() -> Iterator[Callable[[], str]]:
-    """Keep what C code prints on standard error; the function gives it as one line."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lambda: " ".join(os.pread(file.fileno(), 4096, 0).decode(errors="replace").split())
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def serve(fs: Filesystem, mountpoint: str, options: MountOptions, ready: Callable[[str], None]) -> None:
-    """Mount, serve until the mount ends, and close the filesystem.
-
-    ``ready`` is called once the mount is usable, with a warning or "".  Raises RegionError when mounting fails.
+    ``ready`` is called once the mount is usable, with the number of records that recovery replayed, and a warning or
+    "".  Raises PkernfsError, before anything is mounted.
     """
-    import pyfuse3
-    import trio
+    with open_region(region, readonly=options.readonly) as opened:
+        # Only its lock, and where it is, are for the keeper.
+        region, size, region_fd = opened.path, opened.size, os.dup(opened.fd)
+    references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
+    os.truncate(references, lookups_size(size))
+    state = State(region, mountpoint, options, worker_command())
+    keeper = Keeper(state, Descriptors(region_fd, references, make_stats(), -1, -1, -1))
+    said = keeper.start()
+    ready(said["opened"], said["warning"])
+    keeper.keep()
 
-    from pkernfs.server import loop
-    from pkernfs.server.bdi import tune
-    from pkernfs.server.control import ControlSocket
-    from pkernfs.server.operations import Operations
-    from pkernfs.server.verbs import verbs
 
-    def facts() -> dict[str, Any]:
-        return {"control": listener.path, "region": fs.region.path, "pid": os.getpid()}
+def resumed(region: str, mountpoint: str) -> Keeper | None:
+    """The keeper of a mount that systemd has kept while this service was restarted, if it still lives."""
+    fds = stored()
+    if not fds:
+        return None
+    state = None
+    if set(Descriptors._fields) <= fds.keys() and "state" in fds:
+        with open(fds.pop("state"), encoding="utf-8") as file:
+            state = State.from_json(json.load(file))
+    if state is None or not _lives(fds["device"]) or (state.region, state.mountpoint) != (region, mountpoint):
+        # The region's lock for one must not be held any more.
+        service().forget(STORED)
+        for fd in fds.values():
+            os.close(fd)
+        return None
+    connection = fds.get("worker", -1)
+    if connection < 0:  # it has ended: systemd has closed the socket
+        connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
+    return adopt(state, [*(fds[name] for name in Descriptors._fields), connection])
 
-    fs.volume.damage.log_again()
-    loop.install()
-    operations = Operations(fs, facts)
-    listener = ControlSocket(verbs(operations, pyfuse3.invalidate_inode))
-    with stderr_of_libfuse() as said:
-        try:
-            pyfuse3.init(operations, mountpoint, fuse_options(fs.region.path, options))
-        except RuntimeError as error:
-            listener.close()
-            fs.close()
-            raise RegionError(
-                f"{mountpoint}: mounting failed: {said() or error}", hint="may you use /dev/fuse and this directory?"
-            ) from None
 
-    mounted = mount_at(mountpoint)
-    device = mounted.device if mounted else ""
-
-    async def announce() -> None:
-        def settle() -> str:
-            os.stat(mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
-            return tune(mountpoint) if options.tune else ""
-
-        ready(await trio.to_thread.run_sync(settle, abandon_on_cancel=True))
-
-    async def watch_signals(signals: AsyncIterator[int]) -> None:
-        number = await anext(signals)
-        log.info("%s: unmounting %s", signal.Signals(number).name, mountpoint)
-        # In a thread, and served meanwhile: what is dirty in the kernel's cache comes in as requests.
-        if await trio.to_thread.run_sync(unmount, mountpoint, device, abandon_on_cancel=True):
-            # The end of the mount ends the loop, unless it is mounted elsewhere too: then the next signal does.
-            await anext(signals)
-        log.warning("%s is in use: what is open there fails from now on", mountpoint)
-        with suppress(OSError):
-            await trio.to_thread.run_sync(pyfuse3.syncfs, mountpoint, abandon_on_cancel=True)
-        pyfuse3.terminate()
-
-    async def run() -> None:
-        # Before the first task: the session's may serve many requests before another one gets its turn.
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch_signals, signals)
-                nursery.start_soon(listener.serve)
-                nursery.start_soon(operations.housekeeping)
-                nursery.start_soon(announce)
-                try:
-                    await pyfuse3.main()
-                finally:
-                    # Before anything is waited for: whoever still has a request here gets an error, not silence.
-                    pyfuse3.close(unmount=True)
-                nursery.cancel_scope.cancel()
-
+def _lives(fd: int) -> bool:
+    """Whether the mount of a /dev/fuse is still there."""
     try:
-        trio.run(run)
-    finally:
-        listener.close()
-        fs.close()
-        log.info("%s: unmounted %s", fs.region.path, mountpoint)
+        Device(fd).readable()
+    except ConnectionAbortedError:
+        return False
+    return True

@@ -15,11 +15,14 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode
+from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode, checksum
 from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.lookups import KEY
 from pkernfs.fs.names import Caller
+from pkernfs.server.device import REQUEST, RESENT, SETXATTR, SETXATTR_FLAGS_AT
+from pkernfs.server.stats import BUGS, INDEX, SIZE
 
 log = logging.getLogger("pkernfs")
 
@@ -35,6 +38,18 @@ KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME = 1 << 61  #: O_NOATIME
 INO = NOATIME - 1
 FACTS = b"user.pkernfs."
+#: Requests by which the kernel comes to refer to inodes.
+MAKING = {"mknod", "mkdir", "symlink", "create"}
+COUNTED = {"lookup", "readdir", "link"} | MAKING
+#: Requests that would fail, or do harm, when they are executed a second time.
+ONCE = {"link", "unlink", "rmdir", "rename", "setxattr", "removexattr"} | MAKING
+
+
+def request_key(name: str, args: tuple[Any, ...]) -> int:
+    """A number, not 0, by which the next worker knows a request again."""
+    # setxattr without the value: it is asked for by name only, see getxattr.
+    words = [str(arg).encode() if isinstance(arg, int) else arg for arg in args[:4] if isinstance(arg, (int, bytes))]
+    return checksum(b"\0".join([name.encode(), *words[: 2 if name == "setxattr" else None]])) | 1 << 32
 
 
 def handler(
@@ -42,18 +57,35 @@ def handler(
 ) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
     """Make a FUSE handler of a plain method: errors become errnos, a bug becomes EIO and a traceback in the log."""
 
+    name = function.__name__
+    keyed, once, index = name in COUNTED or name in ONCE, name in ONCE, INDEX[name]
+
     async def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        key = request_key(name, args) if keyed else 0
+        self.counters[index] += 1
+        self.executed = True
+        begun = self.begun = self.begun + 1
+        self.at_work[begun] = 0.0
         try:
+            if key:
+                self.fs.lookups.notes[KEY] = key
+                if self.again:
+                    self.fs.lookups.undo(key)
+                    if key == self.fs.volume.inherited:
+                        return self.answer_again(name, *args)  # type: ignore[no-any-return]
             for patience in FORGETS:
                 try:
+                    self.fs.volume.asked = key if once else 0
                     return function(self, *args, **kwargs)
                 except PkernfsError as error:
                     if error.errno not in OUT_OF_SPACE or not self.fs.orphans():
                         raise
                 # What was removed may be just what is missing: it is freed when the kernel forgets it, which can come
                 # behind this request.  Nothing was changed, so others may come in between.
+                self.fs.volume.asked = 0
                 await trio.sleep(patience)
                 self.fs.settle()
+            self.fs.volume.asked = key if once else 0
             return function(self, *args, **kwargs)
         except PkernfsError as error:
             if isinstance(error, CorruptError):
@@ -63,8 +95,11 @@ def handler(
             raise
         except Exception:
             log.exception("a bug: %s%r failed", function.__name__, args)
+            self.counters[BUGS] += 1
             raise FUSEError(errno.EIO) from None
         finally:
+            self.fs.volume.asked = 0
+            del self.at_work[begun]
             if self.fs.pending:
                 self.work.set()
 
@@ -80,13 +115,56 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, fs: Filesystem, facts: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, fs: Filesystem, facts: Callable[[], dict[str, Any]], counters: memoryview | None = None) -> None:
         super().__init__()
         self.fs = fs
         self.facts = facts
+        self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")  #: see stats.py
         self.unwritten: dict[int, tuple[int, PkernfsError]] = {}  #: where a write ended too soon, and why
+        self.begun = 0  #: requests so far
+        self.at_work: dict[int, float] = {}  #: their numbers, and when they were first seen waiting
+        self.executed = self.again = self.creates_again = False
         self.work = trio.Event()
         fs.in_background = True
+
+    # -- after a takeover -----------------------------------------------------------------------------------------
+
+    def before_read(self) -> None:
+        """All requests so far are answered, but for those that wait for space, which have changed nothing."""
+        if self.executed:
+            self.executed = False
+            self.fs.lookups.begin()
+            self.fs.volume.answered()
+
+    def relayed(self, header: bytes) -> None:
+        """A request comes from the keeper; ``header``: its first bytes, b"" after the last one.
+
+        What comes again was not answered by the worker before.
+        """
+        if not header:
+            self.fs.volume.forget_inherited()
+        request = REQUEST.unpack(header) if header else None
+        self.again = request is not None and bool(request.unique & RESENT)
+        # pyfuse3 looks at the flags of setxattr(2) itself, before it calls the handler.
+        setxattr = self.again and request is not None and request.opcode == SETXATTR
+        self.creates_again = setxattr and bool(header[SETXATTR_FLAGS_AT] & os.XATTR_CREATE)
+
+    def oldest(self) -> float:
+        """For how many seconds, from one call to another, a request has been at work; 0.0: none was before."""
+        now = trio.current_time()
+        for begun, seen in self.at_work.items():
+            self.at_work[begun] = seen or now
+        return now - min(self.at_work.values(), default=now)
+
+    def answer_again(self, name: str, *args: Any) -> Any:
+        """The answer to a request that was executed by the worker before, which did not come to answer it."""
+        self.fs.volume.take_inherited()
+        if name == "link":
+            return self._found(args[0])
+        if name not in MAKING:
+            return None
+        entry = self._found(self.fs.lookup(args[0], args[1]))
+        return (self._opened(entry.st_ino, args[3], args[4]), entry) if name == "create" else entry
 
     async def housekeeping(self) -> None:
         """Free memory step by step, with other requests in between, until cancelled."""
@@ -172,7 +250,7 @@ class Operations(pyfuse3.Operations):
         for ino, count in inode_list:
             try:
                 self.fs.forget(ino, count)
-                if ino not in self.fs.lookups:
+                if not self.fs.lookups[ino]:
                     self.unwritten.pop(ino, None)
             except PkernfsError as error:
                 self.fs.complain(error)
@@ -315,6 +393,8 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        if self.creates_again and self.fs.volume.inherited == request_key("setxattr", (inode, name)):
+            raise FUSEError(errno.ENODATA)
         if name.startswith(FACTS):
             if ctx.uid not in (0, os.getuid()):
                 raise FUSEError(errno.EPERM)

@@ -16,6 +16,9 @@ class MountOptions(NamedTuple):
     mode: int | None = None
     atime: str = "relatime"
     log: str = ""  #: file; "": the journal (or syslog)
+    hang: float = 30.0  #: seconds without an answer after which a worker is replaced
+    metrics: str = ""  #: [ADDRESS:]PORT or /FILE for Prometheus; "": none
+    foreground: bool = False
     tune: bool = True  #: raise the limits of the backing device
     barriers: bool | None = None  #: flush so that a power cut leaves the region whole; None: on a disk
     kernel: tuple[str, ...] = ()
@@ -42,6 +45,27 @@ def _number(word: str, base: int = 10) -> int:
     if not 0 <= number < 1 << 32:
         raise UsageError(f"-o {word}: expected a number, found {value!r}", hint=f"for example {name}=0")
     return number
+
+
+def _seconds(word: str) -> float:
+    value = word.partition("=")[2]
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0.1 <= number <= 86400:
+        raise UsageError(f"-o {word}: expected seconds, 0.1 to 86400, found {value!r}", hint="for example hang=30")
+    return number
+
+
+def _metrics(word: str) -> str:
+    value = word.partition("=")[2]
+    port = value.rpartition(":")[2]
+    if not value.startswith("/") and not (port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UsageError(
+            f"-o {word}: expected [ADDRESS:]PORT or /FILE, found {value!r}", hint="for example metrics=9464"
+        )
+    return value
 
 
 def parse_options(words: list[str]) -> MountOptions:
@@ -75,6 +99,10 @@ def parse_options(words: list[str]) -> MountOptions:
             options = options._replace(gid=_number(word))
         elif name == "mode":
             options = options._replace(mode=_number(word, 8) & 0o7777)
+        elif name == "hang":
+            options = options._replace(hang=_seconds(word))
+        elif name == "metrics":
+            options = options._replace(metrics=_metrics(word))
         elif name == "log":
             options = options._replace(log=word.partition("=")[2])
         elif word in BARRIERS:

@@ -49,7 +49,7 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
         fs.set_direct(ino, request.get("on") is not False)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
-            await trio.to_thread.run_sync(invalidate, ino)
+            await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing is cached
                 raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.site import Site, run
+from tests.mount.site import Site, faulty_worker, run
 from tests.mount.twin import Pair, Twin, Users
 
 
@@ -42,6 +42,14 @@ def unmounted() -> Iterator[Site]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def mounted(unmounted: Site) -> Site:
+    """A mount whose workers fail as ``strike`` says."""
+    unmounted.expected = re.compile("takes over|takeover failed")
+    unmounted.mount_with(faulty_worker(unmounted))
+    return unmounted
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""mount.pkernfs with a fault planted in it: what the tests of real mounts must notice.
+"""A worker with a fault planted in it: what the tests of real mounts must notice.
 
-    python -m tests.mount.faulty FAULT REGION DIR -o OPTIONS
+    PKERNFS_WORKER="python tests/mount/faulty.py FAULT" mount.pkernfs REGION DIR
 
 late-commit     answers before it commits: all but the first 100 transactions reach the region at the end only
 short-journal   a journal that holds next to nothing
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterable
 
 import pkernfs.region.file
-from pkernfs.cli import main_mount
 from pkernfs.fs.journal import Journal
 from pkernfs.region.base import Region
 from pkernfs.region.file import MAP_NORESERVE, FileRegion
+from pkernfs.server import worker
 
 LATE = 100
 SHORT = 200  #: bytes
@@ -82,4 +82,4 @@ def shorten_journal() -> None:
 
 if __name__ == "__main__":
     {"late-commit": commit_late, "short-journal": shorten_journal}[sys.argv.pop(1)]()
-    sys.exit(main_mount())
+    worker.main()

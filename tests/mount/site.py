@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import select
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from pkernfs.client import ask_keeper
 from pkernfs.format import JOURNAL_HEADER, MiB
 from pkernfs.fs.check import Problem, check
 from pkernfs.fs.volume import Volume
@@ -29,6 +32,7 @@ __all__ = ["MiB", "Result", "Site", "below", "serving", "wait_for", "wait_until"
 
 #: Seconds that anything may take.
 PATIENCE = 60.0
+ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sysconfig.get_path("scripts"))
 #: What a server must not have to say.
 COMPLAINT = re.compile(r"WARNING|ERROR|CRITICAL|Traceback")
@@ -128,9 +132,15 @@ class Site(Mounted):
         return run("mount.pkernfs", self.region, self.mountpoint, "-o", words)
 
     def mount_faulty(self, fault: str) -> None:
-        """Mount with a server that has one of the faults of tests/mount/faulty.py."""
-        words = ["-m", "tests.mount.faulty", fault, self.region, self.mountpoint, "-o", f"log={self.server_log}"]
-        result = run(sys.executable, *words, cwd=Path(__file__).parents[2])
+        """Mount with workers that have one of the faults of tests/mount/faulty.py."""
+        words = [sys.executable, str(Path(__file__).with_name("faulty.py")), fault]
+        self.mount_with(words)
+
+    def mount_with(self, worker: list[str], options: str = "") -> None:
+        """Mount with another program for the workers."""
+        options = ",".join(filter(None, [self.options, options, f"log={self.server_log}"]))
+        environment = {**os.environ, "PKERNFS_WORKER": shlex.join(worker)}
+        result = run("mount.pkernfs", self.region, self.mountpoint, "-o", options, env=environment)
         assert result.returncode == 0, result
 
     def is_mounted(self) -> bool:
@@ -150,8 +160,21 @@ class Site(Mounted):
                 os.close(server)
 
     def servers(self) -> list[int]:
-        """Ids of the processes that serve the region; not of others that have it open, a guest for one."""
+        """Ids of the processes that serve the region, keepers first; not of others that have it open."""
         return [pid for pid in super().servers() if holds_fuse(pid)]
+
+    def keeper(self) -> int:
+        """Id of the process that keeps the mount."""
+        return self.servers()[0]
+
+    def worker(self) -> int:
+        """Id of the process that answers requests."""
+        return self.servers()[-1]
+
+    def status(self) -> dict[str, Any]:
+        """What `pkernfs status` tells."""
+        status: dict[str, Any] = ask_keeper(str(self.mnt), "status")
+        return status
 
     def crash(self) -> None:
         """kill -9 all servers: the mountpoint stays, dead."""
@@ -275,6 +298,17 @@ def small_host(site: Site, size: str) -> Iterator[None]:
         site.wait_for_end()
         site.run_ok("umount", host)
         site.region = region
+
+
+def faulty_worker(site: Site) -> list[str]:
+    """The program of workers that fail as ``strike`` says."""
+    return [sys.executable, str(Path(__file__).with_name("faulty_worker.py")), str(site.tmp / "strike")]
+
+
+def strike(site: Site, what: str) -> None:
+    """ "HANDLER ACTION": what happens to a worker of ``site`` at the next call of a handler, see faulty_worker.py."""
+    (site.tmp / "next").write_text(what)
+    (site.tmp / "next").rename(site.tmp / "strike")
 
 
 def coarse_tick() -> None:

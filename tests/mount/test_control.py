@@ -20,8 +20,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from pkernfs.server import control
-from pkernfs.server.control import CONNECTIONS, LINE_MAX, ControlSocket, remove_stale
+from pkernfs.server.control import LINE_MAX, PATIENCE, ControlSocket
+from pkernfs.sockets import CONNECTIONS, listen, remove, remove_stale
 from tests.mount.site import MiB, Site, run
 
 ROOT = Path(__file__).parents[2]
@@ -59,33 +59,35 @@ def test_the_path_of_the_control_socket(site: Site) -> None:
     result = run(sys.executable, "-c", CLIENT, address)
     assert "PermissionError" in result.stderr
     site.crash()
+    stale = address.with_name("0:0.sock")
+    address.rename(stale)
     site.mount()
-    assert not address.exists(), "the socket of a killed server is still there"
+    assert not stale.exists(), "the socket of a killed server is still there"
 
 
 Serve = Callable[..., None]
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+def served() -> Iterator[Serve]:
     """Run a function beside a control socket whose path is open to everybody: ``served(function)``."""
     with tempfile.TemporaryDirectory(prefix="pkernfs-test-", dir="/tmp") as folder:
         os.chmod(folder, 0o755)
-        monkeypatch.setattr(control, "runtime_dir", lambda: folder)
+        path = os.path.join(folder, "control.sock")
 
         async def verb(request: dict[str, Any]) -> dict[str, Any]:
             return {"done": True}
 
-        async def main(function: Callable[[ControlSocket], Awaitable[object]]) -> None:
-            listener = ControlSocket({"verb": verb})
-            os.chmod(listener.path, 0o666)
+        async def main(function: Callable[[str], Awaitable[object]]) -> None:
+            listener = ControlSocket(listen(path), {"verb": verb})
+            os.chmod(path, 0o666)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(listener.serve)
-                    await function(listener)
+                    await function(path)
                     nursery.cancel_scope.cancel()
             finally:
-                listener.close()
+                remove(path)
 
         yield lambda function, clock=None: trio.run(main, function, clock=clock)
         assert os.listdir(folder) == []
@@ -113,14 +115,14 @@ async def send_until_broken(stream: trio.SocketStream, data: bytes) -> int:
 def test_other_users_are_refused_every_verb(served: Serve) -> None:
     """Also where they can reach the socket: the peer's credentials decide."""
 
-    async def check(listener: ControlSocket) -> None:
+    async def check(path: str) -> None:
         for data in (b'{"verb": "verb"}\n' * 2, b"garbage\n", b"", b"x" * 10 * LINE_MAX):
-            command = [sys.executable, "-c", CLIENT, listener.path]
+            command = [sys.executable, "-c", CLIENT, path]
             done = await trio.run_process(command, stdin=data, capture_stdout=True)
             replies = done.stdout.splitlines()
             assert len(replies) == 1
             assert json.loads(replies[0])["errno"] == errno.EPERM
-        assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+        assert json.loads(await talk(path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
 
     served(check)
 
@@ -128,11 +130,11 @@ def test_other_users_are_refused_every_verb(served: Serve) -> None:
 def test_a_line_without_an_end_is_cut_off(served: Serve) -> None:
     """The server takes little of it, whatever a client sends."""
 
-    async def check(listener: ControlSocket) -> None:
-        async with await trio.open_unix_socket(listener.path) as stream:
+    async def check(path: str) -> None:
+        async with await trio.open_unix_socket(path) as stream:
             assert await send_until_broken(stream, b"x" * LINE_MAX) < 16 * MiB
             assert json.loads(await stream.receive_some())["errno"] == errno.E2BIG
-            assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+            assert json.loads(await talk(path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
 
     served(check)
 
@@ -141,40 +143,40 @@ def test_a_line_without_an_end_is_cut_off(served: Serve) -> None:
     "data", [b"", b'{"verb": ', b'{"verb": "verb"}\n'], ids=["silent", "half-a-line", "then-silent"]
 )
 def test_a_client_that_says_no_more_is_dropped(served: Serve, data: bytes) -> None:
-    async def check(listener: ControlSocket) -> None:
-        async with await trio.open_unix_socket(listener.path) as stream:
+    async def check(path: str) -> None:
+        async with await trio.open_unix_socket(path) as stream:
             if data:
                 await stream.send_all(data)
             replies = b"".join([chunk async for chunk in stream])
             assert replies.count(b"\n") == data.count(b"\n")
-            assert trio.current_time() >= control.PATIENCE
+            assert trio.current_time() >= PATIENCE
 
     served(check, MockClock(autojump_threshold=0.05))
 
 
 def test_a_client_that_does_not_listen_is_dropped(served: Serve) -> None:
-    async def check(listener: ControlSocket) -> None:
-        async with await trio.open_unix_socket(listener.path) as stream:
+    async def check(path: str) -> None:
+        async with await trio.open_unix_socket(path) as stream:
             await send_until_broken(stream, b"\n" * LINE_MAX)
-            assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+            assert json.loads(await talk(path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
 
     served(check, MockClock(autojump_threshold=0.05))
 
 
 def test_too_many_connections_are_refused(served: Serve) -> None:
-    async def check(listener: ControlSocket) -> None:
-        streams = [await trio.open_unix_socket(listener.path) for _ in range(CONNECTIONS)]
+    async def check(path: str) -> None:
+        streams = [await trio.open_unix_socket(path) for _ in range(CONNECTIONS)]
         for stream in streams:
             await stream.send_all(b'{"verb": "verb"}\n')
             assert json.loads(await stream.receive_some()) == {"result": {"done": True}}
-        async with await trio.open_unix_socket(listener.path) as refused:
+        async with await trio.open_unix_socket(path) as refused:
             assert json.loads(await refused.receive_some())["errno"] == errno.EAGAIN
             assert await refused.receive_some() == b""
         for stream in streams:
             await stream.aclose()
-        while listener.connections:
+        while "error" in (answer := json.loads(await talk(path, b'{"verb": "verb"}\n'))):
             await trio.sleep(0)
-        assert json.loads(await talk(listener.path, b'{"verb": "verb"}\n')) == {"result": {"done": True}}
+        assert answer == {"result": {"done": True}}
 
     served(check)
 
@@ -220,7 +222,7 @@ def test_stale_sockets_only_are_removed(tmp_path: Path) -> None:
 
 RUNTIME = """
 import os, sys
-from pkernfs.server.control import runtime_dir
+from pkernfs.sockets import runtime_dir
 uid = int(sys.argv[1])
 os.setgroups([])
 os.setresgid(uid, uid, uid)

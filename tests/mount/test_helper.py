@@ -39,7 +39,7 @@ def refuses(result: Result, status: int, *words: str) -> None:
 def test_second_mount_names_the_holder(site: Site) -> None:
     other = site.tmp / "other"
     other.mkdir()
-    (pid,) = site.servers()
+    pid = site.keeper()
     result = run("mount.pkernfs", site.region, other)
     refuses(result, FAILURE, f"process {pid}", str(site.region), str(site.mnt), "umount")
     refuses(run("mount.pkernfs", "-o", "ro", site.region, other), FAILURE, f"process {pid}")
@@ -312,7 +312,7 @@ def test_in_front_with_an_error(unmounted: Site) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_signal_unmounts(site: Site, name: str) -> None:
     (site.mnt / "f").write_bytes(b"content")
-    (pid,) = site.servers()
+    pid = site.keeper()
     os.kill(pid, getattr(signal, name))
     wait_for(lambda: not site.servers(), "the end of the server")
     assert not os.path.ismount(site.mnt)
@@ -326,7 +326,7 @@ def test_signal_while_a_file_is_open(site: Site) -> None:
     site.expected = re.compile("is in use: what is open there fails from now on")
     fd = os.open(site.mnt / "f", os.O_CREAT | os.O_WRONLY)
     os.write(fd, b"content")
-    (pid,) = site.servers()
+    pid = site.keeper()
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not site.servers(), "the end of the server")
     assert not os.path.ismount(site.mnt)
@@ -356,7 +356,7 @@ def test_daemon_lets_go_of_everything(unmounted: Site) -> None:
         cwd=unmounted.tmp, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
     assert (result.stdout, result.stderr) == (b"", b"")
-    (pid,) = unmounted.servers()
+    pid = unmounted.keeper()
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert os.getsid(pid) == pid
     for number in range(3):

@@ -180,7 +180,7 @@ def test_info_of_a_region_and_of_its_mount(site: Site) -> None:
     through_region = json.loads(site.run_ok("pkernfs", "info", "--json", site.region))
     assert through_mount == through_region
     assert through_mount["mountpoint"] == str(site.mnt)
-    assert through_mount["server"] == site.servers()[0]
+    assert through_mount["server"] == site.worker()
     figures = os.statvfs(site.mnt)
     assert through_mount["space"] == figures.f_blocks * 4096
     assert through_mount["space_free"] == figures.f_bfree * 4096

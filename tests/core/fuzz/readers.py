@@ -193,7 +193,7 @@ class Use:
 
     def end(self) -> None:
         """Unmount."""
-        self.fs.lookups.clear()
+        self.fs.ended = True
         judged(self.fs.close)
 
 

@@ -1,0 +1,129 @@
+"""pkernfs status: who serves a mount, and how it has been doing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from pkernfs.cli.words import human, printable
+
+DESCRIPTION = """\
+Show who serves a mount, and how it has been doing: its keeper and its worker, takeovers and the longest stall, requests
+by kind, memory that is dirty in the kernel or mapped past the mount.  Asks the keeper, so it answers while the worker
+does not.
+
+  pkernfs status /mnt/pkernfs
+  pkernfs status --watch /mnt/pkernfs
+  pkernfs status --json /mnt/pkernfs
+"""
+EVERY = 1.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MOUNT, and how it is shown."""
+    parser.add_argument("mount", metavar="MOUNT")
+    parser.add_argument("--json", action="store_true", help="for programs; sizes in bytes, times in seconds")
+    parser.add_argument("--watch", action="store_true", help="show it anew until ^C; with --json a line each time")
+    parser.add_argument("--every", metavar="SECONDS", type=seconds, default=EVERY, help="between two (default 1)")
+
+
+def seconds(word: str) -> float:
+    """A length of time.  For argparse."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = -1.0
+    if not 0.01 <= number <= 86400:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0.01 to 86400, found {word!r}")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask and print.  Raises PkernfsError."""
+    from pkernfs.client import ask_keeper
+
+    status = ask_keeper(arguments.mount, "status")
+    if not arguments.watch:
+        print(json.dumps(status, indent=2) if arguments.json else "\n".join(lines(status)))
+        return 0
+    if arguments.json or not sys.stdout.isatty():
+        return _repeat(arguments, status)
+    return _watch(arguments, status)
+
+
+def _repeat(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
+    """A line (or a paragraph) each time, for programs and pipes."""
+    from pkernfs.client import ask_keeper
+
+    while True:
+        print(json.dumps(status) if arguments.json else "\n".join(lines(status)) + "\n", flush=True)
+        time.sleep(arguments.every)
+        status = ask_keeper(arguments.mount, "status")
+
+
+def _watch(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
+    """In place, on a terminal."""
+    from rich.live import Live
+
+    from pkernfs.client import ask_keeper
+
+    before: dict[str, int] = status["requests"]
+    begun = time.monotonic()
+    try:
+        with Live(_picture(status, before, 1.0), auto_refresh=False, screen=True) as live:
+            while True:
+                time.sleep(arguments.every)
+                status = ask_keeper(arguments.mount, "status")
+                now = time.monotonic()
+                live.update(_picture(status, before, now - begun), refresh=True)
+                before, begun = status["requests"], now
+    except KeyboardInterrupt:
+        return 0
+
+
+def _picture(status: dict[str, Any], before: dict[str, int], passed: float) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("request", "so far", "per second", "", box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    rates = {kind: (count - before.get(kind, 0)) / passed for kind, count in status["requests"].items()}
+    most = max(rates.values(), default=0.0) or 1.0
+    for kind, count in sorted(status["requests"].items(), key=lambda item: -item[1]):
+        table.add_row(kind, f"{count:,}", f"{rates[kind]:,.0f}", "█" * round(40 * rates[kind] / most))
+    return Group(Text("\n".join(lines(status)[:-1])), Text(), table)
+
+
+def duration(length: float) -> str:
+    """A length of time for people: 350 ms, 12 s, 3 h 20 min."""
+    if length < 1:
+        return f"{length * 1000:.1f} ms"
+    for unit, size, name, below in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if length >= unit:
+            return f"{length // unit:.0f} {name} {length % unit // size:.0f} {below}"
+    return f"{length:.0f} s"
+
+
+def lines(status: dict[str, Any]) -> list[str]:
+    """The status for people."""
+    ago = duration(time.time() - status["last_takeover"]) if status["last_takeover"] else ""
+    last = f", the last {ago} ago: {status['last_reason']}" if ago else ""
+    requests = sorted(status["requests"].items(), key=lambda item: -item[1])
+    rows = {
+        "mount": f"{printable(status['mountpoint'])}, region {printable(status['region'])}",
+        "keeper": f"{status['keeper']}, mounted for {duration(status['uptime'])}"
+        + f", {status['keepers']} keepers so far" * (status["keepers"] > 1),
+        "worker": f"{status['worker']}, version {status['version']}, serving for {duration(status['worker_uptime'])}",
+        "standby": str(status["standby"] or "none yet"),
+        "takeovers": f"{status['takeovers']}{last}",
+        "stall": f"{duration(status['longest_stall'])} at most",
+        "dirty": "not known" if status["dirty"] is None else f"{human(status['dirty'])} in the page cache",
+        "pinned": f"{human(status['pinned'])} mapped past the mount",
+        "requests": f"{sum(status['requests'].values()):,}: "
+        + ", ".join(f"{kind} {count:,}" for kind, count in requests),
+    }
+    return [f"{name:10} {text}" for name, text in rows.items()]

@@ -1,0 +1,115 @@
+"""pkernfs upgrade: let another version serve a mount that stays in use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from typing import Any
+
+from pkernfs.cli.status import duration, seconds
+from pkernfs.errors import PkernfsError
+
+DESCRIPTION = """\
+Let this installation of pkernfs serve a mount that an older one (or a newer one) serves, while it stays in use.
+
+A worker of this version is started and looks whether it can read the region; the one that serves answers what it has
+read and ends; the new one goes on.  If it fails within its time of probation, the version of before goes on, and this
+command fails.
+
+  pkernfs upgrade /mnt/pkernfs                 the worker
+  pkernfs upgrade --keeper /mnt/pkernfs        the keeper, which starts workers; under systemd restart its service
+
+A stall is printed: for how long nobody answered.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MOUNT and what is upgraded."""
+    parser.add_argument("mount", metavar="MOUNT")
+    parser.add_argument("--keeper", action="store_true", help="not the worker but its keeper")
+    parser.add_argument(
+        "--probation", metavar="SECONDS", type=seconds, default=5.0, help="until the new version has proved (default 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs; times in seconds")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Upgrade, and tell.  Raises PkernfsError."""
+    done = _keeper(arguments.mount) if arguments.keeper else _worker(arguments.mount, arguments.probation)
+    if arguments.json:
+        print(json.dumps(done, indent=2))
+    elif arguments.keeper:
+        print(f"{arguments.mount}: keeper {done['keeper']} in place of {done['from']}")
+    else:
+        stall = f"stalled for {duration(done['longest_stall'])} at most"
+        print(f"{arguments.mount}: version {done['to']} in place of {done['from']}, {stall}")
+    return 0
+
+
+def _worker(mount: str, probation: float) -> dict[str, Any]:
+    from pkernfs.client import ask_keeper
+    from pkernfs.server.child import worker_command
+
+    return ask_keeper(mount, "upgrade", timeout=None, command=worker_command(), probation=probation)
+
+
+def _keeper(mount: str) -> dict[str, Any]:
+    """Become the keeper, in a process of its own."""
+    from pkernfs.client import ask_keeper
+
+    before = ask_keeper(mount, "status")["keeper"]
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        try:
+            _take_over(mount, writer)
+        except PkernfsError as error:
+            os.write(writer, b"e" + str(error).encode())
+            os._exit(1)
+        except BaseException as error:
+            os.write(writer, b"e" + repr(error).encode())
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read(1 << 16)
+    if not said.startswith(b"+"):
+        raise PkernfsError(said[1:].decode(errors="replace") or f"{mount}: the new keeper has failed")
+    return {"from": before, "keeper": child}
+
+
+def _take_over(mount: str, report: int) -> None:
+    """Get everything from the keeper of the mount, and keep it to its end.  Raises PkernfsError."""
+    from pkernfs.client import keeper_address
+    from pkernfs.server.child import FDS_MAX
+    from pkernfs.server.daemon import let_go_of_terminal
+    from pkernfs.server.keeper import adopt
+    from pkernfs.server.logs import start_logging
+    from pkernfs.server.state import State
+
+    os.setsid()
+    os.chdir("/")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(keeper_address(mount))
+        connection.sendall(b'{"verb": "hand-over"}\n')
+        data, fds, _, _ = socket.recv_fds(connection, 1 << 16, FDS_MAX)
+        while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
+            data += more
+        reply = json.loads(data)
+        if "error" in reply:
+            raise PkernfsError(f"{mount}: {reply['error']}")
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        state = State.from_json(reply["result"])
+        start_logging(state.options)
+        keeper = adopt(state, fds)
+        connection.sendall(b"+")
+    os.write(report, b"+")
+    os.close(report)
+    let_go_of_terminal()
+    keeper.keep()

@@ -1,0 +1,72 @@
+"""How many references the kernel holds to each inode, in memory that outlives the server that counts them.
+
+A removed file stays while it is referred to.  Counts stand in an array over all inode numbers; a page of it takes
+memory once a count in it was not 0.  What the request at work has counted is noted, so that when the server dies before
+it answers, and the request comes again, it is not counted twice.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+from pkernfs.format import INODE_SIZE
+from pkernfs.region.file import MAP_NORESERVE
+
+NOTES = 1 << 17  #: bytes before the counts
+#: Words of the notes: key of the request at work, number of notes; then (inode, count before) each.
+KEY, NUMBER, FIRST = 0, 1, 2
+MOST = NOTES // 16 - FIRST  #: notes of one request
+
+
+def lookups_size(region_size: int) -> int:
+    """Bytes for the counts of a region of ``region_size`` bytes, nearly all of them holes."""
+    return NOTES + region_size // INODE_SIZE * 8
+
+
+class Lookups:
+    """The counts.  ``memory``: lookups_size() bytes, zeros at the beginning of the mount; by default private ones."""
+
+    def __init__(self, region_size: int, memory: mmap.mmap | None = None) -> None:
+        self.memory = memory or mmap.mmap(-1, lookups_size(region_size), flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
+        words = memoryview(self.memory).cast("Q")
+        self.notes = words[: NOTES // 8]
+        self.counts = words[NOTES // 8 :]
+        self.inherited_key = self.notes[KEY]
+        #: what the request at work when the server before ended has counted
+        self.inherited: dict[int, int] = {}
+        for at in range(min(self.notes[NUMBER], MOST) - 1, -1, -1):
+            ino, before = self.notes[FIRST + 2 * at : FIRST + 2 * at + 2]
+            self.inherited[ino] = self.counts[ino] - before
+
+    def begin(self) -> None:
+        """The request before is answered."""
+        self.notes[NUMBER] = 0
+
+    def undo(self, key: int) -> None:
+        """The request that is known by ``key`` was not answered and comes again: forget what it counted."""
+        if key == self.inherited_key:
+            for ino, count in self.inherited.items():
+                self.drop(ino, count)
+            self.inherited = {}
+
+    def __getitem__(self, ino: int) -> int:
+        return self.counts[ino]
+
+    def add(self, ino: int) -> None:
+        """One reference more."""
+        notes, counts = self.notes, self.counts
+        number = notes[NUMBER]
+        count = counts[ino]
+        if number < MOST:
+            notes[FIRST + 2 * number] = ino
+            notes[FIRST + 2 * number + 1] = count
+            notes[NUMBER] = number + 1
+        counts[ino] = count + 1
+
+    def drop(self, ino: int, count: int) -> int:
+        """``count`` references fewer; how many are left."""
+        if ino >= len(self.counts):
+            return 0
+        left = max(self.counts[ino] - count, 0)
+        self.counts[ino] = left
+        return left

@@ -1,0 +1,149 @@
+"""A worker as its keeper sees it: a process, and the socket to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from pkernfs.errors import PkernfsError
+
+PROTOCOL = 1  #: version of the messages between a keeper and its workers
+MESSAGE_MAX = 1 << 16
+FDS_MAX = 16
+SO_SNDBUFFORCE = 32  #: asm-generic/socket.h; the socket module has no name for it
+
+
+class WorkerGoneError(PkernfsError):
+    """The worker has ended."""
+
+
+class WorkerStuckError(WorkerGoneError):
+    """The worker does not answer in time."""
+
+
+class WorkerError(PkernfsError):
+    """The worker could not do what it was asked for: its own words."""
+
+
+def worker_command() -> list[str]:
+    """The program of a worker of this installation; $PKERNFS_WORKER names another one (tests let it fail)."""
+    return shlex.split(os.environ.get("PKERNFS_WORKER", "")) or [sys.executable, "-P", "-m", "pkernfs.server.worker"]
+
+
+def send(connection: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    """One message, with descriptors."""
+    socket.send_fds(connection, [json.dumps(message).encode()], list(fds))
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The next message, with its descriptors; {} at the end."""
+    data, fds, _, _ = socket.recv_fds(connection, MESSAGE_MAX, FDS_MAX)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    message: dict[str, Any] = json.loads(data) if data else {}
+    return message, fds
+
+
+class Child:
+    """A worker process: it imports everything, says {"up": ...} and waits.
+
+    ``command``: its program; or, of one that another keeper has started, ``connection`` and ``pid``.
+    """
+
+    def __init__(self, command: Sequence[str] = (), *, connection: socket.socket | None = None, pid: int = 0) -> None:
+        self.facts: dict[str, Any] = {}  #: what it said of itself
+        self.process: subprocess.Popen[bytes] | None = None
+        self.handle = -1  #: a pidfd
+        if connection is not None:
+            self.socket, self.pid = connection, pid
+            with suppress(ProcessLookupError):
+                self.handle = os.pidfd_open(pid)
+            return
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/"
+            )
+        self.pid = self.process.pid
+        self.handle = os.pidfd_open(self.pid)
+
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Raises WorkerGoneError."""
+        try:
+            send(self.socket, message, fds)
+        except OSError:
+            raise WorkerGoneError(f"worker {self.pid} has ended") from None
+
+    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+        """The next message.  Raises WorkerGoneError, WorkerError for a message with "error"."""
+        if not select.select([self.socket], [], [], timeout)[0]:
+            raise WorkerStuckError(f"worker {self.pid} does not answer within {timeout:g} s")
+        try:
+            message, _ = receive(self.socket)
+        except OSError:
+            message = {}
+        if not message:
+            raise WorkerGoneError(f"worker {self.pid} has ended")
+        if "error" in message:
+            error = WorkerError(message["error"])
+            error.exit_code = message.get("exit_code", error.exit_code)
+            raise error
+        return message
+
+    def up(self, timeout: float) -> dict[str, Any]:
+        """Wait until it has imported everything; what it says of itself.  Raises WorkerGoneError, WorkerError."""
+        if not self.facts:
+            self.facts = self.receive(timeout)
+            if self.facts.get("protocol") != PROTOCOL:
+                found = self.facts.get("protocol")
+                raise WorkerError(
+                    f"worker {self.pid}: expected protocol {PROTOCOL} of its keeper, found {found}",
+                    hint="pkernfs upgrade --keeper first",
+                )
+        return self.facts
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        with suppress(ProcessLookupError):
+            if self.handle >= 0:
+                signal.pidfd_send_signal(self.handle, number)
+
+    def kill(self) -> None:
+        """End it at once, and wait for that."""
+        self.signal(signal.SIGKILL)
+        self.end()
+
+    def end(self) -> str:
+        """Wait for its end; how it ended."""
+        how = "a status that another keeper would know"
+        if self.process is not None:
+            code = self.process.wait()
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if self.handle >= 0:
+            select.select([self.handle], [], [])
+            os.close(self.handle)
+            self.handle = -1
+        self.socket.close()
+        return how
+
+
+def request_socket() -> tuple[socket.socket, socket.socket, int]:
+    """(ours, theirs, bytes): a pair of sockets that stands in for /dev/fuse, and the largest message that fits."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    wanted = 1 << 22
+    for one in (ours, theirs):
+        try:
+            one.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, wanted)
+        except PermissionError:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
+    # The kernel doubles what it is given, and keeps a part for itself.
+    return ours, theirs, ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 3

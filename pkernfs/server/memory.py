@@ -1,0 +1,59 @@
+"""Memory of a mount that is not in its region yet, and memory of a region that others hold."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import suppress
+
+from pkernfs.region.file import shared_mappings
+
+# Numbers and constants of the mount API (asm-generic/unistd.h, linux/mount.h), the same on all machines that we know.
+FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432
+FSCONFIG_CMD_CREATE = 6
+CLOEXEC = 1
+
+
+def _debugfs() -> int:
+    """A descriptor of debugfs's root, which need not be mounted anywhere.  Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *arguments: object) -> int:
+        result = libc.syscall(ctypes.c_long(number), *arguments)
+        if result < 0:
+            raise OSError(ctypes.get_errno(), "debugfs")
+        return int(result)
+
+    context = call(FSOPEN, b"debugfs", ctypes.c_uint(CLOEXEC))
+    try:
+        call(FSCONFIG, ctypes.c_int(context), ctypes.c_uint(FSCONFIG_CMD_CREATE), None, None, ctypes.c_int(0))
+        return call(FSMOUNT, ctypes.c_int(context), ctypes.c_uint(CLOEXEC), ctypes.c_uint(0))
+    finally:
+        os.close(context)
+
+
+def dirty_bytes(device: str) -> int | None:
+    """Bytes that were written to the mount ``device`` (MAJOR:MINOR) and are in the kernel's page cache only.
+
+    None when the kernel does not tell: to others than root, or without debugfs.
+    """
+    with suppress(OSError, ValueError):
+        root = _debugfs()
+        try:
+            fd = os.open(f"bdi/{device}/stats", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
+        finally:
+            os.close(root)
+        with open(fd, encoding="ascii") as lines:
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        return sum(int(facts[name].split()[0]) for name in ("BdiReclaimable", "BdiWriteback")) * 1024
+    return None
+
+
+def pinned_bytes(region_fd: int, worker: int) -> int:
+    """Bytes of the region that processes other than its worker map: guests with the direct map, for one."""
+    ranges = sorted((first, end) for pid, first, end in shared_mappings(region_fd) if pid != worker)
+    total = reached = 0
+    for first, end in ranges:
+        total += max(end - max(first, reached), 0)
+        reached = max(reached, end)
+    return total

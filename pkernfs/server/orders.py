@@ -1,0 +1,113 @@
+"""The keeper's own control socket: what can be asked of a mount whatever its worker does.
+
+The same lines as the worker's (control.py), one request a connection.  Threads answer: what only tells is answered
+while the keeper waits for something; what changes something is an Order that waits for the keeper.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pkernfs.errors import PkernfsError
+from pkernfs.sockets import CONNECTIONS
+
+log = logging.getLogger("pkernfs")
+
+LINE_MAX = 1 << 16
+PATIENCE = 10.0  #: seconds that a client may take to send its line
+
+
+class Order:
+    """Something that the keeper is to do.  ``verb`` is one of ORDERS; whoever gave it waits for an answer."""
+
+    def __init__(self, request: dict[str, Any], connection: socket.socket) -> None:
+        self.verb: str = request["verb"]
+        self.request = request
+        self.connection = connection
+        self.done = threading.Event()
+
+    def answer(self, result: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Tell the client that it is done."""
+        self._send({"result": result}, fds)
+
+    def refuse(self, error: PkernfsError) -> None:
+        """Tell the client that it is not done."""
+        self._send({"error": str(error), "errno": error.errno}, ())
+
+    def _send(self, reply: dict[str, Any], fds: Sequence[int]) -> None:
+        with suppress(OSError):
+            socket.send_fds(self.connection, [json.dumps(reply).encode() + b"\n"], list(fds))
+        if not fds:
+            self.done.set()
+
+
+class Orders:
+    """Listens on ``listener``.  ``status`` gives the facts of the mount, ``wake`` is called for each new order."""
+
+    VERBS = ("upgrade", "hand-over")
+
+    def __init__(self, listener: socket.socket, status: Callable[[], dict[str, Any]], wake: Callable[[], None]) -> None:
+        self.listener = listener
+        self.status = status
+        self.wake = wake
+        self.waiting: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self.connections = threading.Semaphore(CONNECTIONS)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def next(self) -> Order | None:
+        """The next order, if there is one."""
+        with suppress(queue.Empty):
+            return self.waiting.get_nowait()
+        return None
+
+    def _listen(self) -> None:
+        while True:
+            self.connections.acquire()
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                self._converse(connection)
+            except Exception:
+                log.exception("a bug: an order failed")
+            finally:
+                self.connections.release()
+
+    def _converse(self, connection: socket.socket) -> None:
+        connection.settimeout(PATIENCE)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        order = Order({"verb": ""}, connection)
+        if uid not in (0, os.getuid()):
+            return order.refuse(PkernfsError(f"user {uid} does not own this mount"))
+        line = b""
+        with suppress(OSError):
+            while not line.endswith(b"\n") and len(line) < LINE_MAX and (chunk := connection.recv(LINE_MAX)):
+                line += chunk
+        try:
+            order.request = json.loads(line)
+            order.verb = order.request["verb"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return order.refuse(PkernfsError('expected a JSON object with "verb"'))
+        if order.verb == "status":
+            return order.answer(self.status())
+        if order.verb not in self.VERBS:
+            return order.refuse(PkernfsError(f"verb {order.verb!r}; known are status, {', '.join(self.VERBS)}"))
+        self.waiting.put(order)
+        self.wake()
+        order.done.wait()
+        return None

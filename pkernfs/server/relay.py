@@ -1,0 +1,112 @@
+"""Handing the connection to the kernel over to a worker: INIT, what was not answered, then the descriptor itself."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+from pkernfs.server.child import Child, WorkerGoneError, WorkerStuckError, request_socket
+from pkernfs.server.device import BUFFER, REPLY, REQUEST, RESENT, WITHOUT_REPLY, Device, Request, patched_init
+
+log = logging.getLogger("pkernfs")
+
+DEATHS = 3  #: so many workers may end while the same request comes to them again
+LOST = 1 << 16  #: requests before the next one that are failed where the kernel cannot deliver again
+
+
+PROVOKED = 5.0  #: seconds that a request of our own may take to come
+
+
+def _provoke(mountpoint: str) -> None:
+    with suppress(OSError):
+        os.statvfs(mountpoint)
+
+
+class Relay:
+    """Stands between the kernel and each new worker, until that one has answered what the one before did not."""
+
+    def __init__(self, device: Device, mountpoint: str, init: bytes, patience: float) -> None:
+        self.device = device
+        self.mountpoint = mountpoint
+        self.init = init
+        self.patience = patience  #: seconds that a worker may take for a request
+        self.deaths: dict[int, int] = {}  #: workers that ended with a request, by its unique number
+
+    def hand_over(self, worker: Child, message: dict[str, object], fds: Sequence[int], *, takeover: bool) -> None:
+        """Let an opened worker serve; it gets the message "serve" with the descriptors of the device, of what stands in
+        for that, and ``fds``.  Raises WorkerGoneError; ConnectionAbortedError when the mount has ended."""
+        ours, theirs, largest = request_socket()
+        with ours:
+            with theirs:
+                worker.send({"verb": "serve", **message}, [self.device.fd, theirs.fileno(), *fds])
+            ours.send(self.init)
+            reply = self._reply(worker, ours)
+            if takeover:
+                self._resend(worker, ours)
+            else:
+                self.device.reply(patched_init(reply, largest))
+
+    def _resend(self, worker: Child, ours: socket.socket) -> None:
+        """Relay what was read and not answered, and the one request behind that."""
+        device = self.device
+        can_resend = device.resend()
+        if not can_resend:
+            # The number of any request tells which ones may be lost.
+            threading.Thread(target=_provoke, args=[self.mountpoint], daemon=True).start()
+        while device.readable(0 if can_resend else PROVOKED):
+            raw = device.read()
+            request = REQUEST.unpack(raw)
+            again = bool(request.unique & RESENT)
+            if not can_resend:
+                self._fail_before(request.unique)
+                can_resend = True
+            if again and self.deaths.get(request.unique, 0) >= DEATHS:
+                log.error("%s has ended %d workers: it is answered with EIO", request, DEATHS + 1)
+                del self.deaths[request.unique]
+                device.fail(request.unique, errno.EIO)
+                continue
+            self._relay(worker, ours, raw, request)
+            # What needs no reply (FORGET) can come before what comes again.
+            if not again and request.opcode not in WITHOUT_REPLY:
+                break
+        self.deaths.clear()
+
+    def _relay(self, worker: Child, ours: socket.socket, raw: bytes, request: Request) -> None:
+        key = request.unique | RESENT
+        self.deaths[key] = self.deaths.get(key, 0) + 1
+        try:
+            ours.send(raw)
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise WorkerGoneError(f"worker {worker.pid} has ended") from None
+            self.device.fail(request.unique, errno.EIO)
+            return
+        if request.opcode not in WITHOUT_REPLY:
+            self.device.reply(self._reply(worker, ours))
+        del self.deaths[key]
+
+    def _fail_before(self, unique: int) -> None:
+        """Answer what may have been lost with EIO: the kernel cannot deliver it again."""
+        for lost in range(max(unique - 2 * LOST, 2), unique, 2):
+            self.device.fail(lost, errno.EIO)
+
+    def _reply(self, worker: Child, ours: socket.socket) -> bytes:
+        """The next reply; notifications go on to the kernel."""
+        while True:
+            if not select.select([ours], [], [], self.patience)[0]:
+                raise WorkerStuckError(f"worker {worker.pid} does not answer within {self.patience:g} s")
+            try:
+                reply = ours.recv(BUFFER)
+            except ConnectionResetError:
+                reply = b""
+            if not reply:
+                raise WorkerGoneError(f"worker {worker.pid} has ended")
+            if REPLY.unpack(reply).unique:
+                return reply
+            self.device.reply(reply)

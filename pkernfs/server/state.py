@@ -1,0 +1,75 @@
+"""What a keeper knows and holds: what the next keeper of the same mount needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+from pkernfs.server.options import MountOptions
+
+
+class Descriptors(NamedTuple):
+    """What is open as long as the mount lives."""
+
+    region: int  #: holds the region's lock
+    references: int  #: memory with the kernel's references to inodes
+    stats: int  #: memory with counters
+    control: int  #: listens for verbs that the worker answers
+    orders: int  #: listens for verbs that the keeper answers
+    device: int  #: /dev/fuse
+
+
+@dataclass
+class State:
+    """One mount and what happened to it.  Times in seconds since the epoch, lengths of time in seconds."""
+
+    region: str
+    mountpoint: str
+    options: MountOptions
+    command: list[str]  #: the program of a worker
+    device: str = ""  #: MAJOR:MINOR of the mount
+    init: bytes = b""  #: the kernel's INIT
+    control_path: str = ""
+    orders_path: str = ""
+    worker: int = 0  #: process id
+    worker_since: float = 0.0
+    version: str = ""  #: of the worker
+    since: float = field(default_factory=time.time)
+    keepers: int = 1  #: so far
+    takeovers: int = 0
+    last_reason: str = ""  #: how the worker before ended
+    last_takeover: float = 0.0
+    longest_stall: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Self:
+        """Undo to_json."""
+        options = MountOptions(**facts["options"] | {"kernel": tuple(facts["options"]["kernel"])})
+        return cls(**facts | {"options": options, "init": bytes.fromhex(facts["init"])})
+
+    def status(self) -> dict[str, Any]:
+        """What `pkernfs status` shows of it."""
+        now = time.time()
+        return {
+            "mountpoint": self.mountpoint,
+            "region": self.region,
+            "device": self.device,
+            "readonly": self.options.readonly,
+            "keeper": os.getpid(),
+            "keepers": self.keepers,
+            "worker": self.worker,
+            "version": self.version,
+            "uptime": now - self.since,
+            "worker_uptime": now - self.worker_since if self.worker else 0.0,
+            "takeovers": self.takeovers,
+            "last_reason": self.last_reason,
+            "last_takeover": self.last_takeover,
+            "longest_stall": self.longest_stall,
+        }

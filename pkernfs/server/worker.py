@@ -1,0 +1,222 @@
+"""A worker: pyfuse3 over one region, on a session that its keeper hands over.
+
+python -m pkernfs.server.worker FD: FD is the socket to the keeper.  Messages, each a JSON object:
+
+    up        from the worker, when it has imported everything: pid, version, protocol, stacks (a descriptor of its own)
+    check     state; with the region: can this version read it?
+    open      state, first; with the region, the references, the counters
+    serve     state, revive; with /dev/fuse, the socket that stands in for it, and the listening sockets
+    ready     from the first worker, after the first request: the mount is usable
+    know      state, as it is now
+    beat      answered with how many requests were read, and for how many seconds the oldest is at work
+    drain     let another worker serve
+    end       let go of the mount
+
+A worker ends with status 0 when the mount has ended and the region is closed, or when it was drained.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pyfuse3
+import trio
+
+import pkernfs
+from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.format import ROOT_INO
+from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.lookups import Lookups
+from pkernfs.region import Region, open_region, read_superblock
+from pkernfs.server import loop
+from pkernfs.server.bdi import tune
+from pkernfs.server.child import PROTOCOL, receive, send
+from pkernfs.server.control import ControlSocket
+from pkernfs.server.daemon import let_go_of_terminal
+from pkernfs.server.logs import start_logging
+from pkernfs.server.operations import Operations
+from pkernfs.server.options import MountOptions
+from pkernfs.server.state import State
+from pkernfs.server.stats import map_stats
+from pkernfs.server.verbs import verbs
+
+log = logging.getLogger("pkernfs")
+
+#: Seconds after the end of the keeper.  Whoever ends everything ends the keeper first.
+REVIVE = 1.0
+
+
+def set_barriers(region: Region, options: MountOptions) -> None:
+    """Flush as the medium needs it, or as the options say.  Raises RegionError."""
+    if options.barriers is None or options.readonly:
+        return
+    if options.barriers and not region.volatile:
+        raise RegionError(
+            f"{region.path}: -o barrier: expected a region on a disk, found {region.kind}, which has nothing to flush",
+            hint="leave the option out",
+        )
+    region.barriers = options.barriers
+
+
+class Worker:
+    """What one worker holds.  ``keeper``: the socket to its keeper."""
+
+    def __init__(self, keeper: socket.socket) -> None:
+        self.keeper = keeper
+        self.first = False
+        self.revives = False
+        self.drained = False
+        self.fds: list[int] = []  #: Descriptors, for another keeper
+        stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
+        self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115
+
+    def run(self) -> None:
+        """All messages, to the end of the mount."""
+        faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
+        up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks.fileno()}
+        send(self.keeper, up)
+        while True:
+            message, fds = receive(self.keeper)
+            if not message:
+                return None
+            self.state = State.from_json(message["state"])
+            try:
+                if message["verb"] == "serve":
+                    return self.serve(message, *fds)
+                reply = self.check(*fds) if message["verb"] == "check" else self.open(message, *fds)
+            except PkernfsError as error:
+                reply = {"error": str(error), "exit_code": error.exit_code}
+            send(self.keeper, reply)
+
+    def check(self, region_fd: int) -> dict[str, Any]:
+        """Whether this version can read the region.  Raises FormatError."""
+        with open_region(self.state.region, readonly=True, fd=region_fd) as region:
+            read_superblock(region, readonly=self.state.options.readonly)
+        return {"checked": True}
+
+    def open(self, message: dict[str, Any], region_fd: int, references_fd: int, stats_fd: int) -> dict[str, Any]:
+        """Open and recover the region, and apply the options that change its root.  Raises PkernfsError."""
+        options = self.state.options
+        self.first = message["first"]
+        self.fds = [region_fd, references_fd, stats_fd]
+        start_logging(options)
+        region = open_region(self.state.region, readonly=options.readonly, fd=region_fd)
+        set_barriers(region, options)
+        self.fs = fs = Filesystem.open(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
+        fs.atime_policy = options.atime
+        if self.first and not options.readonly:
+            fs.volume.mark_mounted()
+            if (options.uid, options.gid, options.mode) != (None, None, None):
+                fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
+        return {"opened": fs.volume.recovered}
+
+    def serve(self, message: dict[str, Any], device: int, session: int, control: int, orders: int) -> None:
+        """Serve until the mount ends, and close the filesystem."""
+        fs, state = self.fs, self.state
+        self.fds += [control, orders, device]
+        self.revives = message["revive"]
+        facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
+        operations = Operations(fs, facts.copy, map_stats(self.fds[2]))
+        listener = ControlSocket(socket.socket(fileno=os.dup(control)), verbs(operations, pyfuse3.invalidate_inode))
+        loop.install(loop.PollingLowlevel(session, device, operations))
+        # The mount is the keeper's: libfuse gets a descriptor, and options that say nothing about mounting.
+        pyfuse3.init(operations, f"/dev/fd/{session}", {"default_permissions"})
+
+        async def run() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.hear, operations, nursery.cancel_scope)
+                nursery.start_soon(listener.serve)
+                nursery.start_soon(operations.housekeeping)
+                if self.first:
+                    nursery.start_soon(self.announce)
+                try:
+                    await pyfuse3.main()
+                finally:
+                    pyfuse3.close(unmount=False)
+                nursery.cancel_scope.cancel()
+
+        trio.run(run)
+        if self.drained:
+            fs.region.close()
+        else:
+            fs.close()
+        logging.shutdown()
+        # Threads may still wait for answers that the next worker gives.
+        os._exit(0)
+
+    async def announce(self) -> None:
+        """Tell that the mount is usable, once it is."""
+        state = self.state
+
+        def settle() -> str:
+            os.stat(state.mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
+            return tune(state.mountpoint) if state.options.tune else ""
+
+        warning = await trio.to_thread.run_sync(settle, abandon_on_cancel=True)
+        send(self.keeper, {"ready": os.getpid(), "warning": warning})
+
+    async def hear(self, operations: Operations, scope: trio.CancelScope) -> None:
+        """Do what the keeper says; find another one when it is gone."""
+        while True:
+            await trio.lowlevel.wait_readable(self.keeper)
+            with suppress(OSError):
+                message, _ = receive(self.keeper)
+                if message:
+                    await self.obey(message, operations, scope)
+                    continue
+            await trio.sleep(REVIVE)
+            if not self.revives:
+                log.warning("the keeper has ended")
+                return
+            await self.revive()
+
+    async def obey(self, message: dict[str, Any], operations: Operations, scope: trio.CancelScope) -> None:
+        """One message."""
+        match message["verb"]:
+            case "beat":
+                send(self.keeper, {"oldest": operations.oldest(), "begun": operations.begun})
+            case "know":
+                self.state = State.from_json(message["state"])
+                if not self.state.options.foreground:
+                    let_go_of_terminal()
+            case "drain":
+                # Nothing is lost: a request is between its reading and its reply only while nobody else runs.
+                self.drained = True
+                scope.cancel()
+            case "end":
+                await trio.to_thread.run_sync(pyfuse3.syncfs, self.state.mountpoint, abandon_on_cancel=True)
+                pyfuse3.terminate()
+
+    async def revive(self) -> None:
+        """Start another keeper, and give it everything."""
+        self.keeper.close()
+        self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pkernfs.server.keeper", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+            )
+        with suppress(OSError):
+            send(self.keeper, {"state": self.state.to_json()}, self.fds)
+        await trio.to_thread.run_sync(process.wait)
+
+
+def main() -> None:
+    """The process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the keeper
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Where the sockets of mounts are: below one directory per user, named by the device number of the mount.
+
+0:45.sock          verbs about the region and its files, answered by the worker
+0:45.keeper.sock   verbs about the mount, answered by its keeper
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import socket
+import stat
+import tempfile
+from contextlib import suppress
+
+from pkernfs.errors import RegionError
+
+CONNECTIONS = 32  #: more at once are refused
+
+
+def _places(uid: int) -> list[str]:
+    """Where the directory of a user may be, the usual place first."""
+    if uid == 0:
+        return ["/run/pkernfs"]
+    places = [f"/tmp/pkernfs-{uid}"]
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "") if uid == os.getuid() else f"/run/user/{uid}"
+    if os.path.isabs(runtime):
+        places.insert(0, os.path.join(runtime, "pkernfs"))
+    return places
+
+
+def runtime_dir() -> str:
+    """A directory of this user's own for sockets: /run/pkernfs, or below $XDG_RUNTIME_DIR or /tmp for others than root.
+
+    Where another user has prepared the usual path, any other will do.  Raises RegionError.
+    """
+    uid = os.getuid()
+    for path in _places(uid):
+        with suppress(OSError):
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            if _is_safe(path, uid):
+                return path
+    try:
+        return tempfile.mkdtemp(prefix=f"pkernfs-{uid}-", dir="/tmp")
+    except OSError as error:
+        raise RegionError(f"/tmp: cannot make a directory for the control socket: {error.strerror}") from None
+
+
+def find(name: str, uid: int) -> str | None:
+    """The socket of that name of a mount that is this user's, wherever it is."""
+    for folder in [*_places(uid), *glob.glob(f"/tmp/pkernfs-{uid}-*")]:
+        path = os.path.join(folder, name)
+        with suppress(OSError):
+            if _is_safe(folder, uid) and stat.S_ISSOCK(os.lstat(path).st_mode):
+                return path
+    return None
+
+
+def _is_safe(path: str, uid: int) -> bool:
+    """Whether ``path`` is a directory that only this user may write, and that no other can move away."""
+    status, above = os.lstat(path), os.stat(os.path.dirname(path))
+    fixed = above.st_uid in (0, uid) and (not above.st_mode & 0o022 or bool(above.st_mode & stat.S_ISVTX))
+    return fixed and stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022
+
+
+def remove_stale(folder: str) -> None:
+    """Remove the sockets of servers that were killed: nobody listens there."""
+    for name in os.listdir(folder):
+        if name.endswith(".sock"):
+            with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
+                probe.setblocking(False)
+                if probe.connect_ex(os.path.join(folder, name)) == errno.ECONNREFUSED:
+                    os.unlink(os.path.join(folder, name))
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket that only this process's user may connect to.  Raises RegionError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # Its name only when it listens: until then remove_stale of another server would take it for a dead one's.
+    unfinished = f"{path.removesuffix('.sock')}-{os.urandom(4).hex()}"
+    old_umask = os.umask(0o177)
+    try:
+        listener.bind(unfinished)
+        listener.listen(CONNECTIONS)
+        os.rename(unfinished, path)
+    except OSError as error:
+        listener.close()
+        raise RegionError(f"{path}: cannot make the control socket: {error.strerror}") from None
+    finally:
+        os.umask(old_umask)
+    return listener
+
+
+def remove(path: str) -> None:
+    """Remove a socket of this process's, and the folder if it was made for it."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    folder = os.path.dirname(path)
+    if os.path.basename(folder).startswith(f"pkernfs-{os.getuid()}-"):
+        with suppress(OSError):
+            os.rmdir(folder)
