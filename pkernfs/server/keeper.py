@@ -24,6 +24,7 @@ from typing import Any
 
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.mounts import mount_at
+from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError, receive
 from pkernfs.server.device import Device, mount_device
 from pkernfs.server.exporter import Exporter
@@ -147,6 +148,7 @@ class Keeper:
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
+        keep_resident()
         self._tell()
         self.service.notify("READY=1", f"STATUS={self.state.region} on {self.state.mountpoint}")
         while not (self.leaving or self.ending):

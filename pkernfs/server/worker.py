@@ -39,6 +39,7 @@ from pkernfs.fs.lookups import Lookups
 from pkernfs.region import Region, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
+from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import PROTOCOL, receive, send
 from pkernfs.server.control import ControlSocket
 from pkernfs.server.daemon import let_go_of_terminal
@@ -82,6 +83,7 @@ class Worker:
     def run(self) -> None:
         """All messages, to the end of the mount."""
         faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
+        keep_resident()
         up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks.fileno()}
         send(self.keeper, up)
         while True:
