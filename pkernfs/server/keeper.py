@@ -257,6 +257,8 @@ class Keeper:
     def _standby_spoke(self) -> None:
         assert self.standby is not None
         try:
+            if self.standby.facts:  # it has nothing more to say: it has ended
+                self.standby.receive(0)
             self.standby.up(0)
             self.standby_failures = 0
             return

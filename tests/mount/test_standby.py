@@ -1,0 +1,41 @@
+"""The worker that waits to take over."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pkernfs.client import ask_keeper
+from tests.mount.site import Site, wait_for
+
+
+def status(site: Site) -> dict[str, Any]:
+    return ask_keeper(str(site.mnt), "status")
+
+
+def has_imported(pid: int) -> bool:
+    """Whether a worker has come to what it does after its imports: it makes a file for its stacks."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if "pkernfs-stacks" in os.readlink(fd):
+                return True
+    return False
+
+
+def test_one_that_ends_is_replaced(site: Site) -> None:
+    """Also after it was up; no takeover comes to one that is gone."""
+    site.expected = re.compile("standby: worker .* has ended|takes over")
+    for _ in range(2):
+        wait_for(lambda: status(site)["standby"], "a standby")
+        standby = status(site)["standby"]
+        wait_for(lambda standby=standby: has_imported(standby), "its imports")
+        os.kill(standby, signal.SIGKILL)
+        wait_for(lambda standby=standby: status(site)["standby"] not in (0, standby), "another standby")
+    before = status(site)
+    os.kill(before["worker"], signal.SIGKILL)
+    wait_for(lambda: status(site)["takeovers"] == 1, "a takeover")
+    assert status(site)["worker"] == before["standby"]
