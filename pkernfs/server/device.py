@@ -144,13 +144,12 @@ class Device:
 def patched_init(reply: bytes, largest: int) -> bytes:
     """A reply to INIT with what pyfuse3 cannot ask for.
 
-    HANDLE_KILLPRIV_V2 in place of the first version, with which the kernel asks for security.capability before each
-    write.  ``largest``: bytes of a write that fit through a socket.
+    HANDLE_KILLPRIV_V2: without it the kernel asks for security.capability before each write.  It stands for: writing,
+    truncating and changing the owner clear set-user-ID bits here (Linux before 5.11 ignores it, and does so itself).
+    ``largest``: bytes of a write that fit through a socket.
     """
     init = INIT_REPLY.unpack(reply, REPLY.size)
-    flags = init.flags
-    if flags & HANDLE_KILLPRIV:
-        flags = flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2
+    flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2
     max_write = min(init.max_write, largest)
     init = init._replace(flags=flags, max_write=max_write, max_pages=min(init.max_pages, max_write // 4096))
     return reply[: REPLY.size] + INIT_REPLY.pack(init) + reply[REPLY.size + INIT_REPLY.size :]

@@ -23,6 +23,7 @@ import trio
 
 HEADER = 48  #: bytes of a relayed request that are looked at
 POLL_MS = 1
+SPIN = int(os.environ.get('SPIN', '0'))
 PASS_EVERY = 256
 
 
@@ -99,7 +100,11 @@ class PollingLowlevel:
         self._passes += 1
         if self._passes % PASS_EVERY == 0:
             await trio.lowlevel.checkpoint()
-        if not self._poll.poll(POLL_MS):
+        poll = self._poll.poll
+        for _ in range(SPIN):
+            if poll(0):
+                return
+        if not poll(POLL_MS):
             await trio.lowlevel.wait_readable(fd)
 
 

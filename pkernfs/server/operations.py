@@ -244,6 +244,9 @@ class Operations(pyfuse3.Operations):
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        if change == SetAttr():
+            # chown(-1, -1), which clears set-user-ID bits as any change of owner does.
+            change = SetAttr(uid=self.fs.getattr(inode).uid)
         return self.attributes(inode, self.fs.setattr(inode, change, privileged=ctx.uid == 0))
 
     async def forget(self, inode_list: Any) -> None:
