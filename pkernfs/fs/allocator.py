@@ -51,7 +51,7 @@ class TablePage:
     def encode(self) -> bytes:
         """The page as it goes to the region."""
         first = self.index * TABLE_FANOUT
-        kinds = bytes(self.allocator.table[first : first + TABLE_FANOUT])
+        kinds = self.allocator.table[first : first + TABLE_FANOUT]
         return seal_page(TABLE_MAGIC, self.offset, self.index, 0, 0, kinds)
 
 

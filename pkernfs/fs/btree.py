@@ -83,11 +83,18 @@ class Tree:
         path.append((node, -1))
         return path
 
+    def _leaf(self, key: int) -> Node:
+        """The leaf where ``key`` belongs."""
+        node = self._root()
+        while node.level:
+            node = self._child(node, max(bisect_right(node.keys, key) - 1, 0))
+        return node
+
     def get(self, key: int) -> bytes | None:
         """The value of ``key``, or None."""
         if not self.root:
             return None
-        leaf = self._path(key)[-1][0]
+        leaf = self._leaf(key)
         index = bisect_left(leaf.keys, key)
         return leaf.values[index] if index < len(leaf.keys) and leaf.keys[index] == key else None
 
@@ -121,6 +128,16 @@ class Tree:
                 node = self._child(node, 0)
             leaf, index = node, 0
 
+    def between(self, first: int, last: int) -> list[tuple[int, bytes]]:
+        """What ``scan`` yields, for a range that is nearly always within one leaf."""
+        if not self.root:
+            return []
+        leaf = self._leaf(first)
+        if last >= leaf.end:
+            return list(self.scan(first, last))
+        low, high = bisect_left(leaf.keys, first), bisect_right(leaf.keys, last)
+        return list(zip(leaf.keys[low:high], leaf.values[low:high], strict=True)) if low < high else []
+
     def floor(self, key: int) -> tuple[int, bytes] | None:
         """The item with the largest key that is not above ``key``, or None."""
         if not self.root:
@@ -151,7 +168,7 @@ class Tree:
 
     def free_key(self, first: int) -> int:
         """The first of the KEY_SLOTS keys from ``first`` on that is not taken.  Raises FsError(ENOSPC)."""
-        taken = {key for key, _ in self.scan(first, first + KEY_SLOTS - 1)}
+        taken = {key for key, _ in self.between(first, first + KEY_SLOTS - 1)}
         for key in range(first, first + KEY_SLOTS):
             if key not in taken:
                 return key

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Dirent, Ino, Inode, name_key
+from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Directory:
         if not self.tree.root:
             return None
         first = name_key(self.volume.sb.hash_seed, name)
-        for key, value in self.tree.scan(first, first + KEY_SLOTS - 1):
+        for key, value in self.tree.between(first, first + KEY_SLOTS - 1):
             if value[DIRENT.size :] == name:
                 return self._entry(key, value)
         return None
@@ -107,12 +107,12 @@ class Directory:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""
         first = name_key(self.volume.sb.hash_seed, name)
         key = self.tree.free_key(first)
-        self.tree.put(key, DIRENT.pack(Dirent(ino, stat.S_IFMT(mode), len(name))) + name)
+        self.tree.put(key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(name)) + name)
         self.entries += 1
 
     def replace(self, entry: Entry, ino: int, mode: int) -> None:
         """Let an existing name stand for another inode."""
-        self.tree.put(entry.key, DIRENT.pack(Dirent(ino, stat.S_IFMT(mode), len(entry.name))) + entry.name)
+        self.tree.put(entry.key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(entry.name)) + entry.name)
 
     def remove(self, entry: Entry) -> None:
         """Remove an entry that was found.  Never allocates."""

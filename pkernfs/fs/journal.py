@@ -15,7 +15,6 @@ from pkernfs.format import (
     PAGE,
     STORE,
     SUPERBLOCK,
-    JournalHeader,
     JournalRecord,
     Superblock,
     checksum,
@@ -53,23 +52,21 @@ class Journal:
         or after.
         """
         parts: list[bytes] = []
-        records = 0
-        pack = JOURNAL_RECORD.pack
+        pack = JOURNAL_RECORD.pack_values
         stores = list(stores)
         for offset, data in stores:
-            parts += (pack(JournalRecord(offset, len(data), STORE)), data)
-            records += 1
+            parts += (pack(offset, len(data), STORE), data)
         discards = list(discards)
         for offset, length in discards:
-            parts.append(pack(JournalRecord(offset, length // PAGE, DISCARD)))
-            records += 1
+            parts.append(pack(offset, length // PAGE, DISCARD))
+        records = len(stores) + len(discards)
         body = b"".join(parts)
         if len(body) > self.capacity:
             raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
         self.sequence = self.sequence % MAX_SEQUENCE + 1
         self.whole = False
         seal = 2 * self.sequence
-        header = JOURNAL_HEADER.pack(JournalHeader(0, JOURNAL_MAGIC, 0, self.sequence, len(body), records))
+        header = JOURNAL_HEADER.pack_values(0, JOURNAL_MAGIC, 0, self.sequence, len(body), records)
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
         region = self.region
         # The transaction before is retired on the medium before its body goes: an odd seal must fit what it seals.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT
@@ -39,11 +40,12 @@ class Node:
     def encode(self) -> bytes:
         """The page as it goes to the region."""
         n = len(self.keys)
+        keys = array("Q", self.keys).tobytes()
         if self.level:
-            body = struct.pack(f"<{n}Q{n}Q", *self.keys, *self.children)
+            body = [array("Q", self.children).tobytes()]
         else:
-            body = struct.pack(f"<{n}Q{n}H", *self.keys, *map(len, self.values)) + b"".join(self.values)
-        return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, body)
+            body = [array("H", map(len, self.values)).tobytes(), *self.values]
+        return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, keys, *body)
 
     @classmethod
     def decode(cls, raw: bytes, page: int, owner: int, *, sealed: bool = True) -> Node:

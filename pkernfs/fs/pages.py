@@ -21,6 +21,7 @@ from pkernfs.format import (
 from pkernfs.region import Region
 
 _CHECKSUM = struct.Struct("<I")
+NO_CHECKSUM = bytes(_CHECKSUM.size)  #: what stands in the place of a checksum while it is computed
 #: type -> largest size, bytes; of a directory it is the number of its entries
 SIZE_LIMITS = {
     stat.S_IFREG: MAX_FILE_SIZE,
@@ -42,9 +43,9 @@ class Page(Protocol):
         """The 4096 bytes, with checksum."""
 
 
-def seal_page(magic: int, offset: int, owner: int, count: int, level: int, body: bytes) -> bytes:
-    """The 4096 bytes of a page with a header: ``body`` is padded with zeros."""
-    page = PAGE_HEADER_LAYOUT.pack(PageHeader(magic, 0, offset, owner, count, level, 0)) + body
+def seal_page(magic: int, offset: int, owner: int, keys: int, level: int, *body: bytes | bytearray) -> bytes:
+    """The 4096 bytes of a page with a header; ``body``, one part after the other, is padded with zeros."""
+    page = b"".join((PAGE_HEADER_LAYOUT.pack_values(magic, 0, offset, owner, keys, level, 0), *body))
     page += bytes(PAGE - len(page))
     return page[:4] + _CHECKSUM.pack(checksum(page)) + page[8:]
 
@@ -113,6 +114,6 @@ def seal_inode(ino: int, inode: Inode) -> bytes:
         raw = INODE.pack(inode)
     except struct.error:
         raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "counts that do not add up", ino=ino) from None
-    checked = raw[INODE_CHECKED_AT:]
-    crc = checksum(bytes(4) + checked[4:], ino & 0xFFFFFFFF)
-    return raw[:INODE_CHECKED_AT] + _CHECKSUM.pack(crc) + checked[4:]
+    behind = raw[INODE_CHECKED_AT + 4 :]
+    crc = checksum(behind, checksum(NO_CHECKSUM, ino & 0xFFFFFFFF))
+    return raw[:INODE_CHECKED_AT] + _CHECKSUM.pack(crc) + behind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
 
 from pkernfs.errors import CorruptError
@@ -21,7 +20,7 @@ from pkernfs.format import (
 from pkernfs.fs.pages import check_page, seal_page
 
 ALL_SLOTS = (1 << INODES_PER_PAGE) - 1
-_SLOTS = struct.Struct(f"<{PAGES_PER_BLOCK}H")
+SLOTS_END = SLAB_SLOTS_AT + 2 * PAGES_PER_BLOCK
 
 
 class Slab:
@@ -58,13 +57,12 @@ class Slab:
         kinds = bytearray(raw[SLAB_KINDS_AT : SLAB_KINDS_AT + PAGES_PER_BLOCK])
         if kinds[0] != PAGE_HEADER or max(kinds) not in PAGE_KINDS or kinds.count(PAGE_HEADER) != 1:
             raise CorruptError(f"the header of slab {block}", offset, "kinds of pages that do not exist")
-        slots = array("H", _SLOTS.unpack_from(raw, SLAB_SLOTS_AT))
+        slots = array("H", raw[SLAB_SLOTS_AT:SLOTS_END])
         return cls(block, kinds, slots, fresh=False)
 
     def encode(self) -> bytes:
         """The page as it goes to the region."""
-        body = bytes(self.kinds) + _SLOTS.pack(*self.slots)
-        return seal_page(SLAB_MAGIC, self.offset, self.block, 0, 0, body)
+        return seal_page(SLAB_MAGIC, self.offset, self.block, 0, 0, self.kinds, self.slots.tobytes())
 
     def page_with_slots(self) -> int:
         """The index of a page of inodes with a free slot, or -1."""

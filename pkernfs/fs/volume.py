@@ -45,6 +45,9 @@ class Volume:
         self.recovered = self.journal.recover()
         self.inodes: dict[int, Inode] = {}
         self.nodes: dict[int, Page] = {}
+        #: by file: the piece of it that was found last: from byte, to byte, and the distance from the file's bytes to
+        #: the region's.  Nothing that a transaction has changed or freed is in here.
+        self.pieces: dict[int, tuple[int, int, int]] = {}
         self.tx: Transaction | None = None
         self.total_pages = self.sb.blocks * BLOCK // PAGE
         self.damage = Damage()
@@ -81,6 +84,8 @@ class Volume:
         if self.charges:
             charge(self, tx)
         discards = self.allocator.apply_frees(tx)
+        if tx.freed_blocks or tx.freed_pages:
+            self.pieces.clear()
         stores = []
         for offset, page in tx.pages.items():
             if page.fresh:
@@ -101,11 +106,13 @@ class Volume:
         if self.tx is None:
             if len(self.inodes) > CACHED_INODES:
                 self.inodes.clear()
+                self.pieces.clear()
             if len(self.nodes) > CACHED_NODES:
                 self.nodes.clear()
 
     def _abort(self, tx: Transaction) -> None:
         """Forget what was decoded and changed: the region still holds the state before."""
+        self.pieces.clear()
         for offset in tx.pages:
             self.nodes.pop(offset, None)
         for ino in tx.inodes:
@@ -148,6 +155,7 @@ class Volume:
         assert self.tx is not None
         self.damage.check_changeable(ino)
         self._keep_before(self.tx, ino)
+        self.pieces.pop(ino, None)
         self.inodes[ino] = inode
         self.tx.inodes[ino] = inode
 
@@ -159,6 +167,7 @@ class Volume:
         """Empty the slot and free it when the open transaction commits."""
         assert self.tx is not None
         self._keep_before(self.tx, ino)
+        self.pieces.pop(ino, None)
         self.inodes.pop(ino, None)
         self.tx.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=0, xattrs=0, inline=b"")
         self.allocator.free_inode_later(ino)
