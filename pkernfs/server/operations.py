@@ -38,18 +38,22 @@ KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME = 1 << 61  #: O_NOATIME
 INO = NOATIME - 1
 FACTS = b"user.pkernfs."
-#: Requests by which the kernel comes to refer to inodes.
+#: Requests that make an inode.
 MAKING = {"mknod", "mkdir", "symlink", "create"}
-COUNTED = {"lookup", "readdir", "link"} | MAKING
-#: Requests that would fail, or do harm, when they are executed a second time.
-ONCE = {"link", "unlink", "rmdir", "rename", "setxattr", "removexattr"} | MAKING
+#: Requests by which the kernel comes to refer to inodes, or that would fail, or do harm, when they are executed a
+#: second time; and how many of their arguments tell one from another.  setxattr without the value: it is asked for by
+#: name only, see getxattr.
+KEYED = {
+    **{"lookup": 2, "readdir": 2, "link": 3, "unlink": 2, "rmdir": 2, "rename": 4, "setxattr": 2, "removexattr": 2},
+    **{"mknod": 4, "mkdir": 3, "symlink": 3, "create": 4},
+}
+#: Those that may be executed a second time, but count references.
+TWICE = {"lookup", "readdir"}
 
 
 def request_key(name: str, args: tuple[Any, ...]) -> int:
     """A number, not 0, by which the next worker knows a request again."""
-    # setxattr without the value: it is asked for by name only, see getxattr.
-    words = [str(arg).encode() if isinstance(arg, int) else arg for arg in args[:4] if isinstance(arg, (int, bytes))]
-    return checksum(b"\0".join([name.encode(), *words[: 2 if name == "setxattr" else None]])) | 1 << 32
+    return checksum(repr((name, args[: KEYED[name]])).encode()) | 1 << 32
 
 
 def handler(
@@ -58,49 +62,44 @@ def handler(
     """Make a FUSE handler of a plain method: errors become errnos, a bug becomes EIO and a traceback in the log."""
 
     name = function.__name__
-    keyed, once, index = name in COUNTED or name in ONCE, name in ONCE, INDEX[name]
+    keyed, once, index = name in KEYED, name in KEYED and name not in TWICE, INDEX[name]
 
     async def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        key = request_key(name, args) if keyed else 0
+        self.begun += 1
         self.counters[index] += 1
-        self.executed = True
-        begun = self.begun = self.begun + 1
-        self.at_work[begun] = 0.0
+        fs = self.fs
+        key = 0
         try:
-            if key:
-                self.fs.lookups.notes[KEY] = key
+            if keyed:
+                key = request_key(name, args)
+                self.executed = True
+                fs.lookups.notes[KEY] = key
                 if self.again:
-                    self.fs.lookups.undo(key)
-                    if key == self.fs.volume.inherited:
+                    fs.lookups.undo(key)
+                    if key == fs.volume.inherited:
                         return self.answer_again(name, *args)  # type: ignore[no-any-return]
-            for patience in FORGETS:
-                try:
-                    self.fs.volume.asked = key if once else 0
-                    return function(self, *args, **kwargs)
-                except PkernfsError as error:
-                    if error.errno not in OUT_OF_SPACE or not self.fs.orphans():
-                        raise
-                # What was removed may be just what is missing: it is freed when the kernel forgets it, which can come
-                # behind this request.  Nothing was changed, so others may come in between.
-                self.fs.volume.asked = 0
-                await trio.sleep(patience)
-                self.fs.settle()
-            self.fs.volume.asked = key if once else 0
-            return function(self, *args, **kwargs)
+                if once:
+                    fs.volume.asked = key
+            try:
+                return function(self, *args, **kwargs)
+            except PkernfsError as error:
+                if error.errno not in OUT_OF_SPACE:
+                    raise
+                full = error
+            return await self.with_patience(full, key if once else 0, lambda: function(self, *args, **kwargs))
         except PkernfsError as error:
             if isinstance(error, CorruptError):
-                self.fs.volume.damage.note(error)
+                fs.volume.damage.note(error)
             raise FUSEError(error.errno) from None
         except FUSEError:
             raise
         except Exception:
-            log.exception("a bug: %s%r failed", function.__name__, args)
+            log.exception("a bug: %s%r failed", name, args)
             self.counters[BUGS] += 1
             raise FUSEError(errno.EIO) from None
         finally:
-            self.fs.volume.asked = 0
-            del self.at_work[begun]
-            if self.fs.pending:
+            fs.volume.asked = 0
+            if fs.pending:
                 self.work.set()
 
     call.__name__ = function.__name__
@@ -122,7 +121,7 @@ class Operations(pyfuse3.Operations):
         self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")  #: see stats.py
         self.unwritten: dict[int, tuple[int, PkernfsError]] = {}  #: where a write ended too soon, and why
         self.begun = 0  #: requests so far
-        self.at_work: dict[int, float] = {}  #: their numbers, and when they were first seen waiting
+        self.at_work: dict[int, float] = {}  #: those that wait: their numbers, and when they were first seen waiting
         self.executed = self.again = self.creates_again = False
         self.work = trio.Event()
         fs.in_background = True
@@ -165,6 +164,33 @@ class Operations(pyfuse3.Operations):
             return None
         entry = self._found(self.fs.lookup(args[0], args[1]))
         return (self._opened(entry.st_ino, args[3], args[4]), entry) if name == "create" else entry
+
+    async def with_patience(self, error: PkernfsError, key: int, call: Callable[[], R]) -> R:
+        """Try ``call`` again, which has found no space.  ``key``: if it must not be executed twice, else 0.
+
+        What was removed may be just what is missing: it is freed when the kernel forgets it, which can come behind this
+        request.  Nothing was changed, so others may come in between.
+        """
+        fs = self.fs
+        number = self.begun
+        self.at_work[number] = 0.0
+        try:
+            for patience in FORGETS:
+                if not fs.orphans():
+                    break
+                fs.volume.asked = 0
+                await trio.sleep(patience)
+                fs.settle()
+                fs.volume.asked = key
+                try:
+                    return call()
+                except PkernfsError as once_more:
+                    if once_more.errno not in OUT_OF_SPACE:
+                        raise
+                    error = once_more
+            raise error
+        finally:
+            del self.at_work[number]
 
     async def housekeeping(self) -> None:
         """Free memory step by step, with other requests in between, until cancelled."""
@@ -365,7 +391,7 @@ class Operations(pyfuse3.Operations):
     @handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
         ino = fh & INO
-        if self.unwritten.get(ino, (-1,))[0] == off:
+        if self.unwritten and self.unwritten.get(ino, (-1,))[0] == off:
             del self.unwritten[ino]
         done = self.fs.write(ino, off, buf, kill_priv=bool(fh & KILL_PRIV))
         while done < len(buf):
