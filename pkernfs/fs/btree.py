@@ -7,6 +7,7 @@ the caller stores ``tree.root`` and ``tree.pages`` in its inode.
 from __future__ import annotations
 
 import errno
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -231,7 +232,7 @@ class Tree:
     def _add_child(self, left: Node, right: Node, path: list[tuple[Node, int]]) -> None:
         if not path:
             root = self._new(left.level + 1)
-            root.keys = [left.keys[0], right.keys[0]]
+            root.keys = array("Q", [left.keys[0], right.keys[0]])
             root.children = [left.page, right.page]
             self.root = root.page
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import MutableSequence
+from functools import cache
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT
@@ -16,6 +18,11 @@ INNER_MAX = PAGE_BODY // INNER_ITEM
 BODY_AT = PAGE_HEADER_LAYOUT.size
 
 
+@cache
+def _lengths(n: int) -> struct.Struct:
+    return struct.Struct(f"<{n}H")
+
+
 class Node:
     """One node.  A leaf (level 0) has ``values``, an inner node ``children`` (page numbers), each beside ``keys``."""
 
@@ -26,7 +33,7 @@ class Node:
         self.owner = owner
         self.level = level
         self.fresh = fresh
-        self.keys: list[int] = []
+        self.keys: MutableSequence[int] = array("Q")
         self.values: list[bytes] = []
         self.children: list[int] = []
         self.used = 0  #: bytes of the body that a leaf's items take
@@ -44,7 +51,7 @@ class Node:
         if self.level:
             body = [array("Q", self.children).tobytes()]
         else:
-            body = [array("H", map(len, self.values)).tobytes(), *self.values]
+            body = [_lengths(n).pack(*map(len, self.values)), *self.values]
         return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, keys, *body)
 
     @classmethod
@@ -56,14 +63,14 @@ class Node:
         n = header.keys
         if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
             raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}", ino=owner)
-        node.keys = list(struct.unpack_from(f"<{n}Q", raw, BODY_AT))
+        node.keys = array("Q", raw[BODY_AT : BODY_AT + 8 * n])
         if sealed and any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
             raise CorruptError(what, page * PAGE, "keys out of order", ino=owner)
         at = BODY_AT + 8 * n
         if header.level:
             node.children = list(struct.unpack_from(f"<{n}Q", raw, at))
             return node
-        lengths = struct.unpack_from(f"<{n}H", raw, at)
+        lengths = _lengths(n).unpack_from(raw, at)
         at += 2 * n
         node.used = n * LEAF_ITEM + sum(lengths)
         if node.used > PAGE_BODY:
