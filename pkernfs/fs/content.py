@@ -42,6 +42,9 @@ class Content:
 
     #: "relatime" (as mount(8) has it), "strictatime" or "noatime"
     atime_policy = "relatime"
+    #: Whether writing updates mtime and ctime.  A kernel that writes back has its own, of when write(2) was called, and
+    #: sends them with setattr: but not when they have not changed since it did so last.
+    write_updates_times = True
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
@@ -163,14 +166,16 @@ class Content:
             self.finish_cut(ino)
             inode = volume.inode(ino)
         end = offset + len(data)
-        now = self.now()
+        mtime, ctime = inode.mtime, inode.ctime
+        if self.write_updates_times or inode.flags & FLAG_DIRECT:
+            mtime = ctime = self.now()
         start = self._mapped(ino, inode, offset, len(data))
         if start:
             # Mapped already, in one piece: no metadata change but the words.
             if offset > inode.size:
                 self._zero_mapped(FileMap(volume, ino, inode), inode.size, offset)
             self.region.store(start, data)
-            self._written(ino, inode, end, now)
+            self._written(ino, inode, end, mtime, ctime)
             return len(data)
         first, last = offset // PAGE, -(-end // PAGE)
 
@@ -180,7 +185,7 @@ class Content:
             if offset > inode.size:
                 self._zero_mapped(filemap, inode.size, offset)
             self._store(filemap, offset, data)
-            volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=now, ctime=now))
+            volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=mtime, ctime=ctime))
 
         try:
             self.compacting(extend)
@@ -191,18 +196,20 @@ class Content:
             return self.write(ino, offset, data[: middle - offset])
         return len(data)
 
-    def _written(self, ino: int, inode: Inode, end: int, now: int) -> None:
+    def _written(self, ino: int, inode: Inode, end: int, mtime: int, ctime: int) -> None:
         """Store the words that a write changes: the size last, when the bytes are there."""
         base = ino * INODE_SIZE
         store_word = self.region.store_word
-        store_word(base + INODE_MTIME_AT, now)
-        store_word(base + INODE_CTIME_AT, now)
+        if mtime != inode.mtime:
+            store_word(base + INODE_MTIME_AT, mtime)
+        if ctime != inode.ctime:
+            store_word(base + INODE_CTIME_AT, ctime)
         if end > inode.size:
             # What stands beyond the old end on the medium may be anything but what was stored there now.
             self.region.barrier()
             store_word(base + INODE_SIZE_AT, end)
         # As _replace() does it, at a third of its cost.
-        self.volume.inodes[ino] = Inode._make((max(end, inode.size), inode.atime, now, now, *inode[4:]))
+        self.volume.inodes[ino] = Inode._make((max(end, inode.size), inode.atime, mtime, ctime, *inode[4:]))
 
     def _kill_priv(self, ino: int, inode: Inode) -> Inode:
         mode = killed_mode(inode.mode)

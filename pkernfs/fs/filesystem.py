@@ -48,6 +48,7 @@ class SetAttr(NamedTuple):
     size: int | None = None
     atime: int | None = None
     mtime: int | None = None
+    ctime: int | None = None  #: None: now
 
 
 class Filesystem(Renames):
@@ -92,7 +93,7 @@ class Filesystem(Renames):
         """
         inode = self.volume.inode(ino)
         now = self.now()
-        changed: dict[str, Any] = {"ctime": now}
+        changed: dict[str, Any] = {"ctime": now if change.ctime is None else clamp_time(change.ctime)}
         mode = inode.mode
         if change.mode is not None:
             mode = stat.S_IFMT(mode) | stat.S_IMODE(change.mode)

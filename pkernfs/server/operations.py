@@ -111,14 +111,24 @@ class Operations(pyfuse3.Operations):
     """pyfuse3's handlers over one Filesystem.  A file handle is the inode number (with KILL_PRIV, NOATIME)."""
 
     supports_dot_lookup = True
-    enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, fs: Filesystem, facts: Callable[[], dict[str, Any]], counters: memoryview | None = None) -> None:
+    def __init__(
+        self,
+        fs: Filesystem,
+        facts: Callable[[], dict[str, Any]],
+        counters: memoryview | None = None,
+        *,
+        writeback: bool = False,
+    ) -> None:
+        """``counters``: see stats.py.  ``writeback``: the kernel holds back what is written, and has the say on size,
+        mtime and ctime of files."""
         super().__init__()
+        self.enable_writeback_cache = writeback
+        fs.write_updates_times = not writeback
         self.fs = fs
         self.facts = facts
-        self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")  #: see stats.py
+        self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")
         self.unwritten: dict[int, tuple[int, PkernfsError]] = {}  #: where a write ended too soon, and why
         self.begun = 0  #: requests so far
         self.at_work: dict[int, float] = {}  #: those that wait: their numbers, and when they were first seen waiting
@@ -269,10 +279,11 @@ class Operations(pyfuse3.Operations):
             size=attr.st_size if fields.update_size else None,
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime=attr.st_ctime_ns if fields.update_ctime else None,
         )
-        if change == SetAttr():
+        if change == SetAttr(ctime=change.ctime):
             # chown(-1, -1), which clears set-user-ID bits as any change of owner does.
-            change = SetAttr(uid=self.fs.getattr(inode).uid)
+            change = change._replace(uid=self.fs.getattr(inode).uid)
         return self.attributes(inode, self.fs.setattr(inode, change, privileged=ctx.uid == 0))
 
     async def forget(self, inode_list: Any) -> None:
@@ -375,8 +386,13 @@ class Operations(pyfuse3.Operations):
         # So it is where a read is to update the access time: the kernel does not tell of reads that it answers itself.
         inode = self.fs.getattr(ino)
         keep_cache = inode.size < BLOCK // 2 and not self.fs.atime_due(inode)
-        handle = ino | (KILL_PRIV if ctx.uid else 0) | (NOATIME if flags & os.O_NOATIME else 0)
-        return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache)
+        # What writes back reads, to complete a page, from files that are open for writing only.
+        is_read = not flags & (os.O_NOATIME | os.O_WRONLY)
+        handle = ino | (KILL_PRIV if ctx.uid else 0) | (0 if is_read else NOATIME)
+        # What writes back looks for no changes but its own: a file that somebody may be storing into past the mount is
+        # read and written past the cache then (and cannot be mapped).
+        direct_io = self.enable_writeback_cache and bool(inode.flags & FLAG_DIRECT)
+        return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache, direct_io=direct_io)
 
     @handler
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
@@ -399,7 +415,10 @@ class Operations(pyfuse3.Operations):
                 done += self.fs.write(ino, off + done, buf[done:])
             except PkernfsError as error:
                 # A caller of write(2) sees the count and asks again for the rest.  The kernel, when it writes back
-                # pages that were changed through a mapping, does not look at it: fsync and msync tell.
+                # pages that were changed through a mapping, does not look at it: fsync and msync tell.  With a
+                # writeback cache close(2) is to tell too, which it does of errors.
+                if self.enable_writeback_cache:
+                    raise
                 self.unwritten[ino] = (off + done, error)
                 break
         return done

@@ -21,6 +21,7 @@ class MountOptions(NamedTuple):
     foreground: bool = False
     tune: bool = True  #: raise the limits of the backing device
     barriers: bool | None = None  #: flush so that a power cut leaves the region whole; None: on a disk
+    writeback: bool = False  #: written data stays in the kernel's cache for a while
     kernel: tuple[str, ...] = ()
 
 
@@ -107,6 +108,8 @@ def parse_options(words: list[str]) -> MountOptions:
             options = options._replace(log=word.partition("=")[2])
         elif word in BARRIERS:
             options = options._replace(barriers=BARRIERS[word])
+        elif word in ("writeback", "nowriteback"):
+            options = options._replace(writeback=word == "writeback")
         elif word == "notune":
             options = options._replace(tune=False)
         else:

@@ -45,8 +45,10 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
 
     async def direct(request: dict[str, Any]) -> dict[str, Any]:
         """Mark a file as mapped directly from the region, or ("on": false) as no longer so."""
-        ino = _ino(request)
-        fs.set_direct(ino, request.get("on") is not False)
+        ino, on = _ino(request), request.get("on") is not False
+        if on and operations.enable_writeback_cache:
+            raise FsError(errno.EOPNOTSUPP, "a direct mapping of a file on a mount with -o writeback: mount it without")
+        fs.set_direct(ino, on)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
             await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)

@@ -127,7 +127,7 @@ class Worker:
         self.fds += [control, orders, device]
         self.revives = message["revive"]
         facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
-        operations = Operations(fs, facts.copy, map_stats(self.fds[2]))
+        operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)
         listener = ControlSocket(socket.socket(fileno=os.dup(control)), verbs(operations, pyfuse3.invalidate_inode))
         loop.install(loop.PollingLowlevel(session, device, operations))
         # The mount is the keeper's: libfuse gets a descriptor, and options that say nothing about mounting.

@@ -312,8 +312,11 @@ def strike(site: Site, what: str) -> None:
 
 
 def coarse_tick() -> None:
-    """Wait until the clock that filesystems take time stamps from has moved on (a few ms)."""
+    """Wait until the clock that filesystems take time stamps from has passed this moment (a few ms).
+
+    One tick of it is not enough: it lags, and no stamp is older than what another filesystem was given more exactly.
+    """
     coarse = 5  # CLOCK_REALTIME_COARSE
-    before = time.clock_gettime_ns(coarse)
-    while time.clock_gettime_ns(coarse) == before:
+    now = time.time_ns()
+    while time.clock_gettime_ns(coarse) <= now:
         pass

@@ -164,7 +164,7 @@ def size_before_content(patch: pytest.MonkeyPatch) -> None:
     real = Content.write
 
     def write(self: Content, ino: int, offset: int, data: bytes, **more: Any) -> int:
-        self._written(ino, self.volume.inode(ino), offset + len(data), self.now())
+        self._written(ino, self.volume.inode(ino), offset + len(data), self.now(), self.now())
         return real(self, ino, offset, data, **more)
 
     patch.setattr(Content, "write", write)
