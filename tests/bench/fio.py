@@ -1,10 +1,12 @@
 """Reads and writes of one file with fio's psync engine: one thread, one pread or pwrite at a time.
 
-Three ways, and what each says:
+Four ways, and what each says:
 
     direct      O_DIRECT.  Every call is one request to the server (tmpfs: one copy), nothing is cached.
     buffered    through a page cache that was dropped before and is written back (fsync) within the measured time: every
                 byte reaches the server once, but the kernel may read ahead and put writes together.
+    held        buffered writes, and no waiting until they are written back: what a filesystem that holds them back
+                gains for as long as they need not be.
     reopened    buffered reads by a new open of a file of which every page was cached before: what is left of the cache
                 is the filesystem's choice (FOPEN_KEEP_CACHE).
 
@@ -31,7 +33,7 @@ class Job(NamedTuple):
 
     rw: str  #: fio's word: read, write, randread, randwrite
     block: int  #: bytes a call
-    way: str  #: direct, buffered or reopened; see above
+    way: str  #: direct, buffered, held or reopened; see above
     total: int  #: bytes in all; with a cache no more than the file has, so that no byte comes twice
 
     @property
@@ -54,6 +56,13 @@ JOBS: Final = [
     Job("read", MiB, "reopened", FILE_SIZE),
     *(Job(order + verb, 4096, "direct", 128 * MiB) for order in ("", "rand") for verb in ("read", "write")),
     *(Job(order + verb, 4096, "buffered", 128 * MiB) for order in ("", "rand") for verb in ("read", "write")),
+]
+
+#: What -o writeback is for.
+WRITEBACK_JOBS: Final = [
+    Job("randwrite", 4096, "held", 128 * MiB),
+    Job("randwrite", 4096, "buffered", 128 * MiB),
+    Job("write", 4096, "buffered", 128 * MiB),
 ]
 
 
@@ -88,7 +97,7 @@ def measure(system: System, job: Job) -> float:
         f"--bs={job.block}",
         f"--direct={int(job.way == 'direct')}",
         f"--invalidate={int(job.way != 'reopened')}",
-        f"--end_fsync={int(job.rw.endswith('write'))}",
+        f"--end_fsync={int(job.rw.endswith('write') and job.way != 'held')}",
         "--randseed=1",
         "--overwrite=1",
     ]

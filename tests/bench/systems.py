@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -92,6 +93,15 @@ class Pkernfs(System):
         run(str(self.command("mount.pkernfs")), self.home / "region", self.mnt)
 
 
+class PkernfsWriteback(Pkernfs):
+    """The same with the kernel's writeback cache."""
+
+    name = "pkernfs -o writeback"
+
+    def mount(self) -> None:
+        run(str(self.command("mount.pkernfs")), self.home / "region", self.mnt, "-o", "writeback")
+
+
 class Tmpfs(System):
     """The kernel's own: what the machine's memory can do."""
 
@@ -128,11 +138,11 @@ def discard_all(systems: list[System]) -> None:
         system.discard()
 
 
-def present(scratch: Path) -> tuple[list[System], list[str]]:
+def present(scratch: Path, kinds: Sequence[type[System]] = (Pkernfs, Tmpfs, Bindfs)) -> tuple[list[System], list[str]]:
     """Return the systems that can be measured here, and a line about each that cannot."""
     systems: list[System] = []
     absent = []
-    for kind in (Pkernfs, Tmpfs, Bindfs):
+    for kind in kinds:
         system = kind(scratch)
         if missing := system.missing():
             absent.append(f"{system.name}: left out, found no {missing}")

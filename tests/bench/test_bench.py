@@ -11,7 +11,7 @@ import pytest
 
 from tests.bench import fio, loops, mounting
 from tests.bench.report import Report, machine
-from tests.bench.systems import System, discard_all, present
+from tests.bench.systems import Bindfs, Pkernfs, PkernfsWriteback, System, Tmpfs, discard_all, present
 
 pytestmark = [
     pytest.mark.bench,
@@ -23,8 +23,9 @@ Medians of {rounds} rounds (least-greatest); in each, every system takes its tur
 kernel {kernel}, Python {python}.  All three keep their data in tmpfs memory.  One thread, one call at a time.
 
 - direct: O_DIRECT, every call is a request to the server.  buffered: page cache dropped before, fsync within the time:
-  each byte reaches the server once, in requests of the kernel's choice.  reopened: all was in the page cache before the
-  file was opened anew.  cached: read again by the same descriptor, the page cache alone answers (a Python loop).
+  each byte reaches the server once, in requests of the kernel's choice.  held: as buffered, without the fsync.
+  reopened: all was in the page cache before the file was opened anew.  cached: read again by the same descriptor, the
+  page cache alone answers (a Python loop).
 - create, stat, unlink: a Python loop; caches dropped before stat.
 - mapped: a Python loop increments random 8-byte words of a 512 MiB shared mapping, first with no page in memory, then
   the same words again; synced: both passes and the final msync.
@@ -50,10 +51,11 @@ def report(pytestconfig: pytest.Config, rounds: range) -> Iterator[Report]:
 
 
 @pytest.fixture
-def systems() -> Iterator[list[System]]:
-    """Systems that can be measured here, of which nothing is left afterwards."""
+def systems(request: pytest.FixtureRequest) -> Iterator[list[System]]:
+    """Systems that can be measured here, of which nothing is left afterwards; a parameter adds others."""
+    kinds = (Pkernfs, *getattr(request, "param", ()), Tmpfs, Bindfs)
     with tempfile.TemporaryDirectory(prefix="pkernfs-bench-", dir="/dev/shm") as scratch:
-        systems, absent = present(Path(scratch))
+        systems, absent = present(Path(scratch), kinds)
         print("", *absent, sep="\n")
         try:
             yield systems
@@ -75,6 +77,16 @@ def test_reads_and_writes(systems: list[System], rounds: range, report: Report) 
     mount_all(systems, fio.lay_out)
     for _ in rounds:
         for job in fio.JOBS:
+            for system in systems:
+                report.add(job.label, job.unit, system.name, fio.measure(system, job))
+
+
+@pytest.mark.skipif(bool(fio.missing()), reason="found no fio")
+@pytest.mark.parametrize("systems", [(PkernfsWriteback,)], indirect=True, ids=["writeback"])
+def test_writeback(systems: list[System], rounds: range, report: Report) -> None:
+    mount_all(systems, fio.lay_out)
+    for _ in rounds:
+        for job in fio.WRITEBACK_JOBS:
             for system in systems:
                 report.add(job.label, job.unit, system.name, fio.measure(system, job))
 
