@@ -63,7 +63,7 @@ def ask_keeper(path: str, verb: str, timeout: float | None = 60.0, **arguments: 
 def keeper_address(path: str) -> str:
     """The socket of the keeper of the mount that ``path`` is in.  Raises UsageError; FileNotFoundError: it has none."""
     mount = _mount_of(path)
-    address = find(f"{mount.device}.keeper.sock", mount.owner)
+    address = find(mount.device, mount.owner)
     if address is None:
         raise FileNotFoundError(errno.ENOENT, "it has no socket")
     return address

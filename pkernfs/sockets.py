@@ -48,14 +48,18 @@ def runtime_dir() -> str:
         raise RegionError(f"/tmp: cannot make a directory for the control socket: {error.strerror}") from None
 
 
-def find(name: str, uid: int) -> str | None:
-    """The socket of that name of a mount that is this user's, wherever it is."""
+def find(device: str, uid: int) -> str | None:
+    """The keeper's socket of a mount that is this user's, the newest if several have had its device number."""
+    found = []
     for folder in [*_places(uid), *glob.glob(f"/tmp/pkernfs-{uid}-*")]:
-        path = os.path.join(folder, name)
         with suppress(OSError):
-            if _is_safe(folder, uid) and stat.S_ISSOCK(os.lstat(path).st_mode):
-                return path
-    return None
+            if _is_safe(folder, uid):
+                found += glob.glob(f"{glob.escape(folder)}/{device}-*.keeper.sock")
+    ages = {}
+    for path in found:
+        with suppress(FileNotFoundError):
+            ages[os.lstat(path).st_mtime_ns] = path
+    return ages[max(ages)] if ages else None
 
 
 def _is_safe(path: str, uid: int) -> bool:
@@ -79,7 +83,7 @@ def listen(path: str) -> socket.socket:
     """A listening socket that only this process's user may connect to.  Raises RegionError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     # Its name only when it listens: until then remove_stale of another server would take it for a dead one's.
-    unfinished = f"{path.removesuffix('.sock')}-{os.urandom(4).hex()}"
+    unfinished = path.removesuffix(".sock")
     old_umask = os.umask(0o177)
     try:
         listener.bind(unfinished)

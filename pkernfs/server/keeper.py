@@ -112,8 +112,8 @@ class Keeper:
         state = self.state
         folder = runtime_dir()
         remove_stale(folder)
-        state.control_path = os.path.join(folder, f"{state.device}.sock")
-        state.orders_path = os.path.join(folder, f"{state.device}.keeper.sock")
+        name = os.path.join(folder, f"{state.device}-{os.urandom(4).hex()}")
+        state.control_path, state.orders_path = f"{name}.worker.sock", f"{name}.keeper.sock"
         control, orders = listen(state.control_path), listen(state.orders_path)
         self.fds = self.fds._replace(control=control.detach(), orders=orders.detach(), device=device.fd)
         self._begin(device)

@@ -103,10 +103,10 @@ def test_the_keeper_is_killed(site: Site) -> None:
         wait_for(lambda: site.status()["keeper"] != before["keeper"], "another keeper")
         status = site.status()
         assert (status["worker"], status["keepers"]) == (before["worker"], 2)
-        for word in (b"two ", b"three "):
+        for number, word in enumerate((b"two ", b"three "), 1):
             kill(site.status()["worker"])
             file.write(word)
-        wait_for(lambda: site.status()["takeovers"] == 2, "two takeovers")
+            wait_for(lambda number=number: site.status()["takeovers"] == number, "a takeover")
     assert (site.mnt / "f").read_bytes() == b"one two three "
     site.umount()
     site.wait_for_end()

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pkernfs.client import keeper_address
 from tests.mount.site import MiB, Site, find_program, run, wait_for
 from tests.mount.twin import Users
 
@@ -96,7 +97,7 @@ def test_dirty_and_pinned_memory(site: Site) -> None:
 
 
 def test_the_status_is_for_the_owner_of_the_mount(site: Site, users: Users) -> None:
-    address = Path(f"/run/pkernfs/{site.status()['device']}.keeper.sock")
+    address = Path(keeper_address(str(site.mnt)))
     assert address.is_socket()
     result = subprocess.run(
         ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", sys.executable, "-c",

@@ -8,7 +8,6 @@ import mmap
 import os
 import random
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.mount import test_attributes, test_content
-from tests.mount.site import MiB, Site, coarse_tick, errno_of, run, wait_for
+from tests.mount.site import MiB, Site, coarse_tick, errno_of, faulty_worker, run, strike, wait_for
 from tests.mount.site import site as new_site
-from tests.mount.test_takeover import ONCE, TAKEOVER, furnish, kill_worker, strike, takeovers
+from tests.mount.test_takeover import ONCE, TAKEOVER, furnish, kill_worker
 from tests.mount.twin import Users
 
 PAGE = 4096
@@ -131,7 +130,6 @@ def test_the_worker_is_killed(site: Site) -> None:
         load.append()
         if round_ % 2:
             load.sync()
-        wait_for(lambda before=round_: takeovers(site) > before, "a takeover")
     load.close()
     site.umount()
     site.mount()
@@ -144,13 +142,12 @@ def test_done_and_not_answered(case: str) -> None:
     handler, call, holds = ONCE[case]
     with new_site(options="writeback") as made:
         made.expected = TAKEOVER
-        program = Path(__file__).with_name("faulty_worker.py")
-        made.mount_with([sys.executable, str(program), str(made.tmp / "strike")])
+        made.mount_with(faulty_worker(made))
         furnish(made)
-        strike(made, handler)
+        strike(made, f"{handler} kill")
         call(made.mnt)
         os.sync()
-        wait_for(lambda: takeovers(made) == 1, "one takeover")
+        wait_for(lambda: made.status()["takeovers"] == 1, "one takeover")
         assert holds(made.mnt)
 
 
