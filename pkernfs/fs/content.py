@@ -97,7 +97,7 @@ class Content:
             return b""
         start = self._mapped(ino, inode, offset, length)
         if start:
-            return self.region.view[start : start + length]
+            return self.region.present(start, length)
         filemap = FileMap(volume, ino, inode)
         first, skip = divmod(offset, PAGE)
         page, run = filemap.find(first)

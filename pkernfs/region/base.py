@@ -32,6 +32,10 @@ class Region:
         """A copy of ``length`` bytes."""
         return bytes(self.view[offset : offset + length])
 
+    def present(self, offset: int, length: int) -> bytes | memoryview:
+        """A range that the kernel can copy to its end though this process is killed meanwhile."""
+        return self.view[offset : offset + length]
+
     def word(self, offset: int) -> int:
         """The aligned 8-byte word at ``offset``."""
         return self.words[offset >> 3]

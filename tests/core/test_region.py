@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from pkernfs.errors import CorruptError, FormatError, FsError, PkernfsError, RegionBusyError, RegionError
-from pkernfs.format import BLOCK, MAGIC, SUPERBLOCK, Superblock
+from pkernfs.format import BLOCK, MAGIC, PAGE, SUPERBLOCK, Superblock
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import (
@@ -276,6 +277,22 @@ def test_memory_is_reserved_and_given_back(made: str) -> None:
         region.store(10 * MiB, b"\xff" * MiB)
         mkfs(region)
     assert used(made) <= empty + MiB
+
+
+@pytest.mark.parametrize("length", [PAGE, MiB], ids=["little", "much"])
+def test_what_is_present_is_in_the_page_table(made: str, length: int) -> None:
+    """Whoever looks at it afterwards meets no page fault."""
+    with open(made, "r+b") as file:
+        file.seek(16 * MiB)
+        file.write(b"x" * length)
+    with open_region(made) as region:
+        for again in (False, True):
+            if again:
+                region.reserve(16 * MiB, 2 * MiB)
+            view = region.present(16 * MiB, length)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            assert any(view[::PAGE]) is not again
+            assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 8
 
 
 def test_reserved_memory_is_zero(made: str) -> None:
