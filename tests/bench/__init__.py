@@ -7,5 +7,6 @@ those of one run well: every round takes each measurement on all systems one aft
     fio          sequential and random reads and writes of a file
     loops        create, stat, unlink; reads from the page cache; random writes to a mapped file
     mounting     how long it takes to mount
+    takeover     how long nobody answers when a worker is killed; a command of its own too
     report       the table and the JSON
 """
