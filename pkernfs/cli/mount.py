@@ -71,8 +71,9 @@ def run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
     from pkernfs.server.logs import start_logging
-    from pkernfs.server.mount import check_mountpoint, mount, remount, resumed
+    from pkernfs.server.mount import check_mountpoint, mount, remount
     from pkernfs.server.options import parse_options
+    from pkernfs.server.succession import resumed
 
     try:
         options = parse_options(arguments.options)
@@ -87,7 +88,6 @@ def run(argv: Sequence[str] | None) -> int:
     options = options._replace(foreground=arguments.foreground)
     region = os.path.realpath(arguments.region)
     if (keeper := resumed(region, os.path.realpath(arguments.directory))) is not None:
-        start_logging(options)
         keeper.keep()
         return 0
     mountpoint = check_mountpoint(arguments.directory)

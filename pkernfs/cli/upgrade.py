@@ -88,9 +88,7 @@ def _take_over(mount: str, report: int) -> None:
     from pkernfs.client import keeper_address
     from pkernfs.server.child import FDS_MAX
     from pkernfs.server.daemon import let_go_of_terminal
-    from pkernfs.server.keeper import adopt
-    from pkernfs.server.logs import start_logging
-    from pkernfs.server.state import State
+    from pkernfs.server.succession import taken
 
     os.setsid()
     os.chdir("/")
@@ -98,16 +96,7 @@ def _take_over(mount: str, report: int) -> None:
         connection.connect(keeper_address(mount))
         connection.sendall(b'{"verb": "hand-over"}\n')
         data, fds, _, _ = socket.recv_fds(connection, 1 << 16, FDS_MAX)
-        while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
-            data += more
-        reply = json.loads(data)
-        if "error" in reply:
-            raise PkernfsError(f"{mount}: {reply['error']}")
-        for fd in fds:
-            os.set_inheritable(fd, False)
-        state = State.from_json(reply["result"])
-        start_logging(state.options)
-        keeper = adopt(state, fds)
+        keeper = taken(connection, data, fds)
         connection.sendall(b"+")
     os.write(report, b"+")
     os.close(report)

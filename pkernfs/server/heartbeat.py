@@ -18,17 +18,22 @@ DUMP = 1.0  #: seconds that writing its stacks may take
 
 
 class Heartbeat:
-    """Of one worker.  ``patience``: seconds without an answer after which it is lost."""
+    """Of one worker."""
 
-    def __init__(self, worker: Child, device: Device, patience: float) -> None:
+    patience = 4 * BEAT  #: seconds without an answer after which it is lost
+
+    def __init__(self, worker: Child, device: Device) -> None:
         self.worker = worker
         self.device = device
-        self.patience = patience
-        self.interval = min(BEAT, patience / 4)
         self.asked = self.answered = time.monotonic()
         self.begun = -1  #: requests that the worker has read so far
         self.waiting = (self.asked, -1)  #: since when a request waits to be read, and how many had been read then
         self.oldest = 0.0  #: seconds that a request has been at work
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two looks."""
+        return min(BEAT, self.patience / 4)
 
     def heard(self, message: dict[str, Any]) -> None:
         """The worker's answer."""
@@ -56,10 +61,6 @@ class Heartbeat:
             if since > self.patience:
                 return f"{what} for {since:.1f} s"
         return ""
-
-    def end(self, why: str) -> None:
-        """End a worker that is lost; where it stands is logged first."""
-        end_stuck(self.worker, why)
 
 
 def end_stuck(worker: Child, why: str) -> None:

@@ -2,10 +2,8 @@
 
 It mounts, reads the kernel's INIT and keeps it, and starts workers.  A worker gets INIT, and after a takeover what was
 not answered, through a socket that stands in for /dev/fuse (relay.py), and goes on with the descriptor itself when that
-socket ends.  A standby that has imported everything waits for the end of the worker.  The keeper never looks into the
-region: it only holds its lock.  Its end is not the end of the mount: the worker starts another keeper, or systemd does.
-
-python -m pkernfs.server.keeper FD: the keeper that a worker starts when its own is gone; FD is the socket between them.
+socket ends.  A standby waits for the end of the worker.  The keeper never looks into the
+region: it only holds its lock.  Its end is not the end of the mount (succession.py).
 """
 
 from __future__ import annotations
@@ -17,23 +15,23 @@ import selectors
 import signal
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.mounts import mount_at
 from pkernfs.server.buffers import keep_resident
-from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError, receive
+from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import Device, mount_device
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, end_stuck
-from pkernfs.server.logs import start_logging
 from pkernfs.server.memory import dirty_bytes, pinned_bytes
 from pkernfs.server.orders import Order, Orders
 from pkernfs.server.relay import Relay
-from pkernfs.server.state import Descriptors, State
+from pkernfs.server.standby import Standby, backoff
+from pkernfs.server.state import STORED, Descriptors, State
 from pkernfs.server.stats import BUGS, map_stats, requests
 from pkernfs.server.systemd import service
 from pkernfs.server.upgrade import Upgrade
@@ -42,8 +40,6 @@ from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
 log = logging.getLogger("pkernfs")
 
 START = 60.0  #: seconds that a worker may take to import and open
-BACKOFF = (0.0, 0.02, 0.1, 0.5, 2.0, 10.0)  #: seconds before the next try, by tries that failed one after the other
-STORED = ("state", "worker", *Descriptors._fields)  #: names of descriptors that systemd keeps
 HAND_OVER = 30.0  #: seconds that the next keeper may take
 
 
@@ -54,9 +50,7 @@ class Keeper:
         self.state = state
         self.fds = fds
         self.worker = worker
-        self.standby: Child | None = None
-        self.standby_failures = 0
-        self.standby_after = 0.0  #: when the next standby may be started
+        self.standby = Standby()
         self.upgrade: Upgrade | None = None
         self.stats = map_stats(fds.stats)
         self.service = service()
@@ -135,9 +129,9 @@ class Keeper:
         self.worker = worker
         state.worker, state.worker_since = worker.pid, time.time()
         state.version = worker.facts.get("version", "")
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         """Give the state to those who start the next keeper: the worker, or systemd."""
         if self.worker is not None:
             with suppress(WorkerGoneError):
@@ -149,7 +143,7 @@ class Keeper:
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
         keep_resident()
-        self._tell()
+        self.tell()
         self.service.notify("READY=1", f"STATUS={self.state.region} on {self.state.mountpoint}")
         while not (self.leaving or self.ending):
             reason = self._watch()
@@ -157,31 +151,23 @@ class Keeper:
                 break
             if self.upgrade is not None and self.upgrade.serving:
                 self.upgrade.fail(f"the new worker ended with {reason}")
-                self._end_upgrade()
             self.take_over(reason)
         self.close()
 
     def _watch(self) -> str:
         """Wait until the worker is gone; how it ended."""
-        worker = self.worker
-        assert worker is not None
-        heartbeat = Heartbeat(worker, self.device, self.patience())
+        heartbeat: Heartbeat | None = None
         while not self.leaving:
-            self._look_after_standby()
+            worker = self.worker
+            assert worker is not None
+            if heartbeat is None or heartbeat.worker is not worker:
+                heartbeat = Heartbeat(worker, self.device)
+            heartbeat.patience = self._patience()
+            self.standby.look_after(self.state.command)
             self.exporter.look_after()
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.wake, selectors.EVENT_READ, self._woken)
-                selector.register(worker.socket, selectors.EVENT_READ, heartbeat)
-                if self.standby is not None:
-                    selector.register(self.standby.socket, selectors.EVENT_READ, self._standby_spoke)
-                if self.upgrade is not None and not self.upgrade.serving:
-                    selector.register(self.upgrade.worker.socket, selectors.EVENT_READ, self._upgrade_spoke)
-                ready = selector.select(heartbeat.interval)
-            for key, _ in ready:
-                if key.data is not heartbeat:
-                    key.data()
-                    if self.worker is not worker:  # upgraded
-                        return self._watch()
+            for said in self._select(heartbeat):
+                if said is not None:
+                    said()
                     continue
                 try:
                     heartbeat.heard(worker.receive(0))
@@ -189,22 +175,38 @@ class Keeper:
                     log.error("%s", error)
                 except WorkerGoneError:
                     return worker.end()
+            self._obey()
             self.service.sign_of_life()
-            if why := heartbeat.lost():
-                heartbeat.end(why)
+            if self.worker is worker and (why := heartbeat.lost()):
+                end_stuck(worker, why)
             if self.upgrade is not None and self.upgrade.serving:
-                self._probation()
+                self.upgrade.look()
         return ""
 
-    def patience(self) -> float:
+    def _select(self, heartbeat: Heartbeat) -> list[Callable[[], None] | None]:
+        """Wait until something is said; what is to be called for it, None for the worker."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.wake, selectors.EVENT_READ, self._woken)
+            selector.register(heartbeat.worker.socket, selectors.EVENT_READ)
+            if self.standby.worker is not None:
+                selector.register(self.standby.worker.socket, selectors.EVENT_READ, self.standby.spoke)
+            if self.upgrade is not None and not self.upgrade.serving:
+                selector.register(self.upgrade.worker.socket, selectors.EVENT_READ, self.upgrade.spoke)
+            # The worker's first: what it has said of itself holds before another one takes its place.
+            return sorted((key.data for key, _ in selector.select(heartbeat.interval)), key=bool)
+
+    def _patience(self) -> float:
         """Seconds without an answer after which a worker is lost."""
-        hang = self.state.options.hang
-        return min(hang, self.upgrade.probation / 2) if self.upgrade is not None else hang
+        hang, upgrade = self.state.options.hang, self.upgrade
+        return min(hang, upgrade.probation / 2) if upgrade is not None and upgrade.serving else hang
 
     def _woken(self) -> None:
-        """Signals and orders."""
+        """Signals; orders are looked at in any case."""
         with suppress(BlockingIOError):
             self._signals(self.wake.recv(100))
+
+    def _obey(self) -> None:
+        """Orders."""
         assert self.orders is not None
         while (order := self.orders.next()) is not None:
             try:
@@ -213,7 +215,7 @@ class Keeper:
                 elif self.upgrade is not None:
                     raise RegionError("an upgrade is under way", hint="try again when it is done")
                 else:
-                    self.upgrade = Upgrade(order, self.state.command)
+                    self.upgrade = Upgrade(self, order)
             except PkernfsError as error:
                 order.refuse(error)
 
@@ -248,27 +250,6 @@ class Keeper:
             return True
         return False
 
-    # -- standby --------------------------------------------------------------------------------------------------
-
-    def _look_after_standby(self) -> None:
-        if self.standby is None and time.monotonic() >= self.standby_after:
-            self.standby = Child(self.state.command)
-
-    def _standby_spoke(self) -> None:
-        assert self.standby is not None
-        try:
-            if self.standby.facts:  # it has nothing more to say: it has ended
-                self.standby.receive(0)
-            self.standby.up(0)
-            self.standby_failures = 0
-            return
-        except PkernfsError as error:
-            log.error("standby: %s", error)
-        self.standby.kill()
-        self.standby = None
-        self.standby_failures += 1
-        self.standby_after = time.monotonic() + BACKOFF[min(self.standby_failures + 1, len(BACKOFF) - 1)]
-
     # -- takeover -------------------------------------------------------------------------------------------------
 
     def take_over(self, reason: str) -> None:
@@ -279,12 +260,12 @@ class Keeper:
         log.warning("worker %d ended with %s: another one takes over", state.worker, reason)
         failures = 0
         while True:
-            self._pause(BACKOFF[min(failures, len(BACKOFF) - 1)])
+            self._pause(backoff(failures))
             if self.leaving or self.ending:
                 return
-            worker, self.standby = self.standby or Child(state.command), None
+            worker = self.standby.take(state.command)
             try:
-                self._let_serve(worker, begin)
+                self.let_serve(worker, begin)
                 return
             except ConnectionAbortedError:
                 self.worker = worker  # which sees the end of the mount too
@@ -296,7 +277,7 @@ class Keeper:
                     end_stuck(worker, "did not answer")
                 worker.kill()
 
-    def _let_serve(self, worker: Child, begin: float) -> None:
+    def let_serve(self, worker: Child, begin: float) -> None:
         """Open and hand over; ``begin``: when nobody served any more.  Raises PkernfsError, ConnectionAbortedError."""
         state = self.state
         self.open(worker, first=False)
@@ -324,33 +305,7 @@ class Keeper:
                     self.ending = not self.leaving
                     return
 
-    # -- upgrade --------------------------------------------------------------------------------------------------
-
-    def _upgrade_spoke(self) -> None:
-        """The new worker is up, or has ended: let it serve if it can."""
-        upgrade = self.upgrade
-        assert upgrade is not None
-        assert self.worker is not None
-        try:
-            upgrade.check(self.state, self.fds.region)
-        except PkernfsError as error:
-            upgrade.worker.kill()
-            upgrade.fail(str(error))
-            return self._end_upgrade()
-        begin = time.monotonic()
-        upgrade.begin(self.state, self.stats[BUGS])
-        self._drain()
-        try:
-            self._let_serve(upgrade.worker, begin)
-        except PkernfsError as error:
-            upgrade.worker.kill()
-            upgrade.fail(str(error))
-            self._end_upgrade()
-            self.take_over(f"an upgrade that failed: {error}")
-        self.state.last_reason = "upgrade"
-        return None
-
-    def _drain(self) -> None:
+    def drain(self) -> None:
         """End the worker when it has answered what it has read."""
         worker = self.worker
         assert worker is not None
@@ -359,30 +314,6 @@ class Keeper:
             while True:
                 worker.receive(self.state.options.hang)
         worker.kill()
-
-    def _probation(self) -> None:
-        """Look at how the new worker is doing; at the end, make it the program of those to come."""
-        upgrade = self.upgrade
-        assert upgrade is not None
-        if self.stats[BUGS] != upgrade.bugs:
-            upgrade.fail("the new worker could not answer a request, see the log")
-            self._end_upgrade()
-            begin = time.monotonic()
-            self._drain()
-            log.warning("back to the worker of before, %.1f ms after", (time.monotonic() - begin) * 1000)
-            return self.take_over("an upgrade that failed")
-        if time.monotonic() >= upgrade.until:
-            self.state.command = upgrade.command
-            upgrade.succeed(self.state)
-            if self.standby is not None:
-                self.standby.kill()
-                self.standby = None
-            self._end_upgrade()
-            self._tell()
-        return None
-
-    def _end_upgrade(self) -> None:
-        self.upgrade = None
 
     # -- other keepers --------------------------------------------------------------------------------------------
 
@@ -420,7 +351,7 @@ class Keeper:
         """What `pkernfs status` shows."""
         return {
             **self.state.status(),
-            "standby": self.standby.pid if self.standby is not None else 0,
+            "standby": self.standby.pid,
             "requests": requests(self.stats),
             "failed_requests": self.stats[BUGS],
             "dirty": dirty_bytes(self.state.device),
@@ -430,8 +361,7 @@ class Keeper:
     def close(self) -> None:
         """End the standby; and the mount, unless another keeper has it."""
         self.exporter.close()
-        if self.standby is not None:
-            self.standby.kill()
+        self.standby.kill()
         if self.upgrade is not None and not self.upgrade.serving:
             self.upgrade.worker.kill()
         if self.leaving:
@@ -446,29 +376,3 @@ class Keeper:
         for path in (self.state.control_path, self.state.orders_path):
             if path:
                 remove(path)
-
-
-def adopt(state: State, fds: list[int]) -> Keeper:
-    """A keeper of a mount that is there.  ``fds``: Descriptors, and the socket to the worker."""
-    *rest, connection = fds
-    worker = Child(connection=socket.socket(fileno=connection), pid=state.worker)
-    state.keepers += 1
-    log.info("%s: keeping %s from now on", state.region, state.mountpoint)
-    return Keeper(state, Descriptors(*rest), worker)
-
-
-def main() -> None:
-    """The keeper after one that is gone, started by the worker."""
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    if os.fork():
-        os._exit(0)  # its parent is not the worker then, which may end before it
-    os.setsid()
-    message, fds = receive(connection)
-    state = State.from_json(message["state"])
-    start_logging(state.options)
-    log.warning("the keeper of %s was gone: this is the next one", state.mountpoint)
-    adopt(state, [*fds, connection.detach()]).keep()
-
-
-if __name__ == "__main__":
-    main()

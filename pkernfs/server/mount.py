@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -18,12 +16,11 @@ from pkernfs.fs.lookups import lookups_size
 from pkernfs.mounts import FSTYPE, mount_at
 from pkernfs.region import open_region
 from pkernfs.server.child import worker_command
-from pkernfs.server.device import MS_FLAGS, Device
-from pkernfs.server.keeper import STORED, Keeper, adopt
+from pkernfs.server.device import MS_FLAGS
+from pkernfs.server.keeper import Keeper
 from pkernfs.server.options import MountOptions
 from pkernfs.server.state import Descriptors, State
 from pkernfs.server.stats import make_stats
-from pkernfs.server.systemd import service, stored
 
 MS_REMOUNT = 32
 
@@ -95,33 +92,3 @@ def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[
     said = keeper.start()
     ready(said["opened"], said["warning"])
     keeper.keep()
-
-
-def resumed(region: str, mountpoint: str) -> Keeper | None:
-    """The keeper of a mount that systemd has kept while this service was restarted, if it still lives."""
-    fds = stored()
-    if not fds:
-        return None
-    state = None
-    if set(Descriptors._fields) <= fds.keys() and "state" in fds:
-        with open(fds.pop("state"), encoding="utf-8") as file:
-            state = State.from_json(json.load(file))
-    if state is None or not _lives(fds["device"]) or (state.region, state.mountpoint) != (region, mountpoint):
-        # The region's lock for one must not be held any more.
-        service().forget(STORED)
-        for fd in fds.values():
-            os.close(fd)
-        return None
-    connection = fds.get("worker", -1)
-    if connection < 0:  # it has ended: systemd has closed the socket
-        connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
-    return adopt(state, [*(fds[name] for name in Descriptors._fields), connection])
-
-
-def _lives(fd: int) -> bool:
-    """Whether the mount of a /dev/fuse is still there."""
-    try:
-        Device(fd).readable()
-    except ConnectionAbortedError:
-        return False
-    return True

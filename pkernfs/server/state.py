@@ -22,6 +22,10 @@ class Descriptors(NamedTuple):
     device: int  #: /dev/fuse
 
 
+#: Names of the descriptors that systemd keeps: the state in a file, and the socket to the worker.
+STORED = ("state", "worker", *Descriptors._fields)
+
+
 @dataclass
 class State:
     """One mount and what happened to it.  Times in seconds since the epoch, lengths of time in seconds."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.server.child import Child
 from pkernfs.server.orders import Order
-from pkernfs.server.state import State
+from pkernfs.server.stats import BUGS
+
+if TYPE_CHECKING:
+    from pkernfs.server.keeper import Keeper
 
 log = logging.getLogger("pkernfs")
 
@@ -25,12 +27,13 @@ class UpgradeError(PkernfsError):
 class Upgrade:
     """One upgrade.  ``order``: with "command", and "probation" in seconds if that is not the usual time."""
 
-    def __init__(self, order: Order, old: Sequence[str]) -> None:
+    def __init__(self, keeper: Keeper, order: Order) -> None:
         command, probation = order.request.get("command"), order.request.get("probation", PROBATION)
         if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
             raise UsageError(f'"command": expected a list of words, found {command!r}')
         if not isinstance(probation, (int, float)) or not 0 <= probation <= 3600:
             raise UsageError(f'"probation": expected seconds, found {probation!r}')
+        self.keeper = keeper
         self.order = order
         self.command = command
         self.probation = float(probation)
@@ -45,29 +48,54 @@ class Upgrade:
         """Whether the new worker serves."""
         return self.until > 0
 
-    def check(self, state: State, region_fd: int) -> None:
-        """Whether the new worker, which has said that it is up, can read the region.  Raises PkernfsError."""
-        self.worker.up(0)
-        self.worker.send({"verb": "check", "state": state.to_json()}, [region_fd])
-        self.worker.receive(CHECK)
-
-    def begin(self, state: State, bugs: int) -> None:
-        """From now on the new worker serves."""
-        self.until = time.monotonic() + self.probation
-        self.bugs = bugs
-        self.before = {"version": state.version, "worker": state.worker, "longest_stall": state.longest_stall}
+    def spoke(self) -> None:
+        """The new worker is up, or has ended: let it serve if it can read the region."""
+        keeper, state = self.keeper, self.keeper.state
+        try:
+            self.worker.up(0)
+            self.worker.send({"verb": "check", "state": state.to_json()}, [keeper.fds.region])
+            self.worker.receive(CHECK)
+        except PkernfsError as error:
+            self.worker.kill()
+            self.fail(str(error))
+            return
+        begin = time.monotonic()
+        self.bugs = keeper.stats[BUGS]
+        self.before = {"version": state.version, "longest_stall": state.longest_stall}
         state.longest_stall = 0.0
+        state.last_reason = "upgrade"
+        keeper.drain()
+        try:
+            keeper.let_serve(self.worker, begin)
+        except ConnectionAbortedError:
+            keeper.worker = self.worker  # which sees the end of the mount too
+        except PkernfsError as error:
+            self.worker.kill()
+            self.fail(str(error))
+            keeper.take_over(f"an upgrade that failed: {error}")
+        self.until = time.monotonic() + self.probation
+
+    def look(self) -> None:
+        """How the new worker is doing; at the end, its program is that of those to come."""
+        keeper, state = self.keeper, self.keeper.state
+        if keeper.stats[BUGS] != self.bugs:
+            self.fail("the new worker could not answer a request, see the log")
+            keeper.drain()
+            keeper.take_over("an upgrade that failed")
+        elif time.monotonic() >= self.until:
+            state.command = self.command
+            stall = state.longest_stall
+            state.longest_stall = max(stall, self.before["longest_stall"])
+            keeper.upgrade = None
+            keeper.standby.kill()
+            keeper.tell()
+            log.info("upgrade: version %s serves in place of %s", state.version, self.before["version"])
+            self.order.answer(
+                {"from": self.before["version"], "to": state.version, "worker": state.worker, "longest_stall": stall}
+            )
 
     def fail(self, why: str) -> None:
-        """Tell that the worker of before goes on."""
+        """Tell that the version of before goes on."""
+        self.keeper.upgrade = None
         log.error("upgrade: %s: the version of before goes on", why)
         self.order.refuse(UpgradeError(f"{why}: the version of before goes on"))
-
-    def succeed(self, state: State) -> None:
-        """Tell that the new version serves."""
-        stall = state.longest_stall
-        state.longest_stall = max(stall, self.before["longest_stall"])
-        log.info("upgrade: version %s serves in place of %s", state.version, self.before["version"])
-        self.order.answer(
-            {"from": self.before["version"], "to": state.version, "worker": state.worker, "longest_stall": stall}
-        )

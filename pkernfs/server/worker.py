@@ -204,7 +204,7 @@ class Worker:
         self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pkernfs.server.keeper", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "pkernfs.server.succession", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 cwd="/",

@@ -112,15 +112,6 @@ def test_the_keeper_is_killed(site: Site) -> None:
     site.wait_for_end()
 
 
-def test_standby_is_killed(site: Site) -> None:
-    """Another one takes its place."""
-    site.expected = re.compile("standby: ")
-    wait_for(lambda: site.status()["standby"], "a standby")
-    standby = site.status()["standby"]
-    kill(standby)
-    wait_for(lambda: site.status()["standby"] not in (0, standby), "another standby")
-
-
 def test_everything_is_killed(site: Site) -> None:
     """Nothing comes back by itself, and the next mount has everything."""
     (site.mnt / "f").write_bytes(b"content")

@@ -1,0 +1,93 @@
+"""How a mount goes from one keeper to the next: handed on, kept by systemd, or from the worker of one that was killed.
+
+python -m pkernfs.server.succession FD: the keeper that a worker starts; FD is the socket between them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+
+from pkernfs.errors import RegionError
+from pkernfs.server.child import Child, receive
+from pkernfs.server.device import Device
+from pkernfs.server.keeper import Keeper
+from pkernfs.server.logs import start_logging
+from pkernfs.server.state import STORED, Descriptors, State
+from pkernfs.server.systemd import service, stored
+
+log = logging.getLogger("pkernfs")
+
+
+def adopt(state: State, fds: list[int]) -> Keeper:
+    """A keeper of a mount that is there.  ``fds``: Descriptors, and the socket to the worker."""
+    *rest, connection = fds
+    worker = Child(connection=socket.socket(fileno=connection), pid=state.worker)
+    state.keepers += 1
+    log.info("%s: keeping %s from now on", state.region, state.mountpoint)
+    return Keeper(state, Descriptors(*rest), worker)
+
+
+def taken(connection: socket.socket, data: bytes, fds: list[int]) -> Keeper:
+    """The keeper of what another one hands on: the first part of its answer was read.  Raises RegionError."""
+    while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
+        data += more
+    reply = json.loads(data)
+    if "error" in reply:
+        raise RegionError(reply["error"])
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    state = State.from_json(reply["result"])
+    start_logging(state.options)
+    return adopt(state, fds)
+
+
+def resumed(region: str, mountpoint: str) -> Keeper | None:
+    """The keeper of a mount that systemd has kept while this service was restarted, if it still lives."""
+    fds = stored()
+    if not fds:
+        return None
+    state = None
+    if set(Descriptors._fields) <= fds.keys() and "state" in fds:
+        with open(fds.pop("state"), encoding="utf-8") as file:
+            state = State.from_json(json.load(file))
+    if state is None or not _lives(fds["device"]) or (state.region, state.mountpoint) != (region, mountpoint):
+        # The region's lock for one must not be held any more.
+        service().forget(STORED)
+        for fd in fds.values():
+            os.close(fd)
+        return None
+    connection = fds.get("worker", -1)
+    if connection < 0:  # it has ended: systemd has closed the socket
+        connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
+    start_logging(state.options)
+    return adopt(state, [*(fds[name] for name in Descriptors._fields), connection])
+
+
+def _lives(fd: int) -> bool:
+    """Whether the mount of a /dev/fuse is still there."""
+    try:
+        Device(fd).readable()
+    except ConnectionAbortedError:
+        return False
+    return True
+
+
+def main() -> None:
+    """The keeper after one that is gone."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    if os.fork():
+        os._exit(0)  # its parent is not the worker then, which may end before it
+    os.setsid()
+    message, fds = receive(connection)
+    state = State.from_json(message["state"])
+    start_logging(state.options)
+    log.warning("the keeper of %s was gone: this is the next one", state.mountpoint)
+    adopt(state, [*fds, connection.detach()]).keep()
+
+
+if __name__ == "__main__":
+    main()
