@@ -24,10 +24,11 @@ options (-o):
   hang=SECONDS           replace a worker that has not answered for so long (default 30)
   metrics=[ADDRESS:]PORT, metrics=/FILE
                          metrics for Prometheus (see pkernfs metrics --help; default: none)
-  writeback, nowriteback written data stays in the page cache until close, fsync, or some 30 s later (default: no).
-                         Small writes are many times as fast.  It outlives any server of this mount, but is lost when
-                         the mount's last process is killed or the machine restarts; that space or a quota has run out
-                         is told by fsync and close, not by write.  No file can be mapped directly from the region
+  writeback, nowriteback written data stays in the kernel's page cache until close, fsync, or some 30 s later (default:
+                         no).  Small writes are several times as fast.  It outlives every server of this mount, but not
+                         the mount: it is lost when all its processes are killed, or with a kexec, without a sync.  That
+                         space or a quota has run out is told by fsync and close, not by write.  No file can be mapped
+                         directly from the region
   barrier, nobarrier     whether what is stored in a region on a disk is flushed in order (the default there), so that a
                          power cut leaves it whole; fsync flushes either way
   notune                 leave the kernel's page cache limits for this mount alone (they are raised when root mounts:

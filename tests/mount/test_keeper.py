@@ -24,13 +24,16 @@ def kill(pid: int) -> None:
     """kill -9, and wait for the end of a process that is not ours."""
     handle = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not os.path.exists(f"/proc/{pid}") or state(pid) == "Z", f"the end of process {pid}")
+    wait_for(lambda: state(pid) in "Z", f"the end of process {pid}")
     os.close(handle)
 
 
 def state(pid: int) -> str:
-    """As proc_pid_stat(5) has it."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    """As proc_pid_stat(5) has it; "" when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 # -- workers that hang ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ PAGE = 4096
 OTHERWISE = {
     *("test_times_that_calls_change", "test_times_that_writes_change", "test_unlinked_file_stays_usable"),
     *("test_too_big", "test_space_of_an_unlinked_file_comes_back_at_close"),
+    *("test_mapping_outlives_name_and_descriptor", "test_holes_read_as_zeros_and_take_no_space"),
 }
 #: All else of these holds as it does without.
 for module in (test_attributes, test_content):
