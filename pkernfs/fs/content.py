@@ -279,8 +279,9 @@ class Content:
 
 
 def killed_mode(mode: int) -> int:
-    """``mode`` after a write by somebody who may not keep privileges: no set-user-ID, no set-group-ID if executable."""
-    if not stat.S_ISREG(mode):
+    """``mode`` after a write by somebody who may not keep privileges, or a change of owner: without set-user-ID, and
+    without set-group-ID if the group may execute; those of directories mean something else."""
+    if stat.S_ISDIR(mode):
         return mode
     mode &= ~stat.S_ISUID
     return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode

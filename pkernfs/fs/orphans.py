@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import logging
 import stat
-from itertools import islice
+from contextlib import suppress
+from itertools import islice, takewhile
 
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import INODE_SIZE, ORPHANS_INO, PAGE, Inode
@@ -25,6 +26,9 @@ log = logging.getLogger("pkernfs")
 #: lie in 17 slabs), and take little time.
 STEP = 32
 BATCH = 1000  #: inodes that one transaction marks: less than the journal holds
+#: Inodes that one transaction frees at once, when each has no more pages than that.  More than are unlinked between two
+#: steps in the background (loop.PASS_EVERY).
+TINY_BATCH, TINY = 128, 4
 
 
 class Orphans(Content):
@@ -117,6 +121,13 @@ class Orphans(Content):
             return True
         return len(list(islice(FileMap(self.volume, ino, inode).extents(), STEP + 1))) <= STEP
 
+    def _is_tiny(self, ino: int) -> bool:
+        """Whether the inode is unused and has so little that many like it can be freed by one transaction."""
+        with suppress(PkernfsError):
+            inode = self.volume.inode(ino)
+            return not inode.nlink and not inode.xattrs and inode.pages <= TINY and not self.referenced(ino)
+        return False
+
     def free_part(self, ino: int, inode: Inode) -> bool:
         """Give back a part of an inode without a name, within a transaction; True: all of it, and the inode."""
         volume = self.volume
@@ -165,9 +176,14 @@ class Orphans(Content):
     def begin_freeing(self, ino: int) -> None:
         """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``).
 
+        There, what is tiny is freed later, together with others.
+
         What is damaged stays listed, and is logged: the call that came here has done what it was to do.
         """
         try:
+            if self.in_background and self._is_tiny(ino):
+                self.pending[ino] = None
+                return
             if self.free_step(ino):
                 self.pending.pop(ino, None)
                 return
@@ -179,7 +195,20 @@ class Orphans(Content):
             self.complain(error)
 
     def pending_step(self) -> None:
-        """Take one step with the first of ``pending``; one that cannot be freed stays listed for the next mount."""
+        """Take one step with the first of ``pending``, or free some small ones at once; one that cannot be freed stays
+        listed for the next mount."""
+        small = list(takewhile(self._is_tiny, islice(self.pending, TINY_BATCH)))
+        if len(small) > 1:
+            try:
+                with self.volume.transaction():
+                    for ino in small:
+                        self.free_part(ino, self.volume.inode(ino))
+            except PkernfsError:
+                pass  # one after the other, to see which
+            else:
+                for ino in small:
+                    del self.pending[ino]
+                return
         ino = next(iter(self.pending))
         try:
             if self.free_step(ino):

@@ -291,6 +291,24 @@ def test_a_file_being_cut_is_removed(lazy: Filesystem, left: int, reused: bool) 
     assert fs.statfs() == space
 
 
+def test_tiny_files_are_freed_together(lazy: Filesystem) -> None:
+    """With one transaction, all but what is damaged."""
+    fs = lazy
+    space = fs.statfs()
+    inos = [mkfile(fs, b"%d" % number, b"x" * number) for number in range(50)]
+    for number, ino in enumerate(inos):
+        fs.remember(ino)
+        fs.unlink(ROOT, b"%d" % number)
+    for ino in inos:
+        fs.forget(ino, 1)
+    assert list(fs.pending) == fs.orphans()[::-1] == inos
+    sequence = fs.volume.journal.sequence
+    fs.pending_step()
+    assert fs.volume.journal.sequence == sequence + 1
+    assert (list(fs.pending), fs.orphans(), fs.statfs()) == ([], [], space)
+    assert_sound(fs)
+
+
 def test_a_file_being_cut_grows_again(lazy: Filesystem) -> None:
     fs = lazy
     ino = sparse(fs, b"f", 5 * STEP)
@@ -356,6 +374,7 @@ def test_rename_of_a_listed_file_over_an_open_one(fs: Filesystem) -> None:
     assert_sound(fs)
     fs.settle()
     fs.forget(target, 1)
+    fs.settle()
     assert fs.orphans() == []
     fs.unlink(ROOT, b"target")
     fs.forget(moved, 1)

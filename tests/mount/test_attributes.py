@@ -87,6 +87,7 @@ def test_chown(twin: Twin, kind: str) -> None:
         twin.symlink(b"x", "f")
     else:
         twin.mkfifo("f")
+        twin.chmod("f", 0o6755)
     twin.stat("f")
     twin.lchown("f", 1000, 1002)
     twin.stat("f")
