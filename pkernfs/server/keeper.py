@@ -85,6 +85,7 @@ class Keeper:
         """Open, mount, serve; what the first worker says when the mount is usable.  Raises PkernfsError."""
         state = self.state
         worker = Child(state.command)
+        device: Device | None = None
         try:
             opened = self.open(worker, first=True)
             device = mount_device(state.region, state.mountpoint, state.options)
@@ -99,6 +100,8 @@ class Keeper:
             return opened | ready
         except BaseException:
             worker.kill()
+            if device is not None:
+                subprocess.run(self._umount_command(lazy=True), stderr=subprocess.DEVNULL, check=False)
             self._remove_sockets()
             raise
 
@@ -270,7 +273,7 @@ class Keeper:
             except ConnectionAbortedError:
                 self.worker = worker  # which sees the end of the mount too
                 return
-            except PkernfsError as error:
+            except (PkernfsError, OSError) as error:
                 failures += 1
                 log.error("the takeover failed: %s", error)
                 if isinstance(error, WorkerStuckError):

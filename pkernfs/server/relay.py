@@ -28,6 +28,17 @@ def _provoke(mountpoint: str) -> None:
         os.statvfs(mountpoint)
 
 
+def _send(worker: Child, ours: socket.socket, raw: bytes) -> bool:
+    """Hand a request over; False when it is too large.  Raises WorkerGoneError."""
+    try:
+        ours.send(raw)
+    except OSError as error:
+        if error.errno != errno.EMSGSIZE:
+            raise WorkerGoneError(f"worker {worker.pid} has ended") from None
+        return False
+    return True
+
+
 class Relay:
     """Stands between the kernel and each new worker, until that one has answered what the one before did not."""
 
@@ -45,7 +56,7 @@ class Relay:
         with ours:
             with theirs:
                 worker.send({"verb": "serve", **message}, [self.device.fd, theirs.fileno(), *fds])
-            ours.send(self.init)
+            _send(worker, ours, self.init)
             reply = self._reply(worker, ours)
             if takeover:
                 self._resend(worker, ours)
@@ -80,11 +91,8 @@ class Relay:
     def _relay(self, worker: Child, ours: socket.socket, raw: bytes, request: Request) -> None:
         key = request.unique | RESENT
         self.deaths[key] = self.deaths.get(key, 0) + 1
-        try:
-            ours.send(raw)
-        except OSError as error:
-            if error.errno != errno.EMSGSIZE:
-                raise WorkerGoneError(f"worker {worker.pid} has ended") from None
+        if not _send(worker, ours, raw):
+            log.error("%s does not fit through a socket: it is answered with EIO", request)
             self.device.fail(request.unique, errno.EIO)
             return
         if request.opcode not in WITHOUT_REPLY:

@@ -93,6 +93,22 @@ def test_a_busy_worker_is_left_alone(unmounted: Site) -> None:
     assert unmounted.status()["takeovers"] == 0
 
 
+@pytest.mark.parametrize("verb", ["open", "serve"])
+def test_the_first_worker_ends_at_once(unmounted: Site, verb: str) -> None:
+    """The mount fails with one line, and nothing is left of it."""
+    script = unmounted.tmp / "worker"
+    code = f"import os, pkernfs.server.worker as w; w.Worker.{verb} = lambda *_: os._exit(3); w.main()"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
+    script.chmod(0o755)
+    environment = {**os.environ, "PKERNFS_WORKER": str(script)}
+    result = run("mount.pkernfs", unmounted.region, unmounted.mnt, env=environment)
+    assert result.returncode == 32
+    assert "has ended" in result.line
+    assert not os.path.ismount(unmounted.mnt)
+    unmounted.wait_for_end()
+    unmounted.mount()
+
+
 # -- the end of the keeper ------------------------------------------------------------------------------------------
 
 
