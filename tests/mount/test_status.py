@@ -83,7 +83,7 @@ def test_dirty_and_pinned_memory(site: Site) -> None:
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 8 * MiB) as memory:
         memory[: 4 * MiB] = b"x" * (4 * MiB)
         dirty = site.status()["dirty"]
-        assert dirty is None or dirty >= 4 * MiB
+        assert dirty is None or dirty >= 3 * MiB  # counted by each processor, summed up roughly
         memory.flush()
         wait_for(lambda: not site.status()["dirty"], "nothing dirty")
     extent = json.loads(run("pkernfs", "info", "--json", path).stdout)["extents"][0]
