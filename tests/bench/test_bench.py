@@ -15,6 +15,7 @@ from tests.bench.systems import Bindfs, Pkernfs, PkernfsWriteback, System, Tmpfs
 
 pytestmark = [
     pytest.mark.bench,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting and dropping caches need root"),
 ]
 

@@ -10,6 +10,7 @@ from tests.bench import fio, takeover
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting and dropping caches need root")
 @pytest.mark.skipif(bool(fio.missing()), reason="found no fio")
 def test_takeovers(pytestconfig: pytest.Config) -> None:
