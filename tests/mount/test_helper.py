@@ -363,6 +363,12 @@ def test_daemon_lets_go_of_everything(unmounted: Site) -> None:
         assert os.readlink(f"/proc/{pid}/fd/{number}") == "/dev/null"
 
 
+def test_nothing_is_said_when_all_is_well(unmounted: Site) -> None:
+    """Also without a log file, whether there is a journal or not."""
+    result = run("mount.pkernfs", unmounted.region, unmounted.mnt)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def test_umount_while_a_file_is_open(site: Site) -> None:
     with (site.mnt / "f").open("wb") as file:
         file.write(b"content")
