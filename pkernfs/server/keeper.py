@@ -2,8 +2,8 @@
 
 It mounts, reads the kernel's INIT and keeps it, and starts workers.  A worker gets INIT, and after a takeover what was
 not answered, through a socket that stands in for /dev/fuse (relay.py), and goes on with the descriptor itself when that
-socket ends.  A standby waits for the end of the worker.  The keeper never looks into the
-region: it only holds its lock.  Its end is not the end of the mount (succession.py).
+socket ends.  A standby waits for the end of the worker.  The keeper never looks into the region: it only holds its
+lock.  Its end is not the end of the mount (succession.py).
 """
 
 from __future__ import annotations

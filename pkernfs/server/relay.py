@@ -18,8 +18,6 @@ log = logging.getLogger("pkernfs")
 
 DEATHS = 3  #: so many workers may end while the same request comes to them again
 LOST = 1 << 16  #: requests before the next one that are failed where the kernel cannot deliver again
-
-
 PROVOKED = 5.0  #: seconds that a request of our own may take to come
 
 

@@ -69,10 +69,11 @@ class Upgrade:
             keeper.let_serve(self.worker, begin)
         except ConnectionAbortedError:
             keeper.worker = self.worker  # which sees the end of the mount too
-        except PkernfsError as error:
+        except (PkernfsError, OSError) as error:
             self.worker.kill()
             self.fail(str(error))
             keeper.take_over(f"an upgrade that failed: {error}")
+            return
         self.until = time.monotonic() + self.probation
 
     def look(self) -> None:

@@ -7,7 +7,6 @@ import mmap
 import os
 from pathlib import Path
 
-from pkernfs.client import ask_keeper
 from tests.mount.site import MiB, Site, errno_of
 
 
@@ -18,7 +17,7 @@ def faults(pid: int) -> int:
 
 def test_the_first_large_request(site: Site) -> None:
     """It is read to memory that is there.  One that changes nothing: an offset that no file can have."""
-    worker = ask_keeper(str(site.mnt), "status")["worker"]
+    worker = site.status()["worker"]
     fd = os.open(site.mnt / "f", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
     with mmap.mmap(-1, MiB) as data:
         before = faults(worker)

@@ -7,14 +7,8 @@ import re
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from pkernfs.client import ask_keeper
 from tests.mount.site import Site, wait_for
-
-
-def status(site: Site) -> dict[str, Any]:
-    return ask_keeper(str(site.mnt), "status")
 
 
 def has_imported(pid: int) -> bool:
@@ -30,12 +24,12 @@ def test_one_that_ends_is_replaced(site: Site) -> None:
     """Also after it was up; no takeover comes to one that is gone."""
     site.expected = re.compile("standby: worker .* has ended|takes over")
     for _ in range(2):
-        wait_for(lambda: status(site)["standby"], "a standby")
-        standby = status(site)["standby"]
+        wait_for(lambda: site.status()["standby"], "a standby")
+        standby = site.status()["standby"]
         wait_for(lambda standby=standby: has_imported(standby), "its imports")
         os.kill(standby, signal.SIGKILL)
-        wait_for(lambda standby=standby: status(site)["standby"] not in (0, standby), "another standby")
-    before = status(site)
+        wait_for(lambda standby=standby: site.status()["standby"] not in (0, standby), "another standby")
+    before = site.status()
     os.kill(before["worker"], signal.SIGKILL)
-    wait_for(lambda: status(site)["takeovers"] == 1, "a takeover")
-    assert status(site)["worker"] == before["standby"]
+    wait_for(lambda: site.status()["takeovers"] == 1, "a takeover")
+    assert site.status()["worker"] == before["standby"]
