@@ -38,12 +38,18 @@ class Lookups:
             ino, before = self.notes[FIRST + 2 * at : FIRST + 2 * at + 2]
             self.inherited[ino] = self.counts[ino] - before
 
-    def begin(self) -> None:
-        """The request before is answered."""
-        self.notes[NUMBER] = 0
+    def begin(self, key: int, *, again: bool) -> None:
+        """A request begins that is known by ``key``; ``again``: one that the server before did not answer.
 
-    def undo(self, key: int) -> None:
-        """The request that is known by ``key`` was not answered and comes again: forget what it counted."""
+        Any other comes when the one before is answered: what that has counted stands.
+        """
+        self.notes[KEY] = key
+        if again:
+            self._undo(key)
+        else:
+            self.notes[NUMBER] = 0
+
+    def _undo(self, key: int) -> None:
         if key == self.inherited_key:
             for ino, count in self.inherited.items():
                 self.drop(ino, count)

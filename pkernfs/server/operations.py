@@ -19,7 +19,6 @@ from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode, checksum
 from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.lookups import KEY
 from pkernfs.fs.names import Caller
 from pkernfs.server.device import REQUEST, RESENT, SETXATTR, SETXATTR_FLAGS_AT
 from pkernfs.server.stats import BUGS, INDEX, SIZE
@@ -73,11 +72,9 @@ def handler(
             if keyed:
                 key = request_key(name, args)
                 self.executed = True
-                fs.lookups.notes[KEY] = key
-                if self.again:
-                    fs.lookups.undo(key)
-                    if key == fs.volume.inherited:
-                        return self.answer_again(name, *args)  # type: ignore[no-any-return]
+                fs.lookups.begin(key, again=self.again)
+                if self.again and key == fs.volume.inherited:
+                    return self.answer_again(name, *args)  # type: ignore[no-any-return]
                 if once:
                     fs.volume.asked = key
             try:
@@ -142,7 +139,6 @@ class Operations(pyfuse3.Operations):
         """All requests so far are answered, but for those that wait for space, which have changed nothing."""
         if self.executed:
             self.executed = False
-            self.fs.lookups.begin()
             self.fs.volume.answered()
 
     def relayed(self, header: bytes) -> None:

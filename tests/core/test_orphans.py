@@ -1,6 +1,7 @@
 """Files without a name that are still open, and large frees in several steps."""
 
 import errno
+import mmap
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ import pytest
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ORPHANS_INO, PAGE
 from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.lookups import Lookups, lookups_size
 from pkernfs.fs.orphans import STEP
 from pkernfs.region import MemoryRegion
 from tests.core.support import (
@@ -404,3 +406,23 @@ def test_shrinking_works_where_compaction_does_not(make_fs: Callable[..., Filesy
     fs.setattr(ino, SetAttr(size=400 * 1024))
     assert fs.getattr(ino).size == 400 * 1024
     fs.unlink(ROOT, b"other")
+
+
+def test_references_of_the_request_before_stand() -> None:
+    """A server dies when it has answered one request, the next one dies within another: only that is counted anew."""
+    memory = mmap.mmap(-1, lookups_size(MiB))
+    first, second, third = 300, 301, 302
+    one = Lookups(MiB, memory)
+    one.begin(first, again=False)
+    one.add(20)
+    two = Lookups(MiB, memory)
+    two.begin(second, again=False)
+    two.add(21)
+    three = Lookups(MiB, memory)
+    three.begin(second, again=True)
+    three.add(21)
+    four = Lookups(MiB, memory)
+    four.begin(second, again=True)
+    four.add(21)
+    four.begin(third, again=False)
+    assert (four[20], four[21]) == (1, 1)
