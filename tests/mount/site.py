@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -28,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from mounted import Mounted, holds_fuse, serving, wait_until
 
-__all__ = ["MiB", "Result", "Site", "below", "serving", "wait_for", "wait_until"]
+__all__ = ["DEAD", "MiB", "Result", "Site", "below", "serving", "wait_for", "wait_until"]
 
+#: What calls on a mount get whose server is gone; the second while the last descriptor of it is being closed.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 #: Seconds that anything may take.
 PATIENCE = 60.0
 ROOT = Path(__file__).parents[2]
