@@ -43,13 +43,29 @@ Quotas.  New inodes take over ``project`` from the directory that they are made 
 with a quota counts against the quotas above it too: next is the project of its parent.  In a directory that has a limit
 every entry's project is that directory's, but for directories with a quota of their own.
 
+IOMMU.  The file /iommu/root-pgtables and each domain, a file /iommu/NAME with FLAG_IOMMU_DOMAIN_PGTABLES, hold page
+tables in pages of their own, which hardware reads.  Page n * BITMAP_PAGES of such a file is the bitmap of its pages
+from there on (bit i of the little-endian number: page i is in use), bit 0 for the bitmap itself.  What the tables are
+to say stands in trees of records:
+
+    a domain        key = IOVA / 4096, value = Mapping; key = DOMAIN_KEY, value = Domain
+    root-pgtables   key = ATTACHMENT_KEY + requester, value = Attachment
+                    key = ROOT_TABLE_KEY + table format << 16 + PCI segment, value = RootTable
+                    key = STALE_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = Stale
+                    key = STALE_CONTEXT_KEY + requester, value = Stale
+                    key = REQUEST_KEY, value = Request
+
+A requester is PCI segment << 16 | bus << 8 | device << 3 | function.  Mappings of a domain do not overlap.  The pins of
+a file are the mappings that name it: what they cover is not freed, and does not move.
+
 Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's header names the page's own offset and its
 owner; an inode's checksum continues from the low 32 bits of its number as from the crc of earlier bytes; so a misplaced
 copy is found.
 
 Journal.  One transaction at a time: body and header are written, then one 8-byte store of ``seal`` = 2 * sequence + 1
 makes it valid, the records are applied in their order, and ``seal`` = 2 * sequence retires it.  A record is
-JournalRecord + data; one of kind DISCARD says that a range is free now and its memory is to be given back (a reader may
+JournalRecord + data; one of kind WORDS is for memory that hardware reads: each word of 8 bytes is stored by one store,
+in order.  One of kind DISCARD says that a range is free now and its memory is to be given back (a reader may
 ignore it).  Pages that were free before the transaction are stored before the seal and are not in the journal.  An odd
 seal over a header or body that does not fit means damage: nothing is applied.  On media that reorder stores each of
 these steps is flushed before the next one begins, also before the next transaction's.
@@ -227,7 +243,7 @@ class Inode(NamedTuple):
     root: u64 = 0  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
     xattrs: u64 = 0  #: page number of the root of the attributes' tree, or 0
     project: u64 = 0  #: the directory whose quota this inode counts against; of one with a quota itself; 0: none
-    reserved0: u64 = 0
+    iommu: u64 = 0  #: of page tables: page number of the root of their records' tree; of others: their pins
     orphan_next: u64 = 0  #: the next and the previous inode of the list of orphans; 0: not listed
     orphan_prev: u64 = 0
     inline: bytes120 = bytes(120)  #: extents (Extent[5]), the target of a short symbolic link, or a Quota
@@ -298,6 +314,92 @@ XATTR_HEAD = layout(XattrHead, size=16)
 XATTR_INLINE: Final = 512
 
 
+# Keys of the records of the IOMMU.  Those of mappings are below 1 << IOVA_PAGE_BITS.
+IOVA_PAGE_BITS: Final = 45  #: of a page number of the largest address space: 5 levels, 57 bits
+ROOT_TABLE_KEY: Final = 1 << 60
+ATTACHMENT_KEY: Final = 2 << 60
+STALE_CONTEXT_KEY: Final = 3 << 60
+STALE_IOTLB_KEY: Final = 4 << 60  #: up to 6 << 60
+REQUEST_KEY: Final = 15 << 60
+DOMAIN_KEY: Final = 15 << 60
+BITMAP_PAGES: Final = 8 * PAGE  #: pages that one page of bitmap tells of
+
+READ: Final = 1
+WRITE: Final = 2
+PERSISTENT: Final = 1  #: the device goes on doing DMA from one mount to the next
+DEFERRED: Final = 2  #: its owner has not claimed it since the last mount
+TABLES_VTD: Final = 0  #: Intel VT-d, legacy mode
+TABLES_AMD: Final = 1  #: AMD-Vi, v1 page tables
+
+
+class Mapping(NamedTuple):
+    """A range of an address space that leads to a range of a file."""
+
+    ino: u64
+    start: u64  #: first page of the file
+    length: u64  #: pages, not 0
+    access: u32  #: READ | WRITE
+    reserved: u32 = 0
+
+
+MAPPING = layout(Mapping, size=32)
+
+
+class Domain(NamedTuple):
+    """What a domain's tables are.  A domain without it has not been used yet."""
+
+    tables: u8  #: TABLES_*
+    levels: u8  #: 3 to 5
+    leaf: u8  #: the largest leaves that may be made: 1: 4 KiB, 2: 2 MiB, 3: 1 GiB
+    reserved: u8
+    id: u32  #: domain id, by which hardware tags what it caches: 1 to 0xfffe, unique among tables of all formats
+    root: u64  #: page of the file that the root of the tables is; 0: none yet
+    stale: u64  #: pages of the file that tables were in, and that hardware may still be looking at
+
+
+DOMAIN = layout(Domain, size=24)
+
+
+class Attachment(NamedTuple):
+    """A device whose context entry (AMD: device table entry) leads to a domain."""
+
+    domain: u64  #: inode
+    id: u32  #: domain id
+    flags: u32  #: PERSISTENT, DEFERRED
+
+
+ATTACHMENT = layout(Attachment, size=16)
+
+
+class RootTable(NamedTuple):
+    """Where a VT-d root table or an AMD device table stands."""
+
+    page: u64  #: of the file root-pgtables
+
+
+ROOT_TABLE = layout(RootTable, size=8)
+
+
+class Stale(NamedTuple):
+    """What hardware may have cached and must forget: translations of an id, or the context of a device."""
+
+    length: u64  #: pages from the key's on; 0: all of the id
+    id: u64  #: domain id
+
+
+STALE = layout(Stale, size=16)
+
+
+class Request(NamedTuple):
+    """The last request that changed anything, so that one that comes again is known."""
+
+    key: u64
+    result: u64
+
+
+REQUEST = layout(Request, size=16)
+
+
 class JournalHeader(NamedTuple):
     """The first page of the journal; the body begins at the next page."""
 
@@ -314,7 +416,7 @@ JOURNAL_CHECKED_AT: Final = 16
 
 
 class JournalRecord(NamedTuple):
-    """STORE: ``length`` bytes, which follow, for ``offset``, multiples of 8.  DISCARD: ``length`` pages, no data."""
+    """STORE, WORDS: ``length`` bytes, which follow, for ``offset``, multiples of 8.  DISCARD: ``length`` pages."""
 
     offset: u64
     length: u32
@@ -324,6 +426,7 @@ class JournalRecord(NamedTuple):
 JOURNAL_RECORD = layout(JournalRecord, size=16)
 STORE: Final = 0
 DISCARD: Final = 1
+WORDS: Final = 2
 
 
 def checksum(data: bytes | bytearray | memoryview, start: int = 0) -> int:

@@ -15,6 +15,7 @@ from pkernfs.format import (
     PAGE,
     STORE,
     SUPERBLOCK,
+    WORDS,
     JournalRecord,
     Superblock,
     checksum,
@@ -42,10 +43,16 @@ class Journal:
         #: the middle of storing the next one leaves a mixture, which nobody looks at.
         self.whole = False
 
-    def commit(self, stores: Iterable[tuple[int, bytes]], discards: Iterable[tuple[int, int]]) -> None:
-        """Make all of ``stores`` (offset, data) durable at once, then give ``discards`` (offset, length) back.
+    def commit(
+        self,
+        stores: Iterable[tuple[int, bytes]],
+        discards: Iterable[tuple[int, int]],
+        words: Iterable[tuple[int, bytes]] = (),
+    ) -> None:
+        """Make all of ``stores`` and then ``words`` (offset, data) durable at once, then give ``discards`` (offset,
+        length) back.  Each of the words is one store, in order.
 
-        Offsets and lengths of stores are multiples of 8, of discards multiples of the page size.
+        Offsets and lengths of stores and words are multiples of 8, of discards multiples of the page size.
 
         Raises FsError: ENOSPC when they do not fit (mkfs makes the journal large enough for all that operations
         change); EIO when the medium fails: the region can be read only then, and the next mount finds the state before
@@ -56,10 +63,13 @@ class Journal:
         stores = list(stores)
         for offset, data in stores:
             parts += (pack(offset, len(data), STORE), data)
+        words = list(words)
+        for offset, data in words:
+            parts += (pack(offset, len(data), WORDS), data)
         discards = list(discards)
         for offset, length in discards:
             parts.append(pack(offset, length // PAGE, DISCARD))
-        records = len(stores) + len(discards)
+        records = len(stores) + len(words) + len(discards)
         body = b"".join(parts)
         if len(body) > self.capacity:
             raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
@@ -79,6 +89,8 @@ class Journal:
         region.barrier()
         for offset, data in stores:
             region.store(offset, data)
+        for offset, data in words:
+            self._store_words(offset, data)
         for offset, length in discards:
             # The transaction stands already: memory that cannot be given back is no reason to fail it.
             with suppress(OSError):
@@ -105,6 +117,8 @@ class Journal:
         for record, data in records:
             if record.kind == STORE:
                 self.region.store(record.offset, data)
+            elif record.kind == WORDS:
+                self._store_words(record.offset, data)
             else:
                 self.region.discard(record.offset, record.length * PAGE)
         self.region.barrier()
@@ -112,6 +126,10 @@ class Journal:
         self.sequence = seal >> 1
         self.whole = True
         return len(records)
+
+    def _store_words(self, offset: int, data: bytes) -> None:
+        for at, word in enumerate(memoryview(data).cast("Q")):
+            self.region.store_word(offset + 8 * at, word)
 
     def records(self, sequence: int) -> Iterator[tuple[JournalRecord, bytes]]:
         """The checked records of the transaction ``sequence``.  Raises CorruptError."""
@@ -151,4 +169,5 @@ class Journal:
             return True
         inode_or_table = SUPERBLOCK.size <= start and end <= self.header_at - PAGE
         behind = self.first_free <= start and end <= self.end
-        return record.kind == STORE and (inode_or_table or behind) and not start & 7 and not end & 7
+        aligned = not start & 7 and not end & 7
+        return aligned and ((record.kind == STORE and inode_or_table) or (record.kind in (STORE, WORDS) and behind))

@@ -29,6 +29,7 @@ class Transaction:
         self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
         self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
         self.freed_inodes: list[int] = []
+        self.words: list[tuple[int, bytes]] = []  #: (offset, data): stored last, word by word, in order
         self.undo: list[Callable[[], None]] = []
 
 
@@ -97,7 +98,7 @@ class Volume:
             stores.append((ASKED.offset, self.asked.to_bytes(8, "little")))
             self.unanswered = True
         if stores:
-            self.journal.commit(stores, discards)
+            self.journal.commit(stores, discards, tx.words)
         for page in tx.pages.values():
             page.fresh = False
 

@@ -38,7 +38,7 @@ class Inode(NamedTuple):
     root: int
     xattrs: int
     project: int
-    reserved0: int
+    iommu: int
     orphan_next: int
     orphan_prev: int
     inline: bytes
