@@ -22,6 +22,7 @@ class MountOptions(NamedTuple):
     tune: bool = True  #: raise the limits of the backing device
     barriers: bool | None = None  #: flush so that a power cut leaves the region whole; None: on a disk
     writeback: bool = False  #: written data stays in the kernel's cache for a while
+    cold: bool = False  #: a boot without live update: no device stays attached to its domain
     kernel: tuple[str, ...] = ()
 
 
@@ -110,6 +111,8 @@ def parse_options(words: list[str]) -> MountOptions:
             options = options._replace(barriers=BARRIERS[word])
         elif word in ("writeback", "nowriteback"):
             options = options._replace(writeback=word == "writeback")
+        elif word == "cold":
+            options = options._replace(cold=True)
         elif word == "notune":
             options = options._replace(tune=False)
         else:

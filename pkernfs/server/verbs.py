@@ -14,6 +14,7 @@ from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.quota import get_quota, set_quota
 from pkernfs.fs.scrub import scrub_step
 from pkernfs.server.control import Verb
+from pkernfs.server.iommu import iommu
 from pkernfs.server.operations import Operations
 
 
@@ -77,5 +78,5 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
 
         return call
 
-    known = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
+    known = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota, "iommu": iommu(fs)}
     return {name: noting(verb) for name, verb in known.items()}

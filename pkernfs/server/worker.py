@@ -36,6 +36,7 @@ from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.format import ROOT_INO
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.lookups import Lookups
+from pkernfs.iommu.inherit import inherit
 from pkernfs.region import Region, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
@@ -117,6 +118,7 @@ class Worker:
         fs.atime_policy = options.atime
         if self.first and not options.readonly:
             fs.volume.mark_mounted()
+            inherit(fs, cold=options.cold)
             if (options.uid, options.gid, options.mode) != (None, None, None):
                 fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
         return {"opened": fs.volume.recovered}

@@ -1,0 +1,218 @@
+"""The proof that each IOVA of each device leads to the memory that its mapping names, with no more rights."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, BLOCK_SLAB, PAGE, PAGE_FREE, PAGES_PER_BLOCK, Attachment
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu import pci
+from pkernfs.iommu.contexts import BUSES, Contexts
+from pkernfs.iommu.domain import Hwpt, domains
+from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, DEVICES
+from pkernfs.iommu.pages import TablePages
+from pkernfs.iommu.translations import Difference, Tables, compare, expected
+
+#: What can be wrong: the name that a Problem gives, and the statement that does not hold then.
+KINDS = {
+    "dangling": "what entries lead to is in use",
+    "foreign": "a translation leads to the file that its mapping names, and to no other memory",
+    "over-permissive": "a translation gives no more rights than its mapping",
+    "under-mapped": "a translation is there, with all rights, wherever a mapping is",
+    "reserved-bits": "entries have no bits that hardware refuses",
+    "overlap": "one entry leads to each table, and to none that belongs to another domain",
+    "unreachable": "pages that are marked as used are tables, or wait for hardware to forget them",
+    "bitmap": "pages of tables are marked as used",
+    "context": "only devices that are attached have entries, and these lead to their domains",
+    "attachment": "a device that is attached has an entry, and a domain that exists",
+    "record": "the records of mappings, domains and attachments can be read",
+}
+
+
+class Problem(NamedTuple):
+    """One finding."""
+
+    kind: str
+    domain: str | None
+    device: str | None
+    iova: int | None
+    text: str
+
+
+class Audit:
+    """One audit of all domains: ``run``, step by step; then ``facts``."""
+
+    def __init__(self, fs: Filesystem) -> None:
+        self.fs = fs
+        self.volume = fs.volume
+        self.problems: list[Problem] = []
+        self.domains = self.mappings = self.tables = self.bytes = 0
+        self.attachments: dict[int, Attachment] = {}
+        self.name: str | None = None  #: of the domain at work
+        self.device: str | None = None  #: that is attached to it
+
+    def note(self, kind: str, iova: int, text: str) -> None:
+        """Add a finding.  ``iova`` -1: it is about none."""
+        self.problems.append(Problem(kind, self.name, self.device, None if iova < 0 else iova, text))
+
+    def run(self) -> Iterator[None]:
+        """All of it, in steps: one for the devices, some for each domain."""
+        hwpts: dict[int, Hwpt] = {}
+        try:
+            contexts = Contexts(self.volume)
+            self.attachments = dict(contexts.records.attachments())
+        except PkernfsError as error:
+            self.note("record", -1, str(error))
+            return
+        for name, ino in domains(self.fs):
+            self.name = name.decode(errors="backslashreplace")
+            self.device = next((pci.text(of) for of, one in self.attachments.items() if one.domain == ino), None)
+            self.domains += 1
+            try:
+                hwpts[ino] = Hwpt(self.volume, ino)
+                yield from self._domain(hwpts[ino])
+            except PkernfsError as error:
+                self.note("record", -1, str(error))
+        self.name = None
+        try:
+            self._devices(contexts, hwpts)
+        except PkernfsError as error:
+            self.note("context", -1, str(error))
+        yield
+
+    # -- one domain -----------------------------------------------------------------------------------------------
+
+    def _domain(self, hwpt: Hwpt) -> Iterator[None]:
+        tables = Tables(hwpt, self.note)
+        self.mappings += sum(1 for _ in hwpt.records.mappings())
+        actual = tables.pieces()
+        wanted = expected(hwpt)
+
+        def counted() -> Iterator[Any]:
+            for piece in actual:
+                self.bytes += piece.length
+                yield piece
+
+        for found in compare(wanted, counted()):
+            self._differs(found)
+            yield
+        self.tables += len(tables.seen)
+        self._pages(hwpt.pages, tables.seen, hwpt.record.stale)
+        yield
+
+    def _differs(self, found: Difference) -> None:
+        """A range for which the mappings say ``left`` and the tables ``right``."""
+        where = f"IOVAs {found.iova:#x} to {found.iova + found.length - 1:#x}"
+        if found.right is None:
+            self.note("under-mapped", found.iova, f"{where}: mapped, and not in the tables")
+            return
+        physical, access = found.right
+        if found.left is None or found.left[0] != physical:
+            belongs = owner(self.volume, physical)
+            to = f"to physical address {physical:#x}, which is {belongs or 'not in use'}"
+            wanted = "nothing is mapped there" if found.left is None else f"expected {found.left[0]:#x}"
+            self.note("foreign" if belongs else "dangling", found.iova, f"{where} lead {to}: {wanted}")
+        elif access & ~found.left[1]:
+            rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
+            self.note("over-permissive", found.iova, f"{where}: the tables give {rights}")
+        else:
+            rights = f"{ACCESS_NAMES[access]!r}, the mapping {ACCESS_NAMES[found.left[1]]}"
+            self.note("under-mapped", found.iova, f"{where}: the tables give {rights}")
+
+    def _pages(self, pages: TablePages, seen: set[int], stale: int) -> None:
+        """Compare the pages that are tables with those that are marked as used."""
+        unmarked = sorted(page for page in seen if not pages.in_use(page))
+        if unmarked:
+            self.note("bitmap", -1, f"{len(unmarked)} pages of tables are marked as free, the first is {unmarked[0]}")
+        extra = pages.used_count() - (len(seen) - len(unmarked))
+        if extra != stale:
+            text = f"{extra} pages are in use and nothing leads to them; {stale} wait for hardware to forget them"
+            self.note("unreachable", -1, text)
+
+    # -- devices --------------------------------------------------------------------------------------------------
+
+    def _devices(self, contexts: Contexts, hwpts: dict[int, Hwpt]) -> None:
+        seen = set()
+        for number, _, page in contexts.tables():
+            if DEVICES[number].root:
+                seen |= {page, *self._root_table(contexts, page)}
+            else:
+                seen |= set(range(page, page + PAGES_PER_BLOCK))
+        entries: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+        for number, requester, words in contexts.present():
+            entries.setdefault(requester, []).append((number, words))
+        for requester in sorted(entries.keys() | self.attachments.keys()):
+            self.device = pci.text(requester)
+            self._device(requester, entries.get(requester, []), hwpts)
+        self.device = None
+        if contexts.pages.inode.size:
+            self._pages(contexts.pages, seen, 0)
+
+    def _root_table(self, contexts: Contexts, root: int) -> Iterator[int]:
+        entries = contexts.pages.read(root)
+        for bus in range(BUSES):
+            low, high = entries[2 * bus : 2 * bus + 2]
+            if high or (low and (low & ~ADDRESS) != 1):
+                self.note("reserved-bits", -1, f"the root entry of bus {bus:#x}, {low:#x} {high:#x}")
+            page = contexts.context_table(root, bus)
+            if page:
+                yield page
+
+    def _device(self, requester: int, entries: list[tuple[int, tuple[int, ...]]], hwpts: dict[int, Hwpt]) -> None:
+        attachment = self.attachments.get(requester)
+        hwpt = hwpts.get(attachment.domain) if attachment else None
+        if attachment and hwpt is None:
+            self.note("attachment", -1, f"{self.device} is attached to inode {attachment.domain}, which is no domain")
+        elif attachment and not entries:
+            self.note("attachment", -1, f"{self.device} is attached, and has no entry")
+        for number, words in entries:
+            text = f"the entry of {self.device}, {' '.join(f'{word:#x}' for word in words)}"
+            if attachment is None:
+                self.note("context", -1, f"{text}: it is not attached")
+            elif hwpt and (number != hwpt.record.tables or words != hwpt.entry or attachment.id != hwpt.record.id):
+                wanted = " ".join(f"{word:#x}" for word in hwpt.entry)
+                self.note("context", -1, f"{text}: expected {wanted}, which lead to its domain")
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        figures = {"domains": self.domains, "mappings": self.mappings, "tables": self.tables, "bytes": self.bytes}
+        problems = [problem._asdict() for problem in self.problems]
+        return {"devices": len(self.attachments), **figures, "problems": problems}
+
+
+def owner(volume: Volume, physical: int) -> str:
+    """Whether memory is in use, and for what; "": it is not."""
+    offset = physical - volume.sb.phys_base
+    block, page = divmod(offset // PAGE, PAGES_PER_BLOCK)
+    if not 0 <= offset < volume.sb.blocks * BLOCK:
+        return ""
+    kind = volume.allocator.table[block]
+    if kind == BLOCK_SLAB:
+        try:
+            return "" if volume.allocator.slab(block).kinds[page] == PAGE_FREE else "a page of something else"
+        except CorruptError:
+            return "in a damaged slab"
+    return {BLOCK_FREE: "", BLOCK_DATA: "a block of another file, or of another part of it"}.get(kind, "metadata")
+
+
+def audit(fs: Filesystem) -> dict[str, Any]:
+    """All at once."""
+    one = Audit(fs)
+    for _ in one.run():
+        pass
+    return one.facts()
+
+
+def file_at(fs: Filesystem, hwpt: Hwpt, iova: int) -> tuple[int, int, int] | None:
+    """(inode, offset, access) of what a domain's mappings say of an IOVA."""
+    page, skip = divmod(iova, PAGE)
+    for at, mapping in hwpt.records.mappings(page, page):
+        inode = fs.getattr(mapping.ino)
+        if not stat.S_ISREG(inode.mode):
+            raise FsError(22, f"inode {mapping.ino} is not a regular file")
+        return mapping.ino, (mapping.start + page - at) * PAGE + skip, mapping.access
+    return None

@@ -1,0 +1,144 @@
+"""What leads devices to domains: root tables, context tables and device tables, in /iommu/root-pgtables."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from pkernfs.format import (
+    ATTACHMENT_KEY,
+    PAGE,
+    PAGES_PER_BLOCK,
+    ROOT_PGTABLES_INO,
+    ROOT_TABLE,
+    ROOT_TABLE_KEY,
+    RootTable,
+)
+from pkernfs.fs.records import Records
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu.formats import ADDRESS, DEVICES, ENTRIES, FORMATS
+from pkernfs.iommu.pages import TablePages
+
+EMPTY = array("Q", bytes(PAGE))
+BUSES = 256
+
+
+class Contexts:
+    """The tables of root-pgtables.  Changes need the open transaction, and end with ``finish``.
+
+    ``records``: of root-pgtables, which the caller finishes after this.
+    """
+
+    def __init__(self, volume: Volume, records: Records | None = None) -> None:
+        self.pages = TablePages(volume, ROOT_PGTABLES_INO)
+        self.records = records or Records(volume, ROOT_PGTABLES_INO)
+
+    # -- the tables -----------------------------------------------------------------------------------------------
+
+    def tables(self) -> Iterator[tuple[int, int, int]]:
+        """(table format, PCI segment, page) of all root and device tables.  Raises CorruptError."""
+        for key, value in self.records.scan(ROOT_TABLE_KEY, ATTACHMENT_KEY - 1):
+            number, segment = key >> 16 & 0xFFFFFF, key & 0xFFFF
+            if number not in FORMATS or len(value) != ROOT_TABLE.size:
+                raise self.pages.bad(f"record {key:#x}: a table of format {number}")
+            yield number, segment, ROOT_TABLE.unpack(value).page
+
+    def table(self, number: int, segment: int) -> int:
+        """The page of a segment's root (or device) table; 0: there is none."""
+        return next((page for form, of, page in self.tables() if (form, of) == (number, segment)), 0)
+
+    def make_table(self, number: int, segment: int) -> int:
+        """The page of a segment's root (or device) table, which is made if there is none.  Raises FsError(ENOSPC)."""
+        page = self.table(number, segment)
+        if page:
+            return page
+        device = DEVICES[number]
+        if device.root:
+            page = self.pages.allocate()
+            self.pages.store(page, EMPTY)
+        else:
+            page = self.pages.allocate_block()
+            blocked = array("Q", device.blocked * (ENTRIES // device.words))
+            for at in range(PAGES_PER_BLOCK):
+                self.pages.store(page + at, blocked)
+        self.records.put(ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page)))
+        return page
+
+    # -- the entries of devices -----------------------------------------------------------------------------------
+
+    def context_table(self, root: int, bus: int) -> int:
+        """The page of a bus's context table; 0: there is none.  Raises CorruptError."""
+        entry = self.pages.read(root)[2 * bus]
+        if not entry & 1:
+            return 0
+        page = self.pages.page_at(entry & ADDRESS)
+        if page < 0:
+            raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, leads out of the file")
+        return page
+
+    def place(self, number: int, requester: int) -> tuple[int, int]:
+        """(page, index of its first word) of a device's entry; page 0: there is none."""
+        root = self.table(number, requester >> 16)
+        return self._place(number, requester, root) if root else (0, 0)
+
+    def _place(self, number: int, requester: int, root: int) -> tuple[int, int]:
+        device = DEVICES[number]
+        if device.root:
+            return self.context_table(root, requester >> 8 & 0xFF), (requester & 0xFF) * device.words
+        page, index = divmod((requester & 0xFFFF) * device.words, ENTRIES)
+        return root + page, index
+
+    def entry(self, number: int, requester: int) -> tuple[int, ...]:
+        """The words of a device's entry; those of a blocked one where it has none."""
+        page, index = self.place(number, requester)
+        device = DEVICES[number]
+        return tuple(self.pages.read(page)[index : index + device.words]) if page else device.blocked
+
+    def store(self, number: int, requester: int, words: tuple[int, ...]) -> None:
+        """Let a device's entry say ``words``, with the first word as the last one stored.  Raises FsError(ENOSPC)."""
+        root = self.make_table(number, requester >> 16)
+        page, index = self._place(number, requester, root)
+        if page:
+            self.pages.words(page, index + 1, words[1:])
+            self.pages.words(page, index, words[:1])
+            return
+        page = self.pages.allocate()
+        entries = array("Q", EMPTY)
+        entries[index : index + len(words)] = array("Q", words)
+        self.pages.store(page, entries)
+        self.pages.words(root, 2 * (requester >> 8 & 0xFF), [self.pages.physical(page) | 1])
+
+    def lead(self, number: int, requester: int, word: int) -> None:
+        """Lead a device, which has an entry, to other tables: one store."""
+        page, index = self.place(number, requester)
+        self.pages.words(page, index, [word])
+
+    def block(self, number: int, requester: int) -> None:
+        """Let nothing of a device pass; the first word is stored first."""
+        page, index = self.place(number, requester)
+        if page:
+            blocked = DEVICES[number].blocked
+            self.pages.words(page, index, blocked[:1])
+            self.pages.words(page, index + 1, blocked[1:])
+
+    def present(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """(table format, requester, words) of all entries that are not blocked.  Raises CorruptError."""
+        for number, segment, root in self.tables():
+            device = DEVICES[number]
+            if device.root:
+                tables = [(bus << 8, self.context_table(root, bus)) for bus in range(BUSES)]
+            else:
+                step = ENTRIES // device.words
+                tables = [(at * step, root + at) for at in range(PAGES_PER_BLOCK)]
+            for first, page in tables:
+                entries = self.pages.read(page) if page else EMPTY
+                if not page or entries == array("Q", device.blocked * (ENTRIES // device.words)):
+                    continue
+                for at in range(0, ENTRIES, device.words):
+                    words = tuple(entries[at : at + device.words])
+                    if words != device.blocked:
+                        yield number, segment << 16 | first + at // device.words, words
+
+    def finish(self) -> None:
+        """Put the file's inode and bitmaps into the transaction."""
+        self.pages.finish()

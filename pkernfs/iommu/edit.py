@@ -1,0 +1,221 @@
+"""Changing tables that hardware may be walking at the same time.
+
+A walker sees a translation that stays at every moment: tables are complete before an entry leads to them; a large leaf
+is split, and a full table merged into a leaf, by one store; and pages that were given up keep what they held.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pkernfs.iommu.formats import ADDRESS, ENTRIES, TableFormat, span
+from pkernfs.iommu.pages import TablePages
+
+
+class Piece(NamedTuple):
+    """A range of IOVAs that leads to memory in one piece; multiples of 4 KiB."""
+
+    iova: int
+    physical: int
+    length: int
+    access: int
+
+
+class Editor:
+    """Changes to the tables of a domain within the open transaction.
+
+    ``leaf``: the largest level of leaves that are made.
+    """
+
+    def __init__(self, form: TableFormat, pages: TablePages, leaf: int) -> None:
+        self.form = form
+        self.pages = pages
+        self.leaf = leaf
+        self.given_up: dict[int, None] = {}  #: pages that nothing leads to any more
+        self.made = 0  #: tables
+        self.stored = 0  #: leaves
+        self.first = self.end = 0  #: the range of IOVAs whose translations hardware must forget
+
+    def _touch(self, first: int, end: int) -> None:
+        self.first = min(self.first, first) if self.end else first
+        self.end = max(self.end, end)
+
+    def _child(self, entry: int) -> int:
+        page = self.pages.page_at(entry & ADDRESS)
+        if page < 0:
+            raise self.pages.bad(f"an entry {entry:#x} leads out of the file")
+        return page
+
+    def _drop(self, page: int) -> None:
+        if page in self.given_up:
+            raise self.pages.bad(f"two entries lead to page {page}")
+        self.given_up[page] = None
+
+    # -- making ---------------------------------------------------------------------------------------------------
+
+    def build(self, level: int, base: int, pieces: list[Piece]) -> int:
+        """A new table for IOVAs from ``base`` on, with all below it; its page."""
+        entries = array("Q", bytes(8 * ENTRIES))
+        self._fill(level, base, entries, pieces)
+        page = self.pages.allocate()
+        self.pages.store(page, entries)
+        self.made += 1
+        return page
+
+    def _lead(self, level: int, base: int, pieces: list[Piece]) -> int:
+        """An entry of a table of ``level`` that leads to a new table."""
+        return self.pages.physical(self.build(level - 1, base, pieces)) | self.form.table[level]
+
+    def _fill(self, level: int, base: int, entries: array[int], pieces: list[Piece]) -> dict[int, list[Piece]]:
+        """Enter what goes into leaves here, and new tables; by index what goes into tables that are there already."""
+        size = span(level)
+        form = self.form
+        below: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            iova, physical, length, access = piece
+            while length:
+                index, skip = divmod(iova - base, size)
+                if level <= self.leaf and not skip and not physical % size and length >= size:
+                    count = length // size
+                    first = physical | form.leaf[level] | form.access_bits(access)
+                    if any(entries[index : index + count]):
+                        raise self.pages.bad(f"an entry for IOVA {iova:#x} where no mapping is")
+                    entries[index : index + count] = array("Q", range(first, first + count * size, size))
+                    self.stored += count
+                    step = count * size
+                else:
+                    step = min(length, size - skip)
+                    below.setdefault(index, []).append(Piece(iova, physical, step, access))
+                iova, physical, length = iova + step, physical + step, length - step
+        for index in [index for index in below if not entries[index]]:
+            entries[index] = self._lead(level, base + index * size, below.pop(index))
+        return below
+
+    def enter(self, level: int, page: int, base: int, pieces: list[Piece]) -> int:
+        """Enter pieces into a table that is reachable.
+
+        The leaf that says the same as all of the table, to be stored in its place; else 0.
+        """
+        old = self.pages.read(page)
+        new = array("Q", old)
+        size = span(level)
+        for index, parts in self._fill(level, base, new, pieces).items():
+            if self.form.is_leaf(new[index], level):
+                raise self.pages.bad(f"a leaf for IOVA {parts[0].iova:#x} where no mapping is")
+            child = self._child(new[index])
+            leaf = self.enter(level - 1, child, base + index * size, parts)
+            if leaf:
+                new[index] = leaf
+                self._drop(child)
+                self._touch(base + index * size, base + (index + 1) * size)
+        leaf = self._merged(level, new)
+        if not leaf:
+            self._store(page, old, new)
+        return leaf
+
+    def _merged(self, level: int, entries: array[int]) -> int:
+        """The leaf, a level higher, that says the same as a table; 0: there is none."""
+        form = self.form
+        first = entries[0]
+        if level >= self.leaf or not first & form.present or not form.is_leaf(first, level):
+            return 0
+        if first & ADDRESS & span(level + 1) - 1:
+            return 0
+        size = span(level)
+        if entries != array("Q", range(first, first + ENTRIES * size, size)):
+            return 0
+        return first & ADDRESS | form.leaf[level + 1] | form.access_bits(form.access(first))
+
+    def _store(self, page: int, old: array[int], new: array[int]) -> None:
+        """Store the entries that differ, in runs."""
+        if old == new:
+            return
+        at = 0
+        while at < ENTRIES:
+            if old[at] == new[at]:
+                at += 1
+                continue
+            end = at
+            while end < ENTRIES and old[end] != new[end]:
+                end += 1
+            self.pages.words(page, at, new[at:end])
+            at = end
+
+    # -- taking away ----------------------------------------------------------------------------------------------
+
+    def clear(self, level: int, page: int, first: int, end: int, base: int = -1) -> bool:
+        """Take IOVAs [first, end) from a table that is reachable; whether nothing is left in it.
+
+        Then it stays as it is, for the entry that leads to it is to be cleared; but for a root (``base`` -1).
+        """
+        is_root, base = base < 0, max(base, 0)
+        old = self.pages.read(page)
+        new = array("Q", old)
+        form, size = self.form, span(level)
+        for index in range(max(first - base, 0) // size, min(-(-(end - base) // size), ENTRIES)):
+            entry = new[index]
+            if not entry & form.present:
+                continue
+            start = base + index * size
+            whole = first <= start and start + size <= end
+            leaf = form.is_leaf(entry, level)
+            if leaf:
+                self._touch(start, start + size)
+            if whole:
+                new[index] = 0
+                if not leaf:
+                    self._give_up(level - 1, self._child(entry), start)
+            elif leaf:
+                new[index] = self._split(level, start, entry, first, end)
+            else:
+                child = self._child(entry)
+                if self.clear(level - 1, child, first, end, start):
+                    new[index] = 0
+                    self._drop(child)
+        if not any(new) and not is_root:
+            return True
+        self._store(page, old, new)
+        return False
+
+    def _split(self, level: int, start: int, entry: int, first: int, end: int) -> int:
+        """An entry that leads to a table with what a leaf says, but for IOVAs [first, end)."""
+        size = span(level)
+        physical = entry & ADDRESS & -size
+        access = self.form.access(entry)
+        pieces = []
+        if start < first:
+            pieces.append(Piece(start, physical, first - start, access))
+        if end < start + size:
+            pieces.append(Piece(end, physical + end - start, start + size - end, access))
+        return self._lead(level, start, pieces)
+
+    def _give_up(self, level: int, page: int, base: int) -> None:
+        """Give up a table and all tables below it."""
+        self._drop(page)
+        self._touch(base, base + ENTRIES * span(level))
+        if level > 1:
+            for entry in self.pages.read(page):
+                if entry & self.form.present and not self.form.is_leaf(entry, level):
+                    # Its IOVAs are touched already.
+                    self._give_up(level - 1, self._child(entry), base)
+
+
+def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) -> Iterator[int]:
+    """The pages of a table and of all tables below it.  Raises CorruptError when they are not a tree."""
+    todo = [(level, page)]
+    seen = set()
+    while todo:
+        level, page = todo.pop()
+        if page in seen:
+            raise pages.bad(f"two entries lead to page {page}")
+        seen.add(page)
+        yield page
+        if level > 1:
+            for entry in pages.read(page):
+                if entry & form.present and not form.is_leaf(entry, level):
+                    child = pages.page_at(entry & ADDRESS)
+                    if child < 0:
+                        raise pages.bad(f"an entry {entry:#x} leads out of the file")
+                    todo.append((level - 1, child))

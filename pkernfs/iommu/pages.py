@@ -1,0 +1,235 @@
+"""The pages of a file of page tables: which are in use, and where they are."""
+
+from __future__ import annotations
+
+import errno
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu.formats import ENTRIES
+
+
+class TablePages:
+    """The pages of inode ``ino``, by their number in the file.
+
+    Changes (``allocate``, ``free``, ``words``) need the open transaction, and end with ``finish``.
+    """
+
+    def __init__(self, volume: Volume, ino: int) -> None:
+        self.volume = volume
+        self.region = volume.region
+        self.base = volume.sb.phys_base
+        self.ino = ino
+        self.inode = volume.inode(ino)
+        self.filemap = FileMap(volume, ino, self.inode)
+        self.bitmaps: dict[int, tuple[int, int]] = {}  #: by number: as it is in the region, and as it is to be
+        self.free_runs: Iterator[tuple[int, int]] | None = None
+        self.run = (0, 0)
+        self._locate()
+
+    def _locate(self) -> None:
+        extents = list(self.filemap.extents())
+        self.starts = [extent.start for extent in extents]
+        self.extents = extents
+        self.by_region = sorted(extents, key=lambda extent: extent.page)
+        self.region_starts = [extent.page for extent in self.by_region]
+
+    def bad(self, found: str) -> CorruptError:
+        """An error of this file."""
+        return CorruptError(f"the page tables of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+
+    # -- where they are -------------------------------------------------------------------------------------------
+
+    def offset(self, page: int) -> int:
+        """The region offset of a page.  Raises CorruptError when the file has no memory there."""
+        index = bisect_right(self.starts, page) - 1
+        extent = self.extents[index] if index >= 0 else Extent(0, 0, 0)
+        if not extent.start <= page < extent.start + extent.length:
+            raise self.bad(f"page {page} has no memory")
+        return (extent.page + page - extent.start) * PAGE
+
+    def physical(self, page: int) -> int:
+        """The physical address of a page."""
+        return self.base + self.offset(page)
+
+    def page_at(self, physical: int) -> int:
+        """The page at a physical address, a multiple of 4 KiB; -1: it is none of this file."""
+        number = (physical - self.base) // PAGE
+        index = bisect_right(self.region_starts, number) - 1
+        if physical < self.base or index < 0:
+            return -1
+        extent = self.by_region[index]
+        skip = number - extent.page
+        return extent.start + skip if skip < extent.length else -1
+
+    def read(self, page: int) -> array[int]:
+        """The 512 entries of a table."""
+        return array("Q", self.region.read(self.offset(page), PAGE))
+
+    # -- which are in use -----------------------------------------------------------------------------------------
+
+    def _bitmap(self, number: int) -> int:
+        if number not in self.bitmaps:
+            raw = self.region.read(self.offset(number * BITMAP_PAGES), PAGE)
+            old = int.from_bytes(raw, "little")
+            self.bitmaps[number] = (old, old)
+        return self.bitmaps[number][1]
+
+    def _numbers(self) -> range:
+        return range(-(-self.inode.size // (BITMAP_PAGES * PAGE)))
+
+    def _runs(self, digit: str, number: int) -> Iterator[tuple[int, int]]:
+        """(page, count): the runs of used ("1") or free ("0") pages of bitmap ``number``."""
+        pages = min(self.inode.size // PAGE - number * BITMAP_PAGES, BITMAP_PAGES)
+        bits = format(self._bitmap(number), f"0{BITMAP_PAGES}b")[::-1][:pages]
+        for match in re.finditer(f"{digit}+", bits):
+            yield number * BITMAP_PAGES + match.start(), match.end() - match.start()
+
+    def used(self) -> Iterator[tuple[int, int]]:
+        """(page, count): the runs of pages in use, those of the bitmaps too."""
+        for number in self._numbers():
+            yield from self._runs("1", number)
+
+    def used_count(self) -> int:
+        """Pages in use, without those of the bitmaps."""
+        return sum(self._bitmap(number).bit_count() for number in self._numbers()) - len(self._numbers())
+
+    def in_use(self, page: int) -> bool:
+        """Whether the bit of a page is set."""
+        return bool(self._bitmap(page // BITMAP_PAGES) >> page % BITMAP_PAGES & 1)
+
+    def _mark(self, page: int, count: int, use: bool) -> None:
+        number, bit = divmod(page, BITMAP_PAGES)
+        now = self._bitmap(number)
+        mask = (1 << count) - 1 << bit
+        if now & mask != (0 if use else mask):
+            raise self.bad(f"{count} pages from {page} on: expected them {'free' if use else 'in use'}")
+        self.bitmaps[number] = (self.bitmaps[number][0], now ^ mask)
+
+    # -- changing -------------------------------------------------------------------------------------------------
+
+    def grow(self, blocks: int = 1) -> int:
+        """Add blocks of 2 MiB; the first of their pages.  Raises FsError: ENOSPC, EDQUOT, and changes nothing then."""
+        first = self.inode.size // PAGE
+        end = first + blocks * PAGES_PER_BLOCK
+        if self.volume.allocator.free_blocks < blocks:
+            raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables")
+        self.filemap.allocate(first, end)
+        self.inode = self.inode._replace(size=end * PAGE)
+        self._locate()
+        for page in range(-(-first // BITMAP_PAGES) * BITMAP_PAGES, end, BITMAP_PAGES):
+            self.bitmaps[page // BITMAP_PAGES] = (0, 1)
+        return first
+
+    def allocate(self) -> int:
+        """A page that is free, or of a block that the file grows by.  What it holds is anything: store all of it."""
+        page, left = self.run
+        while not left:
+            if self.free_runs is None:
+                self.free_runs = (run for number in self._numbers() for run in list(self._runs("0", number)))
+            found = next(self.free_runs, None)
+            if found is None:
+                self.free_runs = None
+                if self.inode.size:
+                    self.grow()
+                    self.free_runs = iter(list(self._runs("0", self._numbers()[-1])))
+                else:
+                    self.grow()
+            else:
+                page, left = found
+        self.run = (page + 1, left - 1)
+        self._mark(page, 1, True)
+        return page
+
+    def allocate_block(self) -> int:
+        """The first of 512 pages that are one block."""
+        if not self.inode.size:
+            self.grow()
+        page = self.grow()
+        if page % BITMAP_PAGES == 0:  # the block with a bitmap in it stays for single pages
+            page = self.grow()
+        self._mark(page, PAGES_PER_BLOCK, True)
+        return page
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Pages that nothing leads to, and that no hardware is looking at any more, may be used again."""
+        for page in pages:
+            self._mark(page, 1, False)
+
+    def use_only(self, pages: set[int]) -> int:
+        """Free all pages but these and the bitmaps, and blocks that are wholly free at the end; how many were freed."""
+        kept: dict[int, bytearray] = {number: bytearray(PAGE) for number in self._numbers()}
+        for page in pages:
+            number, bit = divmod(page, BITMAP_PAGES)
+            kept[number][bit >> 3] |= 1 << (bit & 7)
+        freed = 0
+        for number, raw in kept.items():
+            raw[0] |= 1
+            was, new = self._bitmap(number), int.from_bytes(raw, "little")
+            if new & ~was:
+                raise self.bad("tables in pages that are not marked as used")
+            freed += (was ^ new).bit_count()
+            self.bitmaps[number] = (self.bitmaps[number][0], new)
+        self._trim()
+        return freed
+
+    def _trim(self) -> None:
+        """Give back blocks at the end that nothing is in; the first one stays."""
+        pages = self.inode.size // PAGE
+        while pages > PAGES_PER_BLOCK:
+            number, bit = divmod(pages - PAGES_PER_BLOCK, BITMAP_PAGES)
+            used = self._bitmap(number) >> bit
+            if used > (1 if bit == 0 else 0):
+                break
+            if bit == 0:
+                del self.bitmaps[number]
+            pages -= PAGES_PER_BLOCK
+        if pages * PAGE < self.inode.size:
+            self.filemap.remove(pages, self.inode.size // PAGE)
+            self.inode = self.inode._replace(size=pages * PAGE)
+            self._locate()
+            self.free_runs, self.run = None, (0, 0)
+
+    def store(self, page: int, entries: array[int]) -> None:
+        """Fill a page that was allocated in this transaction, and that nothing leads to yet."""
+        self.region.store(self.offset(page), entries.tobytes())
+
+    def words(self, page: int, index: int, values: Iterable[int]) -> None:
+        """Store entries from ``index`` on when the transaction commits, one by one."""
+        assert self.volume.tx is not None
+        data = array("Q", values).tobytes()
+        self.volume.tx.words.append((self.offset(page) + 8 * index, data))
+
+    def finish(self) -> Inode:
+        """Put the file's inode and the bitmaps into the transaction."""
+        assert self.volume.tx is not None
+        stores = []
+        for number, (old, new) in self.bitmaps.items():
+            if old != new:
+                was, now = (array("Q", value.to_bytes(PAGE, "little")) for value in (old, new))
+                at = self.offset(number * BITMAP_PAGES)
+                changed = [index for index in range(ENTRIES) if was[index] != now[index]]
+                for first, last in _runs_of(changed):
+                    stores.append((at + 8 * first, now[first : last + 1].tobytes()))
+        # Ahead of the tables' own words: only we look at the bitmaps.
+        self.volume.tx.words[:0] = stores
+        inode = self.filemap.finish()._replace(size=self.inode.size)
+        self.volume.put_inode(self.ino, inode)
+        return inode
+
+
+def _runs_of(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of the runs in a sorted list."""
+    first = None
+    for at, number in enumerate(numbers):
+        if first is None:
+            first = number
+        if at + 1 == len(numbers) or numbers[at + 1] != number + 1:
+            yield first, number
+            first = None

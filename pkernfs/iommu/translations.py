@@ -1,0 +1,152 @@
+"""What tables say, and what they should say, as ranges; and where the two differ."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from pkernfs.format import PAGE
+from pkernfs.fs.records import LAST_MAPPING
+from pkernfs.iommu.domain import Hwpt, joined, pieces_of
+from pkernfs.iommu.edit import Piece
+from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
+
+#: kind, IOVA (-1: none), text
+Note = Callable[[str, int, str], None]
+
+
+class Tables:
+    """A walk of all tables of a domain: ``pieces`` gives what they say, ``note`` hears of what cannot be.
+
+    ``seen``: the pages that tables are in.
+    """
+
+    def __init__(self, hwpt: Hwpt, note: Note) -> None:
+        self.form = hwpt.form
+        self.pages = hwpt.pages
+        self.levels = hwpt.record.levels
+        self.root = hwpt.record.root
+        self.note = note
+        self.seen: set[int] = set()
+
+    def pieces(self, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
+        """The translations of IOVAs [first, end), by ascending IOVA."""
+        if self.root:
+            self.seen.add(self.root)
+            yield from joined(self._table(self.levels, self.root, 0, first, end))
+
+    def _table(self, level: int, page: int, base: int, first: int, end: int) -> Iterator[Piece]:
+        form, size = self.form, span(level)
+        entries = self.pages.read(page)
+        low, high = max(first - base, 0) // size, min(-(-(end - base) // size), ENTRIES)
+        entry = entries[0]
+        if entry & form.present and form.is_leaf(entry, level):
+            whole = array("Q", range(entry, entry + ENTRIES * size, size))
+            if entries == whole and entries[-1] & ADDRESS > entry & ADDRESS:
+                yield from self._leaves(level, base, entries, low, high)
+                return
+        while low < high:
+            entry = entries[low]
+            iova = base + low * size
+            if not entry & form.present:
+                if entry:
+                    self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} is not present, and not zero")
+                low += 1
+            elif form.is_leaf(entry, level):
+                last = low + 1
+                while last < high and entries[last] == entries[last - 1] + size:
+                    last += 1
+                yield from self._leaves(level, base, entries, low, last)
+                low = last
+            else:
+                yield from self._below(level, entry, iova, first, end)
+                low += 1
+
+    def _leaves(self, level: int, base: int, entries: array[int], low: int, high: int) -> Iterator[Piece]:
+        """Leaves whose entries go up by the size of their pages."""
+        form, size = self.form, span(level)
+        entry = entries[low]
+        for at in (low, high - 1):
+            if form.odd_bits(entries[at], level):
+                text = f"leaf {entries[at]:#x} of level {level} has bits {form.odd_bits(entries[at], level):#x} wrong"
+                self.note("reserved-bits", base + at * size, text)
+        yield Piece(base + low * size, entry & ADDRESS & -size, (high - low) * size, form.access(entry))
+
+    def _below(self, level: int, entry: int, iova: int, first: int, end: int) -> Iterator[Piece]:
+        child = self.pages.page_at(entry & ADDRESS)
+        odd = self.form.odd_bits(entry, level)
+        if odd:
+            self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} has bits {odd:#x} wrong")
+        if child < 0:
+            self.note("dangling", iova, f"entry {entry:#x} of level {level} leads to a table that is not in the file")
+        elif child in self.seen:
+            self.note("overlap", iova, f"entry {entry:#x} of level {level} leads to a table that another one leads to")
+        else:
+            self.seen.add(child)
+            yield from self._table(level - 1, child, iova, first, end)
+
+
+def expected(hwpt: Hwpt, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
+    """What the mappings say for IOVAs [first, end), by ascending IOVA.  Raises CorruptError."""
+
+    def each() -> Iterator[Piece]:
+        last = min(end // PAGE - 1, LAST_MAPPING)
+        for at, mapping in hwpt.records.mappings(first // PAGE, last):
+            for piece in pieces_of(hwpt.volume, at * PAGE, mapping):
+                yield from clipped(piece, first, end)
+
+    return joined(each())
+
+
+def clipped(piece: Piece, first: int, end: int) -> Iterator[Piece]:
+    """The part of a piece that is within [first, end), if there is one."""
+    low, high = max(piece.iova, first), min(piece.iova + piece.length, end)
+    if low < high:
+        yield Piece(low, piece.physical + low - piece.iova, high - low, piece.access)
+
+
+class Difference(NamedTuple):
+    """A range of IOVAs for which two sides differ; a side is (physical address, access), or None."""
+
+    iova: int
+    length: int
+    left: tuple[int, int] | None
+    right: tuple[int, int] | None
+
+
+def compare(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[Difference]:
+    """Where two series of pieces, by ascending IOVA, do not say the same."""
+    one, other = next(left, None), next(right, None)
+    while one or other:
+        if one == other:
+            one, other = next(left, None), next(right, None)
+            continue
+        starts = [piece.iova for piece in (one, other) if piece]
+        ends = [piece.iova + piece.length for piece in (one, other) if piece]
+        low = min(starts)
+        high = min([start for start in starts if start > low] + ends)
+        sides = [
+            (piece.physical + low - piece.iova, piece.access) if piece and piece.iova == low else None
+            for piece in (one, other)
+        ]
+        if sides[0] != sides[1]:
+            yield Difference(low, high - low, sides[0], sides[1])
+        one = _rest(one, high) or next(left, None)
+        other = _rest(other, high) or next(right, None)
+
+
+def _rest(piece: Piece | None, first: int) -> Piece | None:
+    if piece is None or piece.iova >= first:
+        return piece
+    return next(clipped(piece, first, 1 << 64), None)
+
+
+def differences(hwpt: Hwpt, first: int, end: int) -> Iterator[str]:
+    """What is wrong with the tables for IOVAs [first, end), in words."""
+    notes: list[str] = []
+    tables = Tables(hwpt, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
+    actual = (part for piece in tables.pieces(first, end) for part in clipped(piece, first, end))
+    for found in compare(expected(hwpt, first, end), actual):
+        yield f"IOVA {found.iova:#x} leads to {found.right}, expected {found.left}"
+    yield from notes

@@ -1,0 +1,236 @@
+"""What `pkernfs iommu` shows, as JSON: lists, walks, audits; of a mount and of a region that is not mounted."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import Any
+
+from pkernfs.errors import FsError
+from pkernfs.format import DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
+from pkernfs.iommu import pci
+from pkernfs.iommu.audit import audit, file_at
+from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.domain import Hwpt, attachment_of, domains, name_of
+from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, BY_NAME, DEVICES, FORMATS, span
+from pkernfs.iommu.replace import stale
+
+__all__ = ["attachments_of", "audit", "domain_facts", "list_all", "root", "stale_facts", "walk"]
+
+
+def device_facts(requester: int, attachment: Attachment, domain: str) -> dict[str, Any]:
+    """A device that is attached."""
+    return {
+        "device": pci.text(requester),
+        "domain": domain,
+        "id": attachment.id,
+        "persistent": bool(attachment.flags & PERSISTENT),
+        "state": "deferred" if attachment.flags & DEFERRED else "attached",
+    }
+
+
+def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
+    """By requester."""
+    return dict(Records(fs.volume, ROOT_PGTABLES_INO).attachments())
+
+
+def stale_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any]]:
+    """What hardware must forget; of one domain id, or all."""
+    return [one.facts() for one in stale(fs) if number in (None, one.id)]
+
+
+def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
+    """A path from the root of the filesystem on for each of the inodes that has one."""
+    found: dict[int, str] = {}
+    todo = [(ROOT_INO, b"")] if inos else []
+    while todo and len(found) < len(inos):
+        directory, path = todo.pop()
+        for entry in fs.directory(directory).scan(0):
+            if entry.ino in inos:
+                found.setdefault(entry.ino, (path + entry.name).decode(errors="backslashreplace"))
+            if stat.S_ISDIR(entry.mode):
+                todo.append((entry.ino, path + entry.name + b"/"))
+    return found
+
+
+def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | None = None) -> dict[str, Any]:
+    """One domain, with its mappings and devices."""
+    hwpt = Hwpt(fs.volume, ino)
+    record = hwpt.record
+    mappings = list(hwpt.records.mappings())
+    if names is None:
+        names = paths(fs, {mapping.ino for _, mapping in mappings})
+    used = hwpt.pages.used_count() if hwpt.pages.inode.size else 0
+    return {
+        "name": name,
+        "ino": ino,
+        "format": hwpt.form.name,
+        "levels": record.levels,
+        "aperture": hwpt.aperture,
+        "id": record.id,
+        "leaf": span(record.leaf),
+        "root": hwpt.pages.physical(record.root) if record.root else None,
+        "size": hwpt.pages.inode.size,
+        "tables": used - record.stale,
+        "stale": record.stale,
+        "mappings": [
+            {
+                "iova": at * PAGE,
+                "length": mapping.length * PAGE,
+                "ino": mapping.ino,
+                "file": names.get(mapping.ino),
+                "offset": mapping.start * PAGE,
+                "access": ACCESS_NAMES[mapping.access],
+            }
+            for at, mapping in mappings
+        ],
+        "devices": [
+            device_facts(requester, attachment, name)
+            for requester, attachment in attachments_of(fs).items()
+            if attachment.domain == ino
+        ],
+    }
+
+
+def list_all(fs: Filesystem) -> dict[str, Any]:
+    """Everything."""
+    contexts = Contexts(fs.volume)
+    found = sorted(domains(fs))
+    inos = {mapping.ino for _, ino in found for _, mapping in Records(fs.volume, ino).mappings()}
+    names = paths(fs, inos)
+    return {
+        "phys_base": fs.volume.sb.phys_base,
+        "roots": [_root_facts(contexts, *table) for table in contexts.tables()],
+        "domains": [domain_facts(fs, ino, name.decode(errors="backslashreplace"), names) for name, ino in found],
+        "stale": stale_facts(fs),
+    }
+
+
+def _root_facts(contexts: Contexts, number: int, segment: int, page: int) -> dict[str, Any]:
+    device = DEVICES[number]
+    return {
+        "format": FORMATS[number].name,
+        "segment": segment,
+        "physical": contexts.pages.physical(page),
+        "register": device.register,
+        "entries": device.devices,
+    }
+
+
+def root(fs: Filesystem, form: str, segment: int) -> dict[str, Any]:
+    """A root table that is there.  Raises FsError(ENOENT)."""
+    contexts = Contexts(fs.volume)
+    if form not in BY_NAME:
+        raise FsError(errno.EINVAL, f"expected vtd or amd, found {form!r}")
+    number = BY_NAME[form].number
+    page = contexts.table(number, segment)
+    if not page:
+        raise FsError(errno.ENOENT, f"no device of PCI segment {segment:#x} was attached to a domain of format {form}")
+    return _root_facts(contexts, number, segment, page)
+
+
+# -- walking --------------------------------------------------------------------------------------------------------
+
+
+def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> dict[str, Any]:
+    """What the tables make of an IOVA of a device (or of domain ``ino``), step by step, as hardware does it.
+
+    Raises FsError(ENOENT) for a device that is not attached, CorruptError.
+    """
+    steps: list[dict[str, Any]] = []
+    fault = None
+    if requester is not None:
+        attachment = attachment_of(Records(fs.volume, ROOT_PGTABLES_INO), requester)
+        if attachment is None:
+            raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
+        ino = attachment.domain
+    assert ino is not None
+    hwpt = Hwpt(fs.volume, ino)
+    if requester is not None:
+        fault = _walk_device(fs, hwpt, requester, steps)
+    if not 0 <= iova < hwpt.aperture:
+        fault = fault or f"the IOVA is beyond the {hwpt.aperture.bit_length() - 1} bits of the tables"
+    result = {"physical": None, "page_size": None, "access": ""}
+    for reserved in hwpt.form.reserved:
+        if iova in reserved:
+            fault = fault or f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
+    if fault is None:
+        fault = _walk_tables(hwpt, iova, steps, result)
+    wanted = file_at(fs, hwpt, iova) if 0 <= iova < hwpt.aperture else None
+    return {
+        "device": None if requester is None else pci.text(requester),
+        "domain": name_of(fs, ino),
+        "iova": iova,
+        "steps": steps,
+        **result,
+        "fault": fault,
+        "ino": wanted[0] if wanted else None,
+        "file": paths(fs, {wanted[0]}).get(wanted[0]) if wanted else None,
+        "offset": wanted[1] if wanted else None,
+    }
+
+
+def _step(level: str | int, table: int, index: int, entry: int, means: str, *, size: int = 8) -> dict[str, Any]:
+    address = table + index * size
+    return {"level": level, "table": table, "index": index, "address": address, "entry": entry, "means": means}
+
+
+def _walk_device(fs: Filesystem, hwpt: Hwpt, requester: int, steps: list[dict[str, Any]]) -> str | None:
+    """The steps to the domain's tables; why it ends there, or None."""
+    contexts = Contexts(fs.volume)
+    number = hwpt.record.tables
+    device = DEVICES[number]
+    bus = requester >> 8 & 0xFF
+    top = contexts.table(number, requester >> 16)
+    if not top:
+        return f"PCI segment {requester >> 16:#x} has no table"
+    table, index = contexts.pages.physical(top), requester & 0xFFFF
+    if device.root:
+        entry = contexts.pages.read(top)[2 * bus]
+        page = contexts.context_table(top, bus)
+        means = f"context table of bus {bus:#04x}" if page else "not present"
+        steps.append(_step("root", table, bus, entry, means, size=16))
+        if not page:
+            return f"bus {bus:#04x} has no context table"
+        table, index = contexts.pages.physical(page), requester & 0xFF
+    words = contexts.entry(number, requester)
+    blocked = words == device.blocked
+    means = "blocked" if blocked else f"domain id {hwpt.record.id}, {hwpt.record.levels} levels"
+    level = "context" if device.root else "device"
+    steps.append(_step(level, table, index, words[0], means, size=8 * device.words))
+    if blocked:
+        return f"{pci.text(requester)} is blocked"
+    return None if words == hwpt.entry else "the entry does not lead to the domain: see pkernfs iommu audit"
+
+
+def _walk_tables(hwpt: Hwpt, iova: int, steps: list[dict[str, Any]], result: dict[str, Any]) -> str | None:
+    form, pages = hwpt.form, hwpt.pages
+    page = hwpt.record.root
+    if not page:
+        return "nothing was ever mapped"
+    for level in range(hwpt.record.levels, 0, -1):
+        index = iova // span(level) % 512
+        entry = pages.read(page)[index]
+        here = pages.physical(page)
+        if not entry & form.present:
+            steps.append(_step(level, here, index, entry, "not present"))
+            return f"not present at level {level}"
+        odd = form.odd_bits(entry, level)
+        if odd:
+            steps.append(_step(level, here, index, entry, f"bits {odd:#x} are wrong"))
+            return f"reserved bits at level {level}"
+        if form.is_leaf(entry, level):
+            access = ACCESS_NAMES[form.access(entry)]
+            result["physical"] = (entry & ADDRESS & -span(level)) + iova % span(level)
+            result["page_size"] = span(level)
+            result["access"] = access
+            means = f"leaf of {span(level) >> 10} KiB at {entry & ADDRESS & -span(level):#x}, {access}"
+            steps.append(_step(level, here, index, entry, means))
+            return None
+        page = pages.page_at(entry & ADDRESS)
+        steps.append(_step(level, here, index, entry, f"table of level {level - 1} at {entry & ADDRESS:#x}"))
+        if page < 0:
+            return f"the table of level {level - 1} is not one of the domain's"
+    raise AssertionError("a table of level 1 has leaves only")

@@ -1,0 +1,186 @@
+"""The control verb "iommu": one function for each operation, from the request to what --json prints."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from pkernfs.errors import FsError, UsageError
+from pkernfs.format import IOMMU_INO
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.names import Caller
+from pkernfs.iommu import domain, pci, replace, views
+from pkernfs.iommu.audit import Audit
+from pkernfs.server.control import Verb
+
+PIECES = 100  #: steps of an audit between which other requests are served
+TRIES = 5  #: audits of a mount that changes meanwhile
+
+
+class Words:
+    """A request's words, checked."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.request = request
+
+    def number(self, name: str, default: int | None = None, end: int = 1 << 64) -> int:
+        """A number from 0 up to ``end``, without it.  Raises FsError(EINVAL)."""
+        value = self.request.get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
+            raise FsError(errno.EINVAL, f'"{name}": expected a number from 0 to {end - 1:#x}, found {value!r}')
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string.  Raises FsError(EINVAL)."""
+        value = self.request.get(name, default)
+        if not isinstance(value, str):
+            raise FsError(errno.EINVAL, f'"{name}": expected a string, found {value!r}')
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A boolean that need not be there."""
+        return self.request.get(name) is True
+
+    @property
+    def ino(self) -> int:
+        """The inode that the request is about."""
+        return self.number("ino", end=1 << 60)
+
+    @property
+    def name(self) -> int:
+        """What names the request, so that it is not executed twice; 0: nothing does."""
+        return self.number("request", 0)
+
+    @property
+    def device(self) -> int:
+        """A requester."""
+        try:
+            return pci.parse(self.text("device"))
+        except UsageError as error:
+            raise FsError(errno.EINVAL, str(error)) from None
+
+
+def _create(fs: Filesystem, words: Words) -> dict[str, Any]:
+    if words.ino != IOMMU_INO:
+        raise FsError(errno.EINVAL, "domains are files in the directory iommu of the mount")
+    name = words.text("name")
+    levels = words.number("levels", 4, 256)
+    caller = Caller(os.getuid(), os.getgid())
+    ino = domain.create(fs, os.fsencode(name), words.text("format", "vtd"), levels, caller, words.name)
+    return views.domain_facts(fs, ino, name)
+
+
+def _destroy(fs: Filesystem, words: Words) -> dict[str, Any]:
+    domain.destroy(fs, words.ino, words.name)
+    return {"destroyed": words.ino}
+
+
+def _stale(fs: Filesystem, ino: int) -> list[dict[str, Any]]:
+    return views.stale_facts(fs, domain.Hwpt(fs.volume, ino).record.id)
+
+
+def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
+    file_ino = words.number("file_ino", end=1 << 60)
+    offset = words.number("offset", 0)
+    access = words.text("access", "rw")
+    done = domain.map_file(
+        fs,
+        words.ino,
+        words.number("iova"),
+        file_ino,
+        offset,
+        words.number("length", 0),
+        access,
+        live_update=words.flag("live_update"),
+        request=words.name,
+    )
+    facts = {**done._asdict(), "ino": file_ino, "offset": offset, "access": access.replace("o", "")}
+    facts["entries"] = facts.pop("stored")
+    return {**facts, "stale": _stale(fs, words.ino)}
+
+
+def _unmap(fs: Filesystem, words: Words) -> dict[str, Any]:
+    iova, length = words.number("iova"), words.number("length")
+    unmapped = domain.unmap(fs, words.ino, iova, length, words.name)
+    return {"iova": iova, "length": length, "unmapped": unmapped, "stale": _stale(fs, words.ino)}
+
+
+def _attach(fs: Filesystem, words: Words) -> dict[str, Any]:
+    domain.attach(fs, words.ino, words.device, persistent=words.flag("persistent"), request=words.name)
+    attachment = views.attachments_of(fs)[words.device]
+    return views.device_facts(words.device, attachment, domain.name_of(fs, attachment.domain))
+
+
+def _detach(fs: Filesystem, words: Words) -> dict[str, Any]:
+    domain.detach(fs, words.device, words.name)
+    return {"device": pci.text(words.device), "stale": views.stale_facts(fs)}
+
+
+def _root(fs: Filesystem, words: Words) -> dict[str, Any]:
+    form, segment = words.text("format", "vtd"), words.number("segment", 0, 1 << 16)
+    domain.root_table(fs, form, segment, words.name)
+    return views.root(fs, form, segment)
+
+
+def _walk(fs: Filesystem, words: Words) -> dict[str, Any]:
+    requester = words.device if words.request.get("device") is not None else None
+    return views.walk(fs, requester, words.ino, words.number("iova"))
+
+
+def _replace(fs: Filesystem, words: Words) -> dict[str, Any]:
+    leaf = words.number("leaf", 0, 256) if words.request.get("leaf") is not None else 0
+    done = replace.replace(fs, words.ino, leaf, words.name)
+    figures = {"tables_before": done.before, "tables_after": done.after, "compared": done.compared}
+    return {**figures, "stale": _stale(fs, words.ino)}
+
+
+def _iotlb_needed(fs: Filesystem, words: Words) -> dict[str, Any]:
+    freed = replace.forgotten(fs, words.name) if words.flag("done") else 0
+    return {"stale": views.stale_facts(fs), "freed": freed}
+
+
+OPERATIONS: dict[str, Callable[[Filesystem, Words], dict[str, Any]]] = {
+    "create": _create,
+    "destroy": _destroy,
+    "map": _map,
+    "unmap": _unmap,
+    "attach": _attach,
+    "detach": _detach,
+    "root": _root,
+    "list": lambda fs, words: views.list_all(fs),
+    "walk": _walk,
+    "replace": _replace,
+    "iotlb-needed": _iotlb_needed,
+}
+
+
+async def _audit(fs: Filesystem) -> dict[str, Any]:
+    """An audit, with other requests in between; again when something changed meanwhile, and at last without them."""
+    for attempt in range(TRIES):
+        sequence = fs.volume.journal.sequence
+        audit = Audit(fs)
+        for number, _ in enumerate(audit.run()):
+            if number % PIECES == 0 and attempt < TRIES - 1:
+                await trio.lowlevel.checkpoint()
+        if fs.volume.journal.sequence == sequence:
+            break
+    return audit.facts()
+
+
+def iommu(fs: Filesystem) -> Verb:
+    """The verb."""
+
+    async def call(request: dict[str, Any]) -> dict[str, Any]:
+        op = request.get("op")
+        if op == "audit":
+            return await _audit(fs)
+        operation = OPERATIONS.get(op) if isinstance(op, str) else None
+        if operation is None:
+            raise FsError(errno.EOPNOTSUPP, f'"op": expected one of {", ".join((*OPERATIONS, "audit"))}, found {op!r}')
+        return operation(fs, Words(request))
+
+    return call
