@@ -24,8 +24,8 @@ options (-o):
   hang=SECONDS           replace a worker that has not answered for so long (default 30)
   metrics=[ADDRESS:]PORT, metrics=/FILE
                          metrics for Prometheus (see pkernfs metrics --help; default: none)
-  cold                    a boot without live update: no device stays attached to its domain in iommu/ (default:
-                          those stay that were declared with pkernfs iommu attach --persistent)
+  cold                   a boot without live update: no device stays attached to its domain in iommu/ (default: those
+                         stay that were declared persistent, see pkernfs iommu attach --help)
   writeback, nowriteback written data stays in the kernel's page cache until close, fsync, or some 30 s later (default:
                          no).  Small writes are several times as fast.  It outlives every server of this mount, but not
                          the mount: it is lost when all its processes are killed, or with a kexec, without a sync.  That
