@@ -12,8 +12,8 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import BUSES, Contexts
-from pkernfs.iommu.domain import Hwpt, domains
 from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, DEVICES
+from pkernfs.iommu.hwpt import Hwpt, domains
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.translations import Difference, Tables, compare, expected
 

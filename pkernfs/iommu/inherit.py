@@ -9,7 +9,8 @@ from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Hwpt, cut_off, domains
+from pkernfs.iommu.devices import cut_off
+from pkernfs.iommu.hwpt import Hwpt, domains
 from pkernfs.iommu.stale import clear
 
 log = logging.getLogger("pkernfs")

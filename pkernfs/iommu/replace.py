@@ -10,9 +10,9 @@ from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Hwpt, commit, domains
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
+from pkernfs.iommu.hwpt import Hwpt, commit, domains
 from pkernfs.iommu.stale import Invalidation, add, clear, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 

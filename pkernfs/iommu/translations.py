@@ -6,11 +6,14 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.format import PAGE
+from pkernfs.errors import CorruptError
+from pkernfs.format import INODE_SIZE, PAGE, Mapping
+from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.records import LAST_MAPPING
-from pkernfs.iommu.domain import Hwpt, joined, pieces_of
+from pkernfs.fs.volume import Volume
 from pkernfs.iommu.edit import Piece
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
+from pkernfs.iommu.hwpt import Hwpt
 
 #: kind, IOVA (-1: none), text
 Note = Callable[[str, int, str], None]
@@ -85,6 +88,39 @@ class Tables:
         else:
             self.seen.add(child)
             yield from self._table(level - 1, child, iova, first, end)
+
+
+def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | None = None) -> Iterator[Piece]:
+    """Where a mapping leads to, in pieces.  Raises CorruptError when the file has no memory there."""
+    filemap = filemap or FileMap(volume, mapping.ino, volume.inode(mapping.ino))
+    at, end = mapping.start, mapping.start + mapping.length
+    while at < end:
+        page, run = filemap.find(at)
+        if not page:
+            found = f"no memory at {at * PAGE:#x}, which is mapped to IOVA {iova:#x}"
+            raise CorruptError(f"inode {mapping.ino}", mapping.ino * INODE_SIZE, found, ino=mapping.ino)
+        run = min(run, end - at)
+        # Extents are in one piece of the file each; two of them can go on in memory.
+        yield Piece(iova, volume.sb.phys_base + page * PAGE, run * PAGE, mapping.access)
+        at, iova = at + run, iova + run * PAGE
+
+
+def joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The same with what goes on in memory in one piece."""
+    last: Piece | None = None
+    for piece in pieces:
+        if last and (last.iova + last.length, last.physical + last.length, last.access) == (
+            piece[0],
+            piece[1],
+            piece[3],
+        ):
+            last = last._replace(length=last.length + piece.length)
+        else:
+            if last:
+                yield last
+            last = piece
+    if last:
+        yield last
 
 
 def expected(hwpt: Hwpt, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:

@@ -13,8 +13,9 @@ from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit, file_at
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Hwpt, attachment_of, domains, name_of
+from pkernfs.iommu.devices import attachment_of
 from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, BY_NAME, DEVICES, FORMATS, span
+from pkernfs.iommu.hwpt import Hwpt, domains, name_of
 from pkernfs.iommu.replace import stale
 
 __all__ = ["attachments_of", "audit", "domain_facts", "list_all", "root", "stale_facts", "walk"]
@@ -69,6 +70,7 @@ def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | No
         "format": hwpt.form.name,
         "levels": record.levels,
         "aperture": hwpt.aperture,
+        "reserved": [(one.start, one.stop - 1) for one in hwpt.form.reserved if one.start < hwpt.aperture],
         "id": record.id,
         "leaf": span(record.leaf),
         "root": hwpt.pages.physical(record.root) if record.root else None,

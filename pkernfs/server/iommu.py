@@ -13,7 +13,7 @@ from pkernfs.errors import FsError, UsageError
 from pkernfs.format import IOMMU_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.iommu import domain, pci, replace, views
+from pkernfs.iommu import devices, domain, hwpt, ioas, pci, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.server.control import Verb
 
@@ -80,14 +80,14 @@ def _destroy(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 
 def _stale(fs: Filesystem, ino: int) -> list[dict[str, Any]]:
-    return views.stale_facts(fs, domain.Hwpt(fs.volume, ino).record.id)
+    return views.stale_facts(fs, hwpt.Hwpt(fs.volume, ino).record.id)
 
 
 def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
     file_ino = words.number("file_ino", end=1 << 60)
     offset = words.number("offset", 0)
     access = words.text("access", "rw")
-    done = domain.map_file(
+    done = ioas.map_file(
         fs,
         words.ino,
         words.number("iova"),
@@ -105,24 +105,24 @@ def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 def _unmap(fs: Filesystem, words: Words) -> dict[str, Any]:
     iova, length = words.number("iova"), words.number("length")
-    unmapped = domain.unmap(fs, words.ino, iova, length, words.name)
+    unmapped = ioas.unmap(fs, words.ino, iova, length, words.name)
     return {"iova": iova, "length": length, "unmapped": unmapped, "stale": _stale(fs, words.ino)}
 
 
 def _attach(fs: Filesystem, words: Words) -> dict[str, Any]:
-    domain.attach(fs, words.ino, words.device, persistent=words.flag("persistent"), request=words.name)
+    devices.attach(fs, words.ino, words.device, persistent=words.flag("persistent"), request=words.name)
     attachment = views.attachments_of(fs)[words.device]
-    return views.device_facts(words.device, attachment, domain.name_of(fs, attachment.domain))
+    return views.device_facts(words.device, attachment, hwpt.name_of(fs, attachment.domain))
 
 
 def _detach(fs: Filesystem, words: Words) -> dict[str, Any]:
-    domain.detach(fs, words.device, words.name)
+    devices.detach(fs, words.device, words.name)
     return {"device": pci.text(words.device), "stale": views.stale_facts(fs)}
 
 
 def _root(fs: Filesystem, words: Words) -> dict[str, Any]:
     form, segment = words.text("format", "vtd"), words.number("segment", 0, 1 << 16)
-    domain.root_table(fs, form, segment, words.name)
+    devices.root_table(fs, form, segment, words.name)
     return views.root(fs, form, segment)
 
 

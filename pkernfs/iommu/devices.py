@@ -1,0 +1,99 @@
+"""Devices: leading them to domains, and cutting them off.
+
+Raises FsError with the errno that VFIO gives: EBUSY, ENOENT, ENOSPC, EINVAL.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pkernfs.errors import FsError
+from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO, Attachment
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
+from pkernfs.iommu import pci
+from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.formats import BY_NAME, DEVICES, FORMATS
+from pkernfs.iommu.hwpt import Hwpt, commit, done_before, name_of
+from pkernfs.iommu.stale import Invalidation, add
+
+
+def attachment_of(roots: Records, requester: int) -> Attachment | None:
+    """What a device is attached to."""
+    raw = roots.get(ATTACHMENT_KEY + requester)
+    return ATTACHMENT.unpack(raw) if raw else None
+
+
+def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
+    """Lead a device to a domain; or claim it, when that was deferred since the last mount."""
+    volume = fs.volume
+    Hwpt(volume, ino)
+    if done_before(fs, request) is not None:
+        return
+    before = attachment_of(Records(volume, ROOT_PGTABLES_INO), requester)
+    if before and (before.domain != ino or not before.flags & DEFERRED):
+        text = f"{pci.text(requester)} is attached to {name_of(fs, before.domain)}: detach it first"
+        raise FsError(errno.EBUSY, text)
+
+    def change(roots: Records, compact: bool) -> int:
+        hwpt = Hwpt(volume, ino)
+        hwpt.prepare(roots)
+        flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
+        if not before:
+            contexts = Contexts(volume, roots)
+            contexts.store(hwpt.record.tables, requester, hwpt.entry)
+            contexts.finish()
+        roots.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, hwpt.record.id, flags)))
+        hwpt.save()
+        return 0
+
+    commit(fs, request, change)
+
+
+def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
+    """Let nothing of a device pass any more."""
+    volume = fs.volume
+    if done_before(fs, request) is not None:
+        return
+    if attachment_of(Records(volume, ROOT_PGTABLES_INO), requester) is None:
+        raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
+
+    def change(roots: Records, compact: bool) -> int:
+        contexts = Contexts(volume, roots)
+        cut_off(contexts, requester)
+        contexts.finish()
+        return 0
+
+    commit(fs, request, change)
+
+
+def cut_off(contexts: Contexts, requester: int) -> None:
+    """Detach a device within the open transaction."""
+    roots = contexts.records
+    attachment = attachment_of(roots, requester)
+    assert attachment is not None
+    for number in FORMATS:
+        if contexts.entry(number, requester) != DEVICES[number].blocked:
+            contexts.block(number, requester)
+    roots.delete(ATTACHMENT_KEY + requester)
+    add(roots, Invalidation(attachment.id, requester=requester))
+    add(roots, Invalidation(attachment.id))
+
+
+def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int:
+    """The physical address of a segment's root table (device table), which is made if there is none."""
+    if form not in BY_NAME or not 0 <= segment <= 0xFFFF:
+        raise FsError(errno.EINVAL, f"expected vtd or amd and a PCI segment, found {form!r} and {segment!r}")
+    number = BY_NAME[form].number
+    contexts = Contexts(fs.volume)
+    page = contexts.table(number, segment)
+    if page:
+        return contexts.pages.physical(page)
+
+    def change(roots: Records, compact: bool) -> int:
+        contexts = Contexts(fs.volume, roots)
+        physical = contexts.pages.physical(contexts.make_table(number, segment))
+        contexts.finish()
+        return physical
+
+    return commit(fs, request, change)

@@ -1,0 +1,169 @@
+"""Domains: a file in iommu/ that is an address space (IOAS) and the tables that say the same (HWPT).
+
+Each change is one transaction.  ``request`` names it: when the last change has that name it has been done already.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    DOMAIN,
+    DOMAIN_KEY,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
+    INODE_SIZE,
+    IOMMU_INO,
+    PAGE,
+    REQUEST,
+    REQUEST_KEY,
+    ROOT_PGTABLES_INO,
+    TABLES_VTD,
+    Domain,
+    Request,
+)
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu.contexts import EMPTY
+from pkernfs.iommu.edit import Editor, tables_below
+from pkernfs.iommu.formats import ENTRY_OF, FORMATS, TableFormat
+from pkernfs.iommu.pages import TablePages
+from pkernfs.iommu.stale import Invalidation, add, pending
+
+UNUSED = Domain(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, stale=0)
+LAST_ID = 0xFFFE  #: 0 and 0xffff are not used, as Linux has it
+
+
+class Hwpt:
+    """A domain: its records, and its tables.  Changes need the open transaction, and end with ``save``."""
+
+    def __init__(self, volume: Volume, ino: int) -> None:
+        if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            raise FsError(errno.EINVAL, f"inode {ino}: expected a domain, a file in iommu/")
+        self.volume = volume
+        self.ino = ino
+        self.records = Records(volume, ino)
+        raw = self.records.get(DOMAIN_KEY)
+        self.record = UNUSED if raw is None else self._checked(raw)
+        self.pages = TablePages(volume, ino)
+
+    def _checked(self, raw: bytes) -> Domain:
+        record = DOMAIN.unpack(raw) if len(raw) == DOMAIN.size else UNUSED._replace(levels=0)
+        if record.tables not in FORMATS or not 3 <= record.levels <= 5 or not 1 <= record.leaf <= 3:
+            raise CorruptError(f"domain {self.ino}", self.ino * INODE_SIZE, f"{record}", ino=self.ino)
+        return record
+
+    @property
+    def form(self) -> TableFormat:
+        """The format of its tables."""
+        return FORMATS[self.record.tables]
+
+    @property
+    def aperture(self) -> int:
+        """IOVAs are below this."""
+        return PAGE << 9 * self.record.levels
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """The words that lead a device to this domain."""
+        record = self.record
+        return ENTRY_OF[record.tables](self.pages.physical(record.root), record.levels, record.id)
+
+    def prepare(self, roots: Records) -> None:
+        """See to it that there are an id and a root table."""
+        if not self.record.id:
+            self.record = self.record._replace(id=new_id(self.volume, roots))
+        if not self.record.root:
+            page = self.pages.allocate()
+            self.pages.store(page, EMPTY)
+            self.record = self.record._replace(root=page)
+
+    def is_hot(self, roots: Records) -> bool:
+        """Whether hardware may be looking at the tables, or has cached what they say."""
+        attached = any(attachment.domain == self.ino for _, attachment in roots.attachments())
+        return attached or any(stale.id == self.record.id for stale in pending(roots))
+
+    def editor(self, leaf: int = 0) -> Editor:
+        """For changes of the tables."""
+        return Editor(self.form, self.pages, leaf or self.record.leaf)
+
+    def edited(self, editor: Editor, roots: Records) -> None:
+        """Account for what an editor has given up."""
+        self.record = self.record._replace(stale=self.record.stale + len(editor.given_up))
+        if editor.end and self.is_hot(roots):
+            add(roots, Invalidation(self.record.id, iova=editor.first, length=editor.end - editor.first))
+
+    def sweep(self) -> int:
+        """Free the pages that tables were in: hardware has forgotten them.  How many."""
+        tables: set[int] = set()
+        if self.record.root:
+            tables.update(tables_below(self.form, self.pages, self.record.levels, self.record.root))
+        self.record = self.record._replace(stale=0)
+        return self.pages.use_only(tables)
+
+    def save(self) -> None:
+        """Put everything into the transaction."""
+        self.pages.finish()
+        self.records.put(DOMAIN_KEY, DOMAIN.pack(self.record))
+        self.records.finish()
+
+
+# -- all domains ----------------------------------------------------------------------------------------------------
+
+
+def domains(fs: Filesystem) -> Iterator[tuple[bytes, int]]:
+    """(name, inode) of all domains."""
+    for entry in fs.directory(IOMMU_INO).scan(0):
+        if fs.getattr(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            yield entry.name, entry.ino
+
+
+def name_of(fs: Filesystem, ino: int) -> str:
+    """What a domain is called, for messages."""
+    found = next((name for name, of in domains(fs) if of == ino), f"inode {ino}".encode())
+    return found.decode(errors="backslashreplace")
+
+
+def new_id(volume: Volume, roots: Records) -> int:
+    """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
+    used = {stale.id for stale in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
+    fs_entries = Filesystem(volume).directory(IOMMU_INO).scan(0)
+    for entry in fs_entries:
+        if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            raw = Records(volume, entry.ino).get(DOMAIN_KEY)
+            used.add(DOMAIN.unpack(raw).id if raw else 0)
+    for number in range(1, LAST_ID + 1):
+        if number not in used:
+            return number
+    raise FsError(errno.ENOSPC, f"{LAST_ID} domain ids are in use")
+
+
+# -- requests -------------------------------------------------------------------------------------------------------
+
+
+def done_before(fs: Filesystem, request: int) -> int | None:
+    """The result of a request that comes again; None: it has not been executed."""
+    raw = Records(fs.volume, ROOT_PGTABLES_INO).get(REQUEST_KEY)
+    last = REQUEST.unpack(raw) if raw else Request(0, 0)
+    return last.result if request and last.key == request else None
+
+
+def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int]) -> int:
+    """Run ``change(roots, compact)`` in one transaction, with its result noted as that of the request; the result.
+
+    ``roots`` are the records of root-pgtables.
+    """
+    again = done_before(fs, request)
+    if again is not None:
+        return again
+
+    def all_of_it(compact: bool) -> int:
+        roots = Records(fs.volume, ROOT_PGTABLES_INO)
+        result = change(roots, compact)
+        roots.put(REQUEST_KEY, REQUEST.pack(Request(request, result)))
+        roots.finish()
+        return result
+
+    return fs.compacting(all_of_it)

@@ -1,0 +1,178 @@
+"""Address spaces: mapping files to IOVAs, and taking them away.
+
+Raises FsError with the errno that VFIO gives: EEXIST, EINVAL, ENOENT, ENOSPC, EPERM.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from typing import NamedTuple
+
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import INODE_SIZE, MAPPING, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import TABLES, Records, pin
+from pkernfs.iommu.formats import ACCESS_NAMES, MAX_PHYSICAL
+from pkernfs.iommu.hwpt import Hwpt, commit, done_before
+from pkernfs.iommu.translations import differences, joined, pieces_of
+
+ACCESS = {"rw": 3, "ro": 1, "wo": 2}
+
+
+def hexadecimal(*numbers: int) -> str:
+    """A range for an error."""
+    return " to ".join(f"{number:#x}" for number in numbers)
+
+
+def check_range(hwpt: Hwpt, iova: int, length: int) -> None:
+    """Raise FsError(EINVAL), with the rule, for IOVAs that no mapping can have."""
+    end = iova + length
+    if iova % PAGE or length % PAGE:
+        raise FsError(errno.EINVAL, f"IOVA {iova:#x}, length {length:#x}: expected multiples of 4 KiB")
+    if not length:
+        raise FsError(errno.EINVAL, f"IOVA {iova:#x}: expected a length, found 0")
+    if not 0 <= iova < end <= hwpt.aperture:
+        rule = f"IOVAs of {hwpt.record.levels} levels are below {hwpt.aperture:#x}"
+        raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, end - 1)}: {rule}")
+
+
+class Mapped(NamedTuple):
+    """What a ``map`` has done."""
+
+    iova: int
+    length: int
+    stored: int  #: leaves; 0 when the mapping was there already
+
+
+def map_file(
+    fs: Filesystem,
+    ino: int,
+    iova: int,
+    file_ino: int,
+    offset: int = 0,
+    length: int = 0,
+    access: str = "rw",
+    *,
+    live_update: bool = False,
+    request: int = 0,
+) -> Mapped:
+    """Map ``length`` bytes (0: up to the end) of a file from ``offset`` on to ``iova`` of a domain.
+
+    Holes get memory.  ``live_update``: check that just this is there already, in the tables too, and change nothing.
+    """
+    volume = fs.volume
+    hwpt = Hwpt(volume, ino)
+    inode = volume.inode(file_ino)
+    if inode.flags & TABLES:
+        raise FsError(errno.EPERM, f"inode {file_ino} holds page tables: no device may write to them")
+    if not stat.S_ISREG(inode.mode) or access not in ACCESS:
+        raise FsError(errno.EINVAL, f"inode {file_ino}, access {access!r}: expected a regular file, and rw, ro or wo")
+    if not inode.nlink:
+        raise FsError(errno.ENOENT, f"inode {file_ino} has no name any more")
+    whole = -(-inode.size // PAGE) * PAGE
+    length = length or max(whole - offset, 0)
+    if offset % PAGE or offset + length > whole or offset < 0:
+        rule = f"expected a multiple of 4 KiB, and up to {whole:#x}, where the file ends"
+        raise FsError(errno.EINVAL, f"offset {offset:#x}, length {length:#x}: {rule}")
+    check_range(hwpt, iova, length)
+    for reserved in hwpt.form.reserved:
+        if iova < reserved.stop and reserved.start < iova + length:
+            rule = f"{hexadecimal(reserved.start, reserved.stop - 1)} never reaches the tables"
+            raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {rule}")
+    if volume.sb.phys_base + volume.region.size > MAX_PHYSICAL:
+        raise FsError(errno.EINVAL, "physical addresses beyond 52 bits: no table can hold them")
+    mapping = Mapping(file_ino, offset // PAGE, length // PAGE, ACCESS[access])
+    again = done_before(fs, request)
+    if again is not None:
+        return Mapped(iova, length, again)
+    first, last = iova // PAGE, (iova + length) // PAGE - 1
+    if live_update:
+        check_mapped(hwpt, first, mapping)
+        return Mapped(iova, length, 0)
+    for at, other in hwpt.records.mappings(first, last):
+        found = hexadecimal(at * PAGE, (at + other.length) * PAGE - 1)
+        raise FsError(errno.EEXIST, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {found} are mapped already")
+
+    def change(roots: Records, compact: bool) -> int:
+        hwpt = Hwpt(volume, ino)
+        filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
+        filemap.allocate(mapping.start, mapping.start + mapping.length)
+        volume.put_inode(file_ino, filemap.finish())
+        pin(volume, file_ino, 1)
+        _make_room(hwpt, roots)
+        hwpt.prepare(roots)
+        editor = hwpt.editor()
+        editor.enter(hwpt.record.levels, hwpt.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap))))
+        hwpt.edited(editor, roots)
+        hwpt.records.put(first, MAPPING.pack(mapping))
+        hwpt.save()
+        return editor.stored
+
+    return Mapped(iova, length, commit(fs, request, change))
+
+
+def _make_room(hwpt: Hwpt, roots: Records) -> None:
+    """Use pages again that tables were in, when they are many and no hardware is looking at them."""
+    if hwpt.record.stale >= PAGES_PER_BLOCK // 2 and not hwpt.is_hot(roots):
+        hwpt.sweep()
+
+
+def check_mapped(hwpt: Hwpt, first: int, mapping: Mapping) -> None:
+    """Raise FsError when pages from ``first`` on do not say what ``mapping`` says: ENOENT, or EEXIST when they say
+    something else; CorruptError when the tables do not."""
+    at, end = first, first + mapping.length
+    for found, other in hwpt.records.mappings(first, end - 1):
+        if found > at:
+            break
+        same = (other.ino, other.start - found, other.access) == (mapping.ino, mapping.start - first, mapping.access)
+        if not same or found < first or found + other.length > end:
+            where = hexadecimal(found * PAGE, (found + other.length) * PAGE - 1)
+            text = f"IOVAs {where} lead to inode {other.ino} at {other.start * PAGE:#x}, {ACCESS_NAMES[other.access]}"
+            raise FsError(errno.EEXIST, text)
+        at = found + other.length
+    if at < end:
+        raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")
+    for text in differences(hwpt, first * PAGE, end * PAGE):
+        raise CorruptError(f"domain {hwpt.ino}", hwpt.ino * INODE_SIZE, text, ino=hwpt.ino)
+
+
+def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) -> int:
+    """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
+    volume = fs.volume
+    hwpt = Hwpt(volume, ino)
+    check_range(hwpt, iova, length)
+    first, end = iova // PAGE, (iova + length) // PAGE
+    again = done_before(fs, request)
+    if again is not None:
+        return again
+    if not any(True for _ in hwpt.records.mappings(first, end - 1)):
+        raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
+    files: set[int] = set()
+
+    def change(roots: Records, compact: bool) -> int:
+        hwpt = Hwpt(volume, ino)
+        _make_room(hwpt, roots)
+        editor = hwpt.editor()
+        editor.clear(hwpt.record.levels, hwpt.record.root, iova, iova + length)
+        hwpt.edited(editor, roots)
+        unmapped = 0
+        for at, mapping in list(hwpt.records.mappings(first, end - 1)):
+            left, right = max(first - at, 0), max(at + mapping.length - end, 0)
+            hwpt.records.delete(at)
+            if left:
+                hwpt.records.put(at, MAPPING.pack(mapping._replace(length=left)))
+            if right:
+                rest = mapping._replace(start=mapping.start + mapping.length - right, length=right)
+                hwpt.records.put(end, MAPPING.pack(rest))
+            pin(volume, mapping.ino, bool(left) + bool(right) - 1)
+            files.add(mapping.ino)
+            unmapped += mapping.length - left - right
+        hwpt.save()
+        return unmapped * PAGE
+
+    unmapped = commit(fs, request, change)
+    for file_ino in files:
+        fs._reap_if_unused(file_ino)
+    return unmapped
