@@ -10,7 +10,7 @@ from pkernfs.cli.words import human, printable
 
 DESCRIPTION = """\
 Show a region (mounted or not), a mount, or the memory of a file in a mount: its extents as region offsets and physical
-addresses.
+addresses, and the mappings of IOMMU domains that pin it.
 
   pkernfs info /dev/shm/pkernfs.img
   pkernfs info /mnt/pkernfs
@@ -116,4 +116,10 @@ def _print_file(path: str, facts: dict[str, Any]) -> None:
         print(
             f"{extent['file_offset']:#18x} {extent['region_offset']:#18x} {extent['physical']:#18x} "
             f"{extent['length']:#14x}"
+        )
+    for pin in facts["pins"]:
+        name = "a domain that is being removed" if pin["domain"] is None else f"domain {printable(pin['domain'])}"
+        print(
+            f"pinned by {name}: IOVA {pin['iova']:#x}, offset {pin['offset']:#x}, length {pin['length']:#x}, "
+            f"{pin['access']}"
         )

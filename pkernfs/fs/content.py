@@ -21,6 +21,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.pages import has_extents
+from pkernfs.fs.records import TABLES
 from pkernfs.fs.volume import Volume
 
 T = TypeVar("T")
@@ -148,7 +149,7 @@ class Content:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
 
         ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC,
-        EDQUOT.
+        EDQUOT, EPERM for page tables.
         """
         if offset >= MAX_FILE_SIZE and data:
             raise FsError(errno.EFBIG, f"offset {offset}")
@@ -160,6 +161,8 @@ class Content:
         volume = self.volume
         volume.damage.check_changeable(ino)
         inode = volume.inode(ino)
+        if inode.flags & TABLES:
+            raise FsError(errno.EPERM, f"inode {ino}: page tables are changed by the API only")
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
         if offset > inode.size and inode.orphan_next:

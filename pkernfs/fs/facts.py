@@ -8,10 +8,16 @@ from typing import Any
 from pkernfs.errors import CorruptError
 from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pins import mappings_of
+
+ACCESS_NAMES = {1: "ro", 2: "wo", 3: "rw"}
 
 
 def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
-    """The memory of a regular file.  Raises FsError(EINVAL) for anything else, CorruptError."""
+    """The memory of a regular file, and which domains map it.
+
+    Raises FsError(EINVAL) for anything else, CorruptError.
+    """
     inode = fs.getattr(ino)
     extents = [
         {
@@ -31,6 +37,16 @@ def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
         "contiguous": contiguous,
         "direct": bool(inode.flags & FLAG_DIRECT),
         "extents": extents,
+        "pins": [
+            {
+                "domain": pin.name,
+                "iova": pin.iova,
+                "offset": pin.mapping.start * PAGE,
+                "length": pin.mapping.length * PAGE,
+                "access": ACCESS_NAMES[pin.mapping.access],
+            }
+            for pin in mappings_of(fs, ino)
+        ],
     }
 
 

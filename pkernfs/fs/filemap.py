@@ -17,6 +17,8 @@ from pkernfs.format import (
     EXTENT,
     EXTENT_VALUE,
     FLAG_DIRECT,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
+    FLAG_IOMMU_ROOT_PGTABLES,
     INLINE_EXTENTS,
     INLINE_SIZE,
     INODE_SIZE,
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 
 HALF = PAGES_PER_BLOCK // 2
 MAX_PAGES = 1 << 52  #: more than any file has
-PINNED = FLAG_DIRECT  #: flags of inodes whose pages must stay where they are
+#: flags of inodes whose pages must stay where they are
+PINNED = FLAG_DIRECT | FLAG_IOMMU_DOMAIN_PGTABLES | FLAG_IOMMU_ROOT_PGTABLES
 
 
 class FileMap:
@@ -299,7 +302,7 @@ class FileMap:
         return True
 
     def _may_move(self) -> bool:
-        return self.compact and not self.inode.flags & PINNED
+        return self.compact and not self.inode.flags & PINNED and not self.inode.iommu
 
     def _move(self, first: int, end: int, runs: list[tuple[int, int]]) -> None:
         """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""

@@ -22,7 +22,10 @@ from pkernfs.fs.content import clamp_time, killed_mode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import STEP
+from pkernfs.fs.pins import check_cut
+from pkernfs.fs.records import TABLES
 from pkernfs.fs.rename import Renames
+from pkernfs.fs.tables import check_open, check_size, mark_bitmap
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import Region
@@ -89,7 +92,8 @@ class Filesystem(Renames):
         """Change attributes and size together; the inode as it is then.
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
-        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's).
+        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's, or
+        mapped by a domain), EPERM (page tables, see tables.check_size).
         """
         inode = self.volume.inode(ino)
         now = self.now()
@@ -113,14 +117,21 @@ class Filesystem(Renames):
             changed["mtime"] = clamp_time(change.mtime)
         if change.size is not None and not stat.S_ISREG(mode):
             raise FsError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"inode {ino}")
+        tables = inode.flags & TABLES
+        if change.size is not None and tables:
+            check_size(ino, inode, change.size)
         if change.size is not None and change.size < inode.size:
-            self.check_unmapped(ino, inode, -(-change.size // PAGE))
+            end = -(-change.size // PAGE)
+            self.check_unmapped(ino, inode, end)
+            check_cut(self, ino, inode, end)
         elif change.size is not None and inode.orphan_next and change.size > inode.size:
             self.finish_cut(ino)
             inode = self.volume.inode(ino)
 
         def apply(compact: bool) -> bool:
             new = inode if change.size is None else self.resized(ino, inode, change.size, compact=compact)
+            if tables and new.size > inode.size:
+                mark_bitmap(self.volume, ino, new)
             new = new._replace(**changed)
             self.volume.put_inode(ino, new)
             return change.size is None or change.size > inode.size or self._cut(ino, new, compact)
@@ -144,15 +155,24 @@ class Filesystem(Renames):
         return False
 
     def set_direct(self, ino: int, direct: bool) -> Inode:
-        """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place."""
+        """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place.
+
+        Raises FsError: EINVAL, EPERM for page tables.
+        """
         self.file_map(ino)
         inode = self.volume.inode(ino)
+        if inode.flags & TABLES:
+            raise FsError(errno.EPERM, f"inode {ino}: page tables are not mapped past the mount")
         flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
         if flags != inode.flags:
             inode = inode._replace(flags=flags)
             with self.volume.transaction():
                 self.volume.put_inode(ino, inode)
         return inode
+
+    def check_open(self, ino: int, flags: int) -> None:
+        """Raise FsError(EPERM) when the inode, or a file to be made in this directory, may not be opened like that."""
+        check_open(self.volume.inode(ino), flags)
 
     def extents(self, ino: int) -> list[Extent]:
         """The extents of a regular file, in pages.  Raises FsError(EINVAL)."""

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FIRST_FREE_SLOT,
-    FLAG_DIR,
-    FLAG_FILE,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
     INLINE_SIZE,
     LINK_MAX,
     NAME_MAX,
@@ -25,6 +24,7 @@ from pkernfs.fs.charge import project_above, with_quota, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
+from pkernfs.fs.tables import check_places, check_unused, flags_of_new
 
 
 class Caller(NamedTuple):
@@ -102,13 +102,14 @@ class Names(Orphans):
     def create(self, parent: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b"") -> Ino:
         """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
 
-        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT.
+        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT, EPERM (in iommu/ all but files).
         """
         volume = self.volume
         now = self.now()
         directory = self._new_name(parent, name)
         above = directory.inode
         is_dir = stat.S_ISDIR(mode)
+        flags = flags_of_new(above, mode)
         gid = caller.gid
         if above.mode & stat.S_ISGID:
             gid = above.gid
@@ -127,7 +128,7 @@ class Names(Orphans):
                 uid=caller.uid,
                 gid=gid,
                 rdev=rdev,
-                flags=FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0,
+                flags=flags,
                 btime=now,
                 parent=parent if is_dir else 0,
                 project=above.project,
@@ -151,7 +152,8 @@ class Names(Orphans):
     def link(self, ino: int, parent: int, name: bytes) -> None:
         """Another name for a file.
 
-        Raises FsError: EPERM for directories, EMLINK, ENOENT when it has no name left, EXDEV under another quota.
+        Raises FsError: EPERM for directories and in iommu/, EMLINK, ENOENT when it has no name left, EXDEV under
+        another quota.
         """
         inode = self.volume.inode(ino)
         if stat.S_ISDIR(inode.mode):
@@ -163,6 +165,9 @@ class Names(Orphans):
             raise FsError(errno.EMLINK, f"{LINK_MAX} names")
         now = self.now()
         directory = self._new_name(parent, name)
+        check_places(directory.inode)
+        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            raise FsError(errno.EPERM, "a domain has one name")
         self._check_project(inode, directory.inode)
         with self.volume.transaction():
             directory.add(name, ino, inode.mode)
@@ -176,19 +181,20 @@ class Names(Orphans):
     # -- removing -------------------------------------------------------------------------------------------------
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove the name of a file.  Raises FsError: ENOENT, EISDIR, EPERM."""
+        """Remove the name of a file.  Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (a domain with a device)."""
         directory = self.directory(parent)
         entry = self._entry(directory, name)
         inode = self.volume.inode(entry.ino)
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EISDIR, repr(name))
         self._check_removable(entry.ino, name)
+        check_unused(self.volume, entry.ino, inode)
         now = self.now()
         with self.volume.transaction():
             directory.remove(entry)
             self.volume.put_inode(parent, directory.finish(now))
             self._drop_name(entry.ino, inode, now)
-        self._reap_if_unused(entry.ino)
+        self.reap(entry.ino)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """Remove an empty directory.  Raises FsError: ENOENT, ENOTDIR, ENOTEMPTY, EPERM, EINVAL for "."."""
@@ -208,7 +214,7 @@ class Names(Orphans):
             above = directory.finish(now)
             self.volume.put_inode(parent, above._replace(nlink=above.nlink - 1))
             self._drop_name(entry.ino, inode, now)
-        self._reap_if_unused(entry.ino)
+        self.reap(entry.ino)
 
     def _check_removable(self, ino: int, name: bytes) -> None:
         if ino < FIRST_FREE_SLOT:
@@ -254,10 +260,4 @@ class Names(Orphans):
     def forget(self, ino: int, count: int) -> None:
         """``count`` references are gone; with the last one an orphan is freed."""
         if not self.lookups.drop(ino, count):
-            self._reap_if_unused(ino)
-
-    def _reap_if_unused(self, ino: int) -> None:
-        if not self.volume.allocator.inode_in_use(ino):
-            self.pending.pop(ino, None)
-        elif not self.referenced(ino) and not self.volume.inode(ino).nlink:
-            self.begin_freeing(ino)
+            self.reap(ino)

@@ -17,6 +17,7 @@ from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
+from pkernfs.fs.records import drop_records, has_records, is_pinned
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
@@ -46,8 +47,8 @@ class Orphans(Content):
         self.pending: dict[int, None] = {}
 
     def referenced(self, ino: int) -> bool:
-        """Whether the kernel knows the inode: it may be open."""
-        return not self.ended and self.lookups[ino] > 0
+        """Whether the kernel knows the inode, so that it may be open, or mappings of domains name it."""
+        return (not self.ended and self.lookups[ino] > 0) or is_pinned(self.volume.inode(ino))
 
     def orphans(self) -> list[int]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
@@ -68,6 +69,10 @@ class Orphans(Content):
     def _linked(self, ino: int) -> Inode:
         """The inode that a link of the list names."""
         return self.volume.inode_named_by(ORPHANS_INO, ino)
+
+    def awaits_forget(self) -> bool:
+        """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
+        return not all(is_pinned(self.volume.inode(ino)) for ino in self.orphans())
 
     def list_orphan(self, ino: int) -> None:
         """Put an inode at the head of the list, within a transaction.
@@ -115,6 +120,8 @@ class Orphans(Content):
 
     def is_small(self, ino: int, inode: Inode) -> bool:
         """Whether one transaction can free all that belongs to the inode."""
+        if has_records(inode):
+            return False
         if inode.xattrs and len(Xattrs(self.volume, ino, inode).some(STEP + 1)) > STEP:
             return False
         if not inode.root or not has_extents(inode):
@@ -125,7 +132,8 @@ class Orphans(Content):
         """Whether the inode is unused and has so little that many like it can be freed by one transaction."""
         with suppress(PkernfsError):
             inode = self.volume.inode(ino)
-            return not inode.nlink and not inode.xattrs and inode.pages <= TINY and not self.referenced(ino)
+            tiny = inode.pages <= TINY and not inode.xattrs and not inode.iommu
+            return tiny and not inode.nlink and not self.referenced(ino)
         return False
 
     def free_part(self, ino: int, inode: Inode) -> bool:
@@ -164,6 +172,9 @@ class Orphans(Content):
 
     def free_step(self, ino: int) -> bool:
         """One transaction that frees a part of what a listed inode has too much; True: all of it."""
+        if self._maps_for_nobody(ino):
+            self._unmap_part(ino)
+            return False
 
         def step(compact: bool) -> bool:
             inode = self.volume.inode(ino)
@@ -172,6 +183,42 @@ class Orphans(Content):
             return self._truncate_part(ino, inode, compact) if is_used else self.free_part(ino, inode)
 
         return self.compacting(step)
+
+    def _maps_for_nobody(self, ino: int) -> bool:
+        """Whether the inode is a domain without a name that still has records."""
+        inode = self.volume.inode(ino)
+        return not inode.nlink and has_records(inode)
+
+    def _unmap_part(self, ino: int) -> None:
+        """Drop some of the records of a domain without a name.  Files that nobody needs any more are freed later."""
+        with self.volume.transaction():
+            unpinned = drop_records(self.volume, ino, STEP)
+        for file in unpinned:
+            if not self.volume.inode(file).nlink and not self.referenced(file):
+                self.pending[file] = None
+
+    def unmap_all(self, ino: int) -> None:
+        """Drop the mappings of a domain without a name, be it open or not: the files that they name are free then."""
+        try:
+            while self._maps_for_nobody(ino):
+                self._unmap_part(ino)
+            if not self.in_background:
+                self.settle()
+        except PkernfsError as error:
+            self.complain(error)
+
+    def reap(self, ino: int) -> None:
+        """Free the inode if it has no name and nobody needs it any more: after references, names or pins were dropped.
+
+        The mappings of a domain without a name go at once.
+        """
+        if not self.volume.allocator.inode_in_use(ino):
+            self.pending.pop(ino, None)
+            return
+        if self._maps_for_nobody(ino):
+            self.unmap_all(ino)
+        if not self.referenced(ino) and not self.volume.inode(ino).nlink:
+            self.begin_freeing(ino)
 
     def begin_freeing(self, ino: int) -> None:
         """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``).
@@ -238,7 +285,7 @@ class Orphans(Content):
         except PkernfsError as error:
             self.complain(error)
             return
-        self.pending = {ino: None for ino in listed if not self.referenced(ino) or self.volume.inode(ino).nlink}
+        self.pending = {ino: None for ino in listed if self._is_to_be_freed(ino)}
         if self.in_background:
             return
         while self.pending:
@@ -246,6 +293,10 @@ class Orphans(Content):
                 self.pending_step()
             except PkernfsError as error:
                 self.complain(error)
+
+    def _is_to_be_freed(self, ino: int) -> bool:
+        """Whether a listed inode has something to be freed now."""
+        return bool(self.volume.inode(ino).nlink) or not self.referenced(ino) or self._maps_for_nobody(ino)
 
     def complain(self, error: PkernfsError) -> None:
         """Log what no caller gets to see; damage once, and not that it keeps an inode from being changed."""

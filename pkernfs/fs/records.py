@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from itertools import islice
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -47,13 +48,18 @@ class Records(Tree):
         """(IOVA page, mapping) of a domain that touch pages ``first`` to ``last``.  Raises CorruptError."""
         below = self.floor(first)
         for key, value in self.scan(below[0] if below else first, min(last, LAST_MAPPING)):
-            if len(value) != MAPPING.size:
-                raise self._bad_record(key, f"{len(value)} bytes, expected a mapping")
-            mapping = MAPPING.unpack(value)
-            if not 0 < mapping.length <= LAST_MAPPING + 1 - key or not 0 < mapping.access <= 3:
-                raise self._bad_record(key, f"{mapping}")
+            mapping = self.mapping(key, value)
             if key + mapping.length > first:
                 yield key, mapping
+
+    def mapping(self, key: int, value: bytes) -> Mapping:
+        """The mapping that a record is.  Raises CorruptError."""
+        if len(value) != MAPPING.size:
+            raise self._bad_record(key, f"{len(value)} bytes, expected a mapping")
+        mapping = MAPPING.unpack(value)
+        if not 0 < mapping.length <= LAST_MAPPING + 1 - key or not 0 < mapping.access <= 3:
+            raise self._bad_record(key, f"{mapping}")
+        return mapping
 
     def attachments(self) -> Iterator[tuple[int, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
@@ -72,11 +78,41 @@ class Records(Tree):
 
 
 def pin(volume: Volume, ino: int, count: int) -> None:
-    """Count ``count`` more (or less) mappings that name a file, within the open transaction."""
+    """Count ``count`` more (or less) mappings that name a file, within the open transaction.  Raises CorruptError."""
     inode = volume.inode(ino)
-    if inode.iommu + count < 0:
-        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "fewer pins than mappings", ino=ino)
+    if inode.flags & TABLES or inode.iommu + count < 0:
+        found = "page tables that are mapped" if inode.flags & TABLES else "fewer pins than mappings"
+        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
     volume.put_inode(ino, inode._replace(iommu=inode.iommu + count))
+
+
+def is_pinned(inode: Inode) -> bool:
+    """Whether mappings of domains name the file."""
+    return inode.iommu > 0 and not inode.flags & TABLES
+
+
+def has_records(inode: Inode) -> bool:
+    """Whether the inode holds page tables, and there is anything that they are to say."""
+    return inode.iommu > 0 and bool(inode.flags & TABLES)
+
+
+def drop_records(volume: Volume, ino: int, most: int) -> list[int]:
+    """Drop the first ``most`` records of a domain, and the pins of its mappings, within the open transaction.
+
+    The files that have no pins any more.  Raises CorruptError.
+    """
+    records = Records(volume, ino)
+    unpinned = []
+    for key, value in list(islice(records.scan(), most)):
+        records.delete(key)
+        if key <= LAST_MAPPING:
+            file = records.mapping(key, value).ino
+            volume.inode_named_by(ino, file)
+            pin(volume, file, -1)
+            if not volume.inode(file).iommu:
+                unpinned.append(file)
+    records.finish()
+    return unpinned
 
 
 def is_attached(volume: Volume, ino: int) -> bool:

@@ -9,6 +9,7 @@ from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INODE_SIZE, NAME_MAX, ROOT_INO, Inode
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.names import Names
+from pkernfs.fs.tables import check_places, check_unused
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -20,8 +21,9 @@ class Renames(Names):
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
 
-        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM,
-        ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas of other filesystems have it).
+        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM (also
+        into and out of iommu/), EBUSY (over a domain with a device), ENOSPC, EDQUOT, EXDEV (from one quota to another,
+        as project quotas of other filesystems have it).
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL, f"flags {flags:#x}")
@@ -47,9 +49,12 @@ class Renames(Names):
             return
         else:
             self._check_removable(new.ino, new_name)
+        if source is not target:
+            check_places(source.inode, target.inode)
         self._check_project(source.inode, target.inode)
         if new is not None and flags != RENAME_EXCHANGE:
             self._check_replaceable(new, moved)
+            check_unused(self.volume, new.ino, self.volume.inode(new.ino))
             self.drop_quota(new.ino, parent, new_parent, old.ino)
         now = self.now()
         with self.volume.transaction():
@@ -81,7 +86,7 @@ class Renames(Names):
                 inode = target.finish(now)
                 self.volume.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
         if new is not None and flags != RENAME_EXCHANGE:
-            self._reap_if_unused(new.ino)
+            self.reap(new.ino)
 
     def _check_new_place(self, target: Directory, name: bytes) -> None:
         if not name or b"/" in name or b"\0" in name:

@@ -85,11 +85,14 @@ class InitReply(NamedTuple):
     time_gran: u32
     max_pages: u16
     map_alignment: u16
+    flags2: u32  #: bits 32 and up; counts with INIT_EXT
 
 
-INIT_REPLY = layout(InitReply, size=32)
+INIT_REPLY = layout(InitReply, size=36)
 HANDLE_KILLPRIV: Final = 1 << 19
 HANDLE_KILLPRIV_V2: Final = 1 << 28
+INIT_EXT: Final = 1 << 30
+DIRECT_IO_ALLOW_MMAP: Final = 1 << 36 - 32
 
 
 class Device:
@@ -146,12 +149,16 @@ def patched_init(reply: bytes, largest: int) -> bytes:
 
     HANDLE_KILLPRIV_V2: without it the kernel asks for security.capability before each write.  It stands for: writing,
     truncating and changing the owner clear set-user-ID bits here (Linux before 5.11 ignores it, and does so itself).
-    ``largest``: bytes of a write that fit through a socket.
+    DIRECT_IO_ALLOW_MMAP: a file that is read past the cache (see Operations) can be mapped all the same (since Linux
+    6.6).  ``largest``: bytes of a write that fit through a socket.
     """
     init = INIT_REPLY.unpack(reply, REPLY.size)
-    flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2
+    flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2 | INIT_EXT
+    flags2 = (init.flags2 if init.flags & INIT_EXT else 0) | DIRECT_IO_ALLOW_MMAP
     max_write = min(init.max_write, largest)
-    init = init._replace(flags=flags, max_write=max_write, max_pages=min(init.max_pages, max_write // 4096))
+    init = init._replace(
+        flags=flags, flags2=flags2, max_write=max_write, max_pages=min(init.max_pages, max_write // 4096)
+    )
     return reply[: REPLY.size] + INIT_REPLY.pack(init) + reply[REPLY.size + INIT_REPLY.size :]
 
 

@@ -20,6 +20,7 @@ from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.names import Caller
+from pkernfs.fs.records import TABLES
 from pkernfs.server.device import REQUEST, RESENT, SETXATTR, SETXATTR_FLAGS_AT
 from pkernfs.server.stats import BUGS, INDEX, SIZE
 
@@ -37,6 +38,8 @@ KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME = 1 << 61  #: O_NOATIME
 INO = NOATIME - 1
 FACTS = b"user.pkernfs."
+#: Flags of inodes whose content changes behind the kernel's back: by a guest, by an IOMMU and its API.
+CHANGING = FLAG_DIRECT | TABLES
 #: Requests that make an inode.
 MAKING = {"mknod", "mkdir", "symlink", "create"}
 #: Requests by which the kernel comes to refer to inodes, or that would fail, or do harm, when they are executed a
@@ -182,7 +185,7 @@ class Operations(pyfuse3.Operations):
         self.at_work[number] = 0.0
         try:
             for patience in FORGETS:
-                if not fs.orphans():
+                if not fs.awaits_forget():
                     break
                 fs.volume.asked = 0
                 await trio.sleep(patience)
@@ -232,7 +235,7 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = inode.atime
         entry.st_ctime_ns = inode.ctime
         entry.entry_timeout = TIMEOUT
-        if inode.flags & FLAG_DIRECT:
+        if inode.flags & CHANGING:
             # Somebody may be storing into the file's memory at any moment.  Attributes that are asked for at every
             # read and an mtime that is never the same make the kernel (AUTO_INVAL_DATA) drop its cached pages.
             entry.attr_timeout = 0
@@ -314,6 +317,7 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        self.fs.check_open(parent_inode, flags)
         ino = self.fs.create(parent_inode, name, stat.S_IFREG | mode, Caller(ctx.uid, ctx.gid))
         return self._opened(ino, flags, ctx), self._found(ino)
 
@@ -386,12 +390,13 @@ class Operations(pyfuse3.Operations):
         is_read = not flags & (os.O_NOATIME | os.O_WRONLY)
         handle = ino | (KILL_PRIV if ctx.uid else 0) | (0 if is_read else NOATIME)
         # What writes back looks for no changes but its own: a file that somebody may be storing into past the mount is
-        # read and written past the cache then (and cannot be mapped).
-        direct_io = self.enable_writeback_cache and bool(inode.flags & FLAG_DIRECT)
+        # read and written past the cache then (and Linux before 6.6 does not map it).
+        direct_io = self.enable_writeback_cache and bool(inode.flags & CHANGING)
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache, direct_io=direct_io)
 
     @handler
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        self.fs.check_open(inode, flags)
         if flags & os.O_TRUNC:
             self.fs.setattr(inode, SetAttr(size=0), privileged=ctx.uid == 0)
         return self._opened(inode, flags, ctx)

@@ -12,6 +12,7 @@ from pkernfs.fs.pages import read_inode, seal_page
 from pkernfs.fs.quota import set_quota
 from pkernfs.fs.slab import Slab
 from pkernfs.region.superblock import seal_superblock
+from tests.core import faults_iommu
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
 
 
@@ -422,6 +423,7 @@ CHECKSUMS: dict[str, tuple[str, Callable[[Filesystem], int]]] = {
     "a-leaf": ("tree-node", lambda fs: child(fs, sparse_tree(fs), 1) * f.PAGE + 4),
     "attributes": ("tree-node", lambda fs: xattr_page(fs) * f.PAGE + 4),
     "names": ("tree-node", lambda fs: int(inode_of(fs, b"").root) * f.PAGE + 4),
+    "records": ("tree-node", faults_iommu.node_of_records),
     "a-slab": ("slab-header", lambda fs: slab_of(fs) * f.BLOCK + 4),
 }
 
@@ -564,6 +566,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "page-of-inodes-without-inodes": ("leaked-page", lambda fs: set_kind(fs, free_page(fs, zero=True), f.PAGE_INODES)),
     "block-without-owner": ("leaked-block", leak_blocks),
 }
+FAULTS |= faults_iommu.FAULTS
 FAULTS |= {f"checksum-of-{what}": (code, flip_at(place)) for what, (code, place) in CHECKSUMS.items()}
 
 

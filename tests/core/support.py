@@ -12,12 +12,27 @@ from typing import Any, NamedTuple
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import FIRST_FREE_SLOT, INODE_SIZE, ROOT_INO, Inode
+from pkernfs.format import (
+    ATTACHMENT,
+    ATTACHMENT_KEY,
+    FIRST_FREE_SLOT,
+    INODE_SIZE,
+    IOMMU_INO,
+    MAPPING,
+    READ,
+    ROOT_INO,
+    ROOT_PGTABLES_INO,
+    WRITE,
+    Attachment,
+    Inode,
+    Mapping,
+)
 from pkernfs.fs.check import check
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pages import read_inode, seal_inode
+from pkernfs.fs.records import Records, pin
 from pkernfs.region import MemoryRegion, Region
 
 MiB = 1 << 20
@@ -59,6 +74,43 @@ def mkfile(fs: Filesystem, name: bytes, data: bytes = b"", parent: int = ROOT, m
     if data:
         assert fs.write(ino, 0, data) == len(data)
     return ino
+
+
+def mkdomain(fs: Filesystem, name: bytes = b"dom-0", size: int = 2 * MiB) -> int:
+    """A domain, with its first block."""
+    ino = mkfile(fs, name, parent=IOMMU_INO)
+    if size:
+        fs.setattr(ino, SetAttr(size=size))
+    return ino
+
+
+def map_file(fs: Filesystem, domain: int, iova: int, ino: int, start: int = 0, length: int = 1) -> None:
+    """A mapping, in pages, as the API of the IOMMU records it: without tables."""
+    with fs.volume.transaction():
+        records = Records(fs.volume, domain)
+        records.put(iova, MAPPING.pack(Mapping(ino, start, length, READ | WRITE)))
+        records.finish()
+        pin(fs.volume, ino, 1)
+
+
+def unmap(fs: Filesystem, domain: int, iova: int) -> None:
+    """Take a mapping away, which begins at page ``iova``, as the API of the IOMMU does."""
+    with fs.volume.transaction():
+        records = Records(fs.volume, domain)
+        (value,) = [value for key, value in records.scan(iova, iova)]
+        records.delete(iova)
+        records.finish()
+        ino = MAPPING.unpack(value).ino
+        pin(fs.volume, ino, -1)
+    fs.reap(ino)
+
+
+def attach(fs: Filesystem, requester: int, domain: int, number: int = 1) -> None:
+    """Attach a device, without tables."""
+    with fs.volume.transaction():
+        records = Records(fs.volume, ROOT_PGTABLES_INO)
+        records.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(domain, number, 0)))
+        records.finish()
 
 
 def mkdir(fs: Filesystem, name: bytes, parent: int = ROOT) -> int:

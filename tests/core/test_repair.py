@@ -73,6 +73,8 @@ VICTIMS: dict[str, set[bytes]] = {
     "attribute-": {b"/d"},
     "fifo-": {b"/made"},
     "link-with": {b"/made"},
+    "iommu-": {b"/iommu", b"/iommu/root-pgtables"},
+    "checksum-of-records": {b"/iommu", b"/iommu/root-pgtables"},
     "orphan-says-listed": set(),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import FIRST_FREE_SLOT, INODES_PER_PAGE, Inode
+from pkernfs.format import FIRST_FREE_SLOT, INODES_PER_PAGE, Attachment, Inode, Mapping
 from pkernfs.fs.check.inodes import RESERVED, plausible
 from pkernfs.fs.check.ledger import Ledger, Problem, Tally
 from pkernfs.fs.check.order import EACH_INODE, PASSES
@@ -62,10 +62,18 @@ class Checker:
         self.odd_projects: dict[tuple[int, int], int] = {}  #: (directory, other project of an entry): the entry's inode
         self.linked: dict[int, set[int]] = {}  #: files with many names, under quotas: the directories that name them
         self.projects_wrong = False
+        self.domains: set[int] = set()
+        self.mappings: dict[int, list[tuple[int, int, Mapping]]] = {}  #: by file: (domain, key, mapping)
+        self.pinned: dict[int, int] = {}  #: inodes without page tables: the pins that they count
+        self.domain_ids: dict[int, list[int]] = {}  #: the domains that have one
+        self.attachments: list[tuple[int, Attachment]] = []  #: (key, attachment)
+        self.bad_records: dict[int, list[int]] = {}  #: by inode of page tables: keys
+        self.new_ids: dict[int, int] = {}  #: domains whose id another has too: one that is free; 0: none is
+        self.bitmaps: list[tuple[int, int]] = []  #: (inode, page) of bitmaps that do not say that they are in use
         self.fixes: dict[int, dict[str, Any]] = {}
         self.bad: dict[int, str] = {}
         self.unsealed: dict[int, Inode] = {}  #: those with a wrong checksum that look right
-        self.salvaged: dict[tuple[int, str], Salvage] = {}  #: by inode and the field of the root, "root" or "xattrs"
+        self.salvaged: dict[tuple[int, str], Salvage] = {}  #: by inode and the field of the root: root, xattrs, iommu
         self._damaged: set[int] = set()  #: inodes whose damage was noted
 
     def run(self) -> list[Problem]:

@@ -6,8 +6,17 @@ import stat
 from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import DIRENT, FIRST_FREE_SLOT, ORPHANS_INO, ROOT_INO, Dirent, Inode
-from pkernfs.fs.check.inodes import in_its_place, may_be_named
+from pkernfs.format import (
+    DIRENT,
+    FIRST_FREE_SLOT,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
+    IOMMU_INO,
+    ORPHANS_INO,
+    ROOT_INO,
+    Dirent,
+    Inode,
+)
+from pkernfs.fs.check.inodes import in_its_place, may_be_named, may_stand_in
 from pkernfs.fs.check.quotas import project
 from pkernfs.fs.check.trees import hashed, is_entry, items, keep
 from pkernfs.fs.directory import Directory, Entry
@@ -79,13 +88,14 @@ def _entry(checker: Checker, parent: int, above: Inode, entry: Entry) -> tuple[b
     inode = checker.inode(ino)
     if inode is None:
         return stat.S_ISDIR(entry.mode), entry.mode
+    misplaced = _is_misplaced(checker, parent, ino, inode, what)
     if entry.mode != stat.S_IFMT(inode.mode):
         checker.note("dirent-mode", f"{what}: expected mode {stat.S_IFMT(inode.mode):o}, found {entry.mode:o}")
     kind = stat.S_IFMT(inode.mode)
     project(checker, parent, above, ino, inode)
     if not stat.S_ISDIR(inode.mode):
         _file_name(checker, ino, inode, first=first)
-        return False, kind
+        return False, 0 if misplaced else kind
     if not first:
         checker.note("directory-names", f"{what}: expected one name of directory {ino:#x}, found another")
         return True, 0
@@ -96,7 +106,19 @@ def _entry(checker: Checker, parent: int, above: Inode, entry: Entry) -> tuple[b
         checker.note("link-count", f"directory {ino:#x}: expected nlink 2 or more, found 0", ino=ino)
         checker.correct(ino, nlink=2)
     checker.todo.append(ino)
-    return True, kind
+    return True, 0 if misplaced else kind
+
+
+def _is_misplaced(checker: Checker, parent: int, ino: int, inode: Inode, what: str) -> bool:
+    """Whether the name must go: domains stand in iommu/, and nothing else does.  Without records it is no domain."""
+    if may_stand_in(parent, ino, inode):
+        return False
+    wanted = "a domain" if parent == IOMMU_INO else "no domain"
+    checker.note("iommu-name", f"{what}: expected {wanted}, found inode {ino:#x}")
+    if parent == IOMMU_INO or inode.iommu:
+        return True
+    checker.correct(ino, flags=inode.flags & ~FLAG_IOMMU_DOMAIN_PGTABLES)
+    return False
 
 
 def _file_name(checker: Checker, ino: int, inode: Inode, *, first: bool) -> None:

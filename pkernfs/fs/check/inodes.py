@@ -10,6 +10,7 @@ from pkernfs.format import (
     FLAG_DIR,
     FLAG_FILE,
     FLAG_IOMMU_DIR,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
     FLAG_IOMMU_ROOT_PGTABLES,
     INLINE_SIZE,
     IOMMU_INO,
@@ -19,6 +20,7 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
+from pkernfs.fs.records import TABLES
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker
@@ -67,6 +69,12 @@ def in_its_place(ino: int, parent: int, name: bytes) -> bool:
     return PLACES.get(ino, place) == place and _INO_AT.get(place, ino) == ino
 
 
+def may_stand_in(parent: int, ino: int, inode: Inode) -> bool:
+    """Whether a directory may name the inode: iommu/ names domains, and no other directory does."""
+    is_domain = inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES and stat.S_ISREG(inode.mode)
+    return ino < FIRST_FREE_SLOT or (parent == IOMMU_INO) == bool(is_domain)
+
+
 def mode(checker: Checker, ino: int, inode: Inode) -> None:
     """A type and permissions, and nothing else."""
     if stat.S_IFMT(inode.mode) not in TYPES:
@@ -87,6 +95,15 @@ def flags(checker: Checker, ino: int, inode: Inode) -> None:
         )
         right = inode.flags & ~(FLAG_FILE | FLAG_DIR) | wanted
         checker.correct(ino, flags=RESERVED[ino][1] if ino in RESERVED else right)
+
+    elif ino not in checker.bad and ino >= FIRST_FREE_SLOT and not may_hold_tables(inode):
+        checker.note("inode-flags", f"inode {ino:#x}: expected no flags of page tables, found {inode.flags:#x}")
+        checker.correct(ino, flags=inode.flags & ~TABLES, iommu=0)
+
+
+def may_hold_tables(inode: Inode) -> bool:
+    """Whether the flags of an inode that is not reserved say of tables what its type allows."""
+    return not inode.flags & (TABLES if not stat.S_ISREG(inode.mode) else FLAG_IOMMU_ROOT_PGTABLES)
 
 
 def parent(checker: Checker, ino: int, inode: Inode) -> None:
@@ -111,6 +128,13 @@ def symlink(checker: Checker, ino: int, inode: Inode) -> None:
     if inode.root or inode.inline[inode.size :].strip(b"\0"):
         checker.note("symlink", f"inode {ino:#x}: expected a target of {inode.size} bytes, found {inode.inline!r}")
         checker.correct(ino, root=0, inline=inode.inline[: inode.size] + bytes(INLINE_SIZE - inode.size))
+
+
+def no_pins(checker: Checker, ino: int, inode: Inode) -> None:
+    """Only regular files are mapped."""
+    if inode.iommu and not stat.S_ISREG(inode.mode):
+        checker.note("iommu-pins", f"inode {ino:#x}: expected no pins for mode {inode.mode:o}, found {inode.iommu:#x}")
+        checker.correct(ino, iommu=0)
 
 
 def no_content(checker: Checker, ino: int, inode: Inode) -> None:

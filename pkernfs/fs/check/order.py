@@ -14,7 +14,8 @@ from pkernfs.fs.check.attributes import attributes
 from pkernfs.fs.check.directories import entries, names
 from pkernfs.fs.check.extents import extents
 from pkernfs.fs.check.frame import block_table, journal, reserved_inodes, slab_headers, superblocks
-from pkernfs.fs.check.inodes import flags, link_counts, mode, no_content, pages, parent, size, symlink
+from pkernfs.fs.check.inodes import flags, link_counts, mode, no_content, no_pins, pages, parent, size, symlink
+from pkernfs.fs.check.iommu import attachments, mappings, records, tables
 from pkernfs.fs.check.orphans import lost_inodes, orphans, says_listed
 from pkernfs.fs.check.quotas import quota_form, quotas
 from pkernfs.fs.check.space import leaks
@@ -35,6 +36,8 @@ PASSES: tuple[Callable[[Checker], None], ...] = (
     lost_inodes,  # and for all others
     link_counts,
     quotas,
+    mappings,
+    attachments,
     leaks,
 )
 
@@ -50,6 +53,9 @@ EACH_INODE: tuple[Callable[[Checker, int, Inode], None], ...] = (
     symlink,
     extents,
     no_content,
+    no_pins,
+    tables,
+    records,
     pages,
     quota_form,
 )
@@ -104,6 +110,17 @@ INVARIANTS: dict[str, str] = {
     # quotas
     "project": "an inode counts against the quota that is next above it",
     "quota": "a quota says what is used by all that count against it, and nothing stands behind it",
+    # page tables
+    "iommu-name": "a domain stands in iommu/, and nothing else does but root-pgtables",
+    "iommu-size": "page tables are whole blocks to their end",
+    "iommu-bitmap": "the pages of the bitmaps of page tables are in use",
+    "iommu-record": "a record of page tables has a key and a form that are known",
+    "iommu-overlap": "the mappings of a domain do not overlap",
+    "iommu-domain-id": "domains have different ids",
+    "iommu-mapping": "a mapping names memory of a regular file",
+    "iommu-end": "a file is as large as what is mapped of it",
+    "iommu-pins": "a file counts the mappings that name it, and nothing else counts any",
+    "iommu-attachment": "a device is attached to a domain",
     # what no name leads to
     "orphan-list": "the list of orphans is a circle of inodes in use",
     "orphan-links": "its links go both ways, and who says to be on it is",

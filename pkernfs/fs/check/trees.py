@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
     DIRENT,
+    DOMAIN,
     EXTENT_VALUE,
     KEY_SLOTS,
+    MAPPING,
     NODE_MAGIC,
     PAGE,
     PAGE_HEADER_LAYOUT,
     PAGE_NODE,
     PAGES_PER_BLOCK,
+    ROOT_TABLE_KEY,
     XATTR_HEAD,
     name_key,
 )
 from pkernfs.fs.node import Node
+from pkernfs.fs.records import LAST_MAPPING
 
 if TYPE_CHECKING:
     from pkernfs.fs.check.checker import Checker
@@ -27,41 +31,49 @@ if TYPE_CHECKING:
 KEY_END = 1 << 64
 
 
+#: whether a key and a value can be an item of a tree: those of one inode are told by it
+Fits = Callable[[int, bytes], bool]
+
+
 class Unsealed(NamedTuple):
     """A node that cannot be used as it is."""
 
     owner: int
-    fits: Callable[[bytes], bool]  #: whether a value can be one of its tree
+    fits: Fits
 
 
 class Salvage(NamedTuple):
-    """What remains of a structure of an inode: extents, entries or attributes."""
+    """What remains of a structure of an inode: extents, entries, attributes or records."""
 
     items: list[tuple[int, bytes]]  #: key (may be the wrong one, for names) and value
     nodes: list[int]  #: pages of the tree as it is
     dropped: list[str]  #: what is not among the items
 
 
-def is_extent(value: bytes) -> bool:
-    """Whether a value can stand in a tree of extents."""
-    return len(value) == EXTENT_VALUE.size
+def is_extent(key: int, value: bytes) -> bool:
+    """Whether an item can stand in a tree of extents."""
+    return len(value) == EXTENT_VALUE.size and key < ROOT_TABLE_KEY
 
 
-def is_entry(value: bytes) -> bool:
-    """Whether a value can stand in a directory."""
+def is_entry(_: int, value: bytes) -> bool:
+    """Whether an item can stand in a directory."""
     return len(value) > DIRENT.size and DIRENT.unpack(value).length == len(value) - DIRENT.size
 
 
-def is_attribute(value: bytes) -> bool:
-    """Whether a value can stand in a tree of attributes."""
-    return len(value) > XATTR_HEAD.size and not is_entry(value)
+def is_attribute(key: int, value: bytes) -> bool:
+    """Whether an item can stand in a tree of attributes."""
+    return len(value) > XATTR_HEAD.size and not is_entry(key, value) and not is_record(key, value)
 
 
-def tree(ledger: Ledger, root: int, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
+def is_record(key: int, value: bytes) -> bool:
+    """Whether an item can stand in a tree of records of page tables."""
+    return len(value) == MAPPING.size if key <= LAST_MAPPING else key >= ROOT_TABLE_KEY and len(value) <= DOMAIN.size
+
+
+def tree(ledger: Ledger, root: int, fits: Fits) -> Iterator[tuple[int, bytes]]:
     """The items of a tree of the inode at work, whose nodes are checked and claimed on the way.
 
     A node that names another owner is not claimed.  One that was seen before is not read again, so that loops end.
-    ``fits``: whether a value can be one of this tree.
     """
     ledger.tally.nodes, ledger.tally.broken = [], False
     todo: list[tuple[int, int | None, int, int]] = [(root, None, 0, KEY_END)] if root else []
@@ -98,7 +110,7 @@ def tree(ledger: Ledger, root: int, fits: Callable[[bytes], bool]) -> Iterator[t
         yield from _stray_items(ledger, fits)
 
 
-def _node(ledger: Ledger, page: int, what: str, fits: Callable[[bytes], bool]) -> Node | None:
+def _node(ledger: Ledger, page: int, what: str, fits: Fits) -> Node | None:
     """A node of the inode at work, claimed; None, and a note, when it cannot be had."""
     if not ledger.in_slab(page, what):
         return None
@@ -114,7 +126,7 @@ def _node(ledger: Ledger, page: int, what: str, fits: Callable[[bytes], bool]) -
     return node
 
 
-def _stray_items(ledger: Ledger, fits: Callable[[bytes], bool]) -> Iterator[tuple[int, bytes]]:
+def _stray_items(ledger: Ledger, fits: Fits) -> Iterator[tuple[int, bytes]]:
     """The items of leaves of the inode at work that no node leads to any more."""
     if ledger.strays is None:
         ledger.strays = {}
@@ -134,12 +146,12 @@ def _stray_items(ledger: Ledger, fits: Callable[[bytes], bool]) -> Iterator[tupl
         except CorruptError:
             ledger.unsealed[page] = Unsealed(ledger.tally.owner, fits)
             continue
-        if all(map(fits, node.values)) and ledger.claim(page, 1, PAGE_NODE, "a leaf"):
+        if all(map(fits, node.keys, node.values)) and ledger.claim(page, 1, PAGE_NODE, "a leaf"):
             ledger.tally.nodes.append(page)
             yield from zip(node.keys, node.values, strict=True)
 
 
-def items(checker: Checker, root: int, fits: Callable[[bytes], bool]) -> Iterable[tuple[int, bytes]]:
+def items(checker: Checker, root: int, fits: Fits) -> Iterable[tuple[int, bytes]]:
     """The items of a tree; in the order of their keys even where nodes are not, when they are to be salvaged."""
     found = tree(checker.ledger, root, fits)
     return sorted(found) if checker.ledger.salvage else found

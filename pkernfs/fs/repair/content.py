@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Iterable
+from typing import Any
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -12,9 +13,11 @@ from pkernfs.format import (
     EXTENT,
     EXTENT_VALUE,
     FLAG_DIR,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
     INLINE_EXTENTS,
     INLINE_SIZE,
     INODE_SIZE,
+    IOMMU_INO,
     KEY_SLOTS,
     ROOT_INO,
     XATTR_HEAD,
@@ -55,13 +58,13 @@ class NewTree(Tree):
 
 
 def contents(work: Work) -> None:
-    """Extents, entries and attributes that cannot stay as they are: the tree is made anew without the bad ones."""
+    """Extents, entries, attributes and records that cannot stay: the tree is made anew without the bad ones."""
     for (ino, field), salvage in work.checker.salvaged.items():
         try:
             inode = read_inode(work.volume.region, ino)
         except CorruptError:
             continue
-        what = {"xattrs": "attributes", "root": "extents"}[field]
+        what = {"xattrs": "attributes", "root": "extents", "iommu": "records"}[field]
         try:
             with work.volume.transaction():
                 if field == "root" and stat.S_ISDIR(inode.mode):
@@ -70,7 +73,7 @@ def contents(work: Work) -> None:
                     inode = inode._replace(inline=inline_extents(salvage.items))
                 else:
                     root = _tree(work.volume, ino, salvage, what)
-                    inode = inode._replace(root=root) if field == "root" else inode._replace(xattrs=root)
+                    inode = inode._replace(**dict[str, Any]({field: root}))
                     if what == "extents" and not inode.root:
                         inode = inode._replace(inline=bytes(INLINE_SIZE))
                 work.volume.put_inode(ino, inode)
@@ -98,7 +101,7 @@ def _tree(volume: Volume, ino: int, salvage: Salvage, what: str) -> int:
     items: dict[int, bytes] = {}
     for old, value in salvage.items:
         key = old
-        if what != "extents":
+        if what in ("entries", "attributes"):
             first = name_key(volume.sb.hash_seed, _name(value, what))
             if not first <= key < first + KEY_SLOTS or key in items:
                 key = next((k for k in range(first, first + KEY_SLOTS) if k not in items), old)
@@ -120,11 +123,11 @@ def _name(value: bytes, what: str) -> bytes:
 def lost(work: Work) -> None:
     """Inodes without a name get one: the reserved ones theirs, all others "#" and their number.
 
-    In /lost+found as long as there is room to make and grow it, then in the root directory.
+    Domains in /iommu; others in /lost+found as long as there is room to make and grow it, then in the root directory.
     """
     rooms = ["/lost+found", "/"]
     for ino in work.checker.lost:
-        for where in ["its place"] if ino in PLACES else list(rooms):
+        for where in _places(work, ino) or list(rooms):
             try:
                 _name_lost(work, ino, where)
             except CorruptError:
@@ -138,13 +141,22 @@ def lost(work: Work) -> None:
             break
 
 
+def _places(work: Work, ino: int) -> list[str]:
+    """Where the inode must be named, if not just anywhere."""
+    if ino in PLACES:
+        return ["its place"]
+    inode = work.checker.inode(ino)
+    return ["/iommu"] if inode and inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES else []
+
+
 def _name_lost(work: Work, ino: int, where: str) -> None:
     volume = work.volume
     inode = read_inode(volume.region, ino)
     if ino in PLACES:
         parent, name = PLACES[ino]
     else:
-        parent, name = ROOT_INO if where == "/" else _lost_found(work), b"#%d" % ino
+        parent = {"/": ROOT_INO, "/iommu": IOMMU_INO}.get(where) or _lost_found(work)
+        name = b"#%d" % ino
     while Directory(volume, parent, volume.inode(parent)).find(name):
         name += b"~"
     if in_its_place(ino, parent, name):  # what has the name goes first

@@ -12,6 +12,7 @@ from pkernfs.format import (
     PAGE,
     PAGES_PER_BLOCK,
     ROOT_INO,
+    ROOT_PGTABLES_INO,
     Inode,
 )
 from pkernfs.fs.check.inodes import RESERVED
@@ -50,7 +51,8 @@ def bad_inodes(work: Work) -> None:
 
 
 def _reserved(volume: Volume, ino: int) -> Inode:
-    """A reserved inode as mkfs makes it; a directory keeps its entries and attributes.
+    """A reserved inode as mkfs makes it; a directory keeps its entries and attributes, and
+    root-pgtables its records.
 
     Trees that cannot be found begin nowhere: the next round makes them anew from their leaves.
     """
@@ -61,8 +63,10 @@ def _reserved(volume: Volume, ino: int) -> Inode:
     is_dir = kind == stat.S_IFDIR
     now = volume.clock()
     permissions = 0o755 if ino != ROOT_INO + 3 else 0o600
-    trees = [page if is_root_of(volume, page, ino) else volume.total_pages for page in (raw.root, raw.xattrs)]
-    root, xattrs = trees if is_dir else (0, 0)
+    pages = (raw.root, raw.xattrs, raw.iommu)
+    trees = [page if is_root_of(volume, page, ino) else volume.total_pages for page in pages]
+    root, xattrs = trees[:2] if is_dir else (0, 0)
+    records = trees[2] if ino == ROOT_PGTABLES_INO else 0
     listed = ORPHANS_INO if ino == ORPHANS_INO else 0
     try:
         owner = read_inode(volume.region, ROOT_INO)
@@ -81,6 +85,7 @@ def _reserved(volume: Volume, ino: int) -> Inode:
         parent=ROOT_INO if is_dir else 0,
         root=root,
         xattrs=xattrs,
+        iommu=records,
         orphan_next=listed,
         orphan_prev=listed,
     )

@@ -30,7 +30,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.check import Checker
 from pkernfs.fs.check.inodes import in_its_place, may_be_named
-from pkernfs.fs.check.trees import is_attribute, is_entry, is_extent
+from pkernfs.fs.check.iommu import record
+from pkernfs.fs.check.trees import Fits, is_attribute, is_entry, is_extent, is_record
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import has_extents, raw_inode
@@ -85,7 +86,7 @@ def _node(checker: Checker, page: int) -> Node | None:
     else:
         right = RIGHT[fits]
         items = list(zip(node.keys, node.values, strict=True))
-        items = [item for item in items if fits(item[1]) and right(checker, owner, *item)]
+        items = [item for item in items if fits(*item) and right(checker, owner, *item)]
         node.keys, node.values = [key for key, _ in items], [value for _, value in items]
     return node if node.keys and all(a < b for a, b in pairwise(node.keys)) else None
 
@@ -130,14 +131,19 @@ def _is_right_attribute(checker: Checker, owner: int, key: int, value: bytes) ->
     return memory and _at_its_key(checker, key, attribute.name)
 
 
+def _is_right_record(checker: Checker, owner: int, key: int, value: bytes) -> bool:
+    return record(owner, key, value, checker.volume.total_pages) is not None
+
+
 def _at_its_key(checker: Checker, key: int, name: bytes) -> bool:
     first = name_key(checker.volume.sb.hash_seed, name)
     return first <= key < first + KEY_SLOTS
 
 
 #: how a value of a tree is told -> whether an item (owner, key, value) is right by itself
-RIGHT: dict[Callable[[bytes], bool], Callable[[Checker, int, int, bytes], bool]] = {
+RIGHT: dict[Fits, Callable[[Checker, int, int, bytes], bool]] = {
     is_extent: _is_right_extent,
     is_entry: _is_right_entry,
     is_attribute: _is_right_attribute,
+    is_record: _is_right_record,
 }

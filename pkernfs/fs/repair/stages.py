@@ -17,6 +17,7 @@ from pkernfs.fs.check.order import PASSES
 from pkernfs.fs.repair.content import contents, lost
 from pkernfs.fs.repair.frame import mend_frame
 from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
+from pkernfs.fs.repair.iommu import bitmaps, domain_ids, records
 from pkernfs.fs.repair.quotas import projects
 from pkernfs.fs.repair.seals import seals
 from pkernfs.fs.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
@@ -33,6 +34,7 @@ STEPS: tuple[tuple[Callable[[Work], None], ...], ...] = (
     (slots,),
     (seals, bad_inodes),
     (contents,),
+    (records, domain_ids, bitmaps),
     (fields, free_slots, orphans, leaks, lost),
     (projects,),
 )

@@ -1,0 +1,183 @@
+"""Faults of page tables, of their records and of the pins of files: the one invariant that each breaks."""
+
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from pkernfs import format as f
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
+from tests.core.support import attach, map_file, mkdomain, mkfile, patch_inode
+
+
+def domain(fs: Filesystem) -> int:
+    """A domain that maps three pages of a file of its own at page 0x100, with records of every kind there are."""
+    ino = mkdomain(fs)
+    file = mkfile(fs, b"ram", b"R" * 5 * f.PAGE)
+    map_file(fs, ino, 0x100, file, 1, 3)
+    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)))
+    attach(fs, 0x28, ino)
+    for key, value in (
+        (f.STALE_CONTEXT_KEY + 0x30, f.STALE.pack(f.Stale(0, 1))),
+        (f.STALE_IOTLB_KEY + (1 << f.IOVA_PAGE_BITS) + 0x100, f.STALE.pack(f.Stale(3, 1))),
+        (f.REQUEST_KEY, f.REQUEST.pack(f.Request(5, 6))),
+    ):
+        put(fs, f.ROOT_PGTABLES_INO, key, value)
+    return ino
+
+
+def put(fs: Filesystem, ino: int, key: int, value: bytes) -> None:
+    """Put any record, and leave pins alone."""
+    with fs.volume.transaction():
+        records = Records(fs.volume, ino)
+        records.put(key, value)
+        records.finish()
+
+
+def put_mapping(fs: Filesystem, key: int = 0x200, **fields: int) -> None:
+    """One more mapping of /ram, with other fields; pinned where it names a file."""
+    ino = domain(fs)
+    mapping = f.Mapping(fs.resolve(b"ram"), 0, 1, f.READ)._replace(**fields)
+    put(fs, ino, key, f.MAPPING.pack(mapping))
+    if mapping.ino == fs.resolve(b"ram"):
+        patch_inode(fs, mapping.ino, iommu=2)
+
+
+def bad_record(ino: int | None = None, key: int = 0x200, value: bytes = b"") -> Callable[[Filesystem], object]:
+    """Put a record that cannot be into page tables; None: into the domain."""
+
+    def plant(fs: Filesystem) -> None:
+        made = domain(fs)
+        put(fs, made if ino is None else ino, key, value)
+
+    return plant
+
+
+def bad_domain(**fields: int) -> Callable[[Filesystem], object]:
+    fine = f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)
+    return bad_record(key=f.DOMAIN_KEY, value=f.DOMAIN.pack(fine._replace(**fields)))
+
+
+def ram(**fields: Any) -> Callable[[Filesystem], object]:
+    """The inode of the file that is mapped, changed."""
+
+    def plant(fs: Filesystem) -> None:
+        domain(fs)
+        patch_inode(fs, fs.resolve(b"ram"), **fields)
+
+    return plant
+
+
+def tables(**fields: Any) -> Callable[[Filesystem], object]:
+    """The inode of the domain, changed."""
+    return lambda fs: patch_inode(fs, domain(fs), **fields)
+
+
+def orphan_of_mapping(fs: Filesystem) -> None:
+    """A file without a name that is mapped, and counts no pins."""
+    ino = domain(fs)
+    file = mkfile(fs, b"gone", b"G" * f.PAGE)
+    map_file(fs, ino, 0x300, file)
+    fs.unlink(f.ROOT_INO, b"gone")
+    patch_inode(fs, file, iommu=0)
+
+
+def same_id(fs: Filesystem) -> None:
+    domain(fs)
+    put(fs, mkdomain(fs, b"dom-1", 0), f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_AMD, 3, 1, 0, 1, 0, 0)))
+
+
+def tables_with_a_hole(fs: Filesystem) -> None:
+    """Two blocks, of which the first is not mapped at the start of the file."""
+    ino = domain(fs)
+    extent = f.EXTENT.unpack(fs.getattr(ino).inline)
+    inline = f.EXTENT.pack(extent._replace(start=f.PAGES_PER_BLOCK))
+    patch_inode(fs, ino, size=2 * f.BLOCK, inline=inline + bytes(f.INLINE_SIZE - len(inline)))
+    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 0, 0)))
+
+
+def clear_bit(fs: Filesystem) -> None:
+    (extent,) = fs.extents(domain(fs))
+    fs.region.store_word(extent.page * f.PAGE, 0xF0)
+
+
+def flag(path: bytes, flags: int) -> Callable[[Filesystem], object]:
+    return lambda fs: patch_inode(fs, fs.resolve(path), flags=fs.getattr(fs.resolve(path)).flags | flags)
+
+
+def in_iommu(fs: Filesystem) -> None:
+    """A file that is no domain."""
+    patch_inode(fs, mkdomain(fs, b"file", 0), flags=f.FLAG_FILE)
+
+
+def move_domain(fs: Filesystem) -> None:
+    """The domain, from iommu/ to the root directory."""
+    ino = domain(fs)
+    for parent, added in ((f.IOMMU_INO, False), (f.ROOT_INO, True)):
+        directory = fs.directory(parent)
+        with fs.volume.transaction():
+            if added:
+                directory.add(b"dom-0", ino, stat.S_IFREG)
+            else:
+                entry = directory.find(b"dom-0")
+                assert entry
+                directory.remove(entry)
+            fs.volume.put_inode(parent, directory.finish(0))
+
+
+def node_of_records(fs: Filesystem) -> int:
+    """A byte of the node of the domain's records."""
+    return fs.getattr(domain(fs)).iommu * f.PAGE + 4
+
+
+FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
+    "iommu-file-that-is-no-domain": ("iommu-name", in_iommu),
+    "iommu-file-with-the-flag": ("iommu-name", flag(b"g", f.FLAG_IOMMU_DOMAIN_PGTABLES)),
+    "iommu-domain-elsewhere": ("iommu-name", move_domain),
+    "iommu-directory-with-the-flag": ("inode-flags", flag(b"empty", f.FLAG_IOMMU_DOMAIN_PGTABLES)),
+    "iommu-flag-of-the-root": ("inode-flags", flag(b"g", f.FLAG_IOMMU_ROOT_PGTABLES)),
+    "iommu-tables-too-large": ("iommu-size", tables(size=2 * f.BLOCK)),
+    "iommu-tables-too-small": ("iommu-size", tables(size=f.PAGE)),
+    "iommu-tables-with-a-hole": ("iommu-size", tables_with_a_hole),
+    "iommu-bitmap": ("iommu-bitmap", clear_bit),
+    "iommu-record-of-another-size": ("iommu-record", bad_record(value=b"x" * 24)),
+    "iommu-record-with-an-unknown-key": ("iommu-record", bad_record(key=1 << 50, value=b"x" * 32)),
+    "iommu-record-in-the-wrong-tree": ("iommu-record", bad_record(f.ROOT_PGTABLES_INO, value=b"x" * 32)),
+    "iommu-attachment-in-a-domain": ("iommu-record", bad_record(key=f.ATTACHMENT_KEY, value=bytes(16))),
+    "iommu-root-table-beyond-its-file": (
+        "iommu-record",
+        bad_record(f.ROOT_PGTABLES_INO, f.ROOT_TABLE_KEY, f.ROOT_TABLE.pack(f.RootTable(1 << 40))),
+    ),
+    "iommu-stale-of-another-id": (
+        "iommu-record",
+        bad_record(f.ROOT_PGTABLES_INO, f.STALE_IOTLB_KEY + 7, f.STALE.pack(f.Stale(1, 9))),
+    ),
+    **{
+        f"iommu-domain-{field}": ("iommu-record", bad_domain(**{field: value}))
+        for field, value in (("tables", 2), ("levels", 6), ("leaf", 0), ("reserved", 1), ("id", 0), ("root", 1 << 40))
+    },
+    "iommu-mapping-of-no-pages": ("iommu-record", lambda fs: put_mapping(fs, length=0, ino=1)),
+    "iommu-mapping-beyond-all-iovas": ("iommu-record", lambda fs: put_mapping(fs, (1 << 45) - 1, length=2, ino=1)),
+    "iommu-mapping-that-wraps": ("iommu-record", lambda fs: put_mapping(fs, start=(1 << 64) - 1, length=2, ino=1)),
+    "iommu-mapping-without-rights": ("iommu-record", lambda fs: put_mapping(fs, access=0, ino=1)),
+    "iommu-mapping-with-more-rights": ("iommu-record", lambda fs: put_mapping(fs, access=7, ino=1)),
+    "iommu-overlap": ("iommu-overlap", lambda fs: put_mapping(fs, 0x102, ino=1)),
+    "iommu-same-id": ("iommu-domain-id", same_id),
+    "iommu-mapping-of-nothing": ("iommu-mapping", lambda fs: put_mapping(fs, ino=1 << 60)),
+    "iommu-mapping-of-a-free-slot": ("iommu-mapping", lambda fs: put_mapping(fs, ino=fs.resolve(b"big") + 15)),
+    "iommu-mapping-of-a-directory": ("iommu-mapping", lambda fs: put_mapping(fs, ino=fs.resolve(b"d"))),
+    "iommu-mapping-of-tables": ("iommu-mapping", lambda fs: put_mapping(fs, ino=f.ROOT_PGTABLES_INO)),
+    "iommu-mapping-of-a-hole": ("iommu-mapping", lambda fs: put_mapping(fs, length=6)),
+    "iommu-mapping-far-outside": ("iommu-mapping", lambda fs: put_mapping(fs, start=1 << 60)),
+    "iommu-file-cut-below-a-mapping": ("iommu-end", ram(size=f.PAGE + 1)),
+    "iommu-too-few-pins": ("iommu-pins", ram(iommu=0)),
+    "iommu-too-many-pins": ("iommu-pins", ram(iommu=7)),
+    "iommu-pins-of-a-file-that-is-not-mapped": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"g"), iommu=1)),
+    "iommu-pins-of-an-orphan": ("iommu-pins", orphan_of_mapping),
+    "iommu-pins-of-a-directory": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"d"), iommu=1)),
+    "iommu-pins-of-a-link": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"link"), iommu=1)),
+    "iommu-attachment-to-nothing": (
+        "iommu-attachment",
+        bad_record(f.ROOT_PGTABLES_INO, f.ATTACHMENT_KEY + 9, f.ATTACHMENT.pack(f.Attachment(77, 1, 0))),
+    ),
+}
