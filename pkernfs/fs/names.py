@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
@@ -99,9 +99,19 @@ class Names(Orphans):
             raise FsError(errno.EEXIST, repr(name))
         return directory
 
-    def create(self, parent: int, name: bytes, mode: int, caller: Caller, rdev: int = 0, target: bytes = b"") -> Ino:
+    def create(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        rdev: int = 0,
+        target: bytes = b"",
+        furnish: Callable[[Ino], object] | None = None,
+    ) -> Ino:
         """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
 
+        ``furnish``: what else belongs to it is done within the same transaction.
         Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT, EPERM (in iommu/ all but files).
         """
         volume = self.volume
@@ -139,6 +149,8 @@ class Names(Orphans):
             above = directory.finish(now)
             volume.put_inode(parent, above._replace(nlink=above.nlink + 1) if is_dir else above)
             volume.put_inode(ino, inode)
+            if furnish:
+                furnish(ino)
         return ino
 
     def _with_target(self, ino: int, inode: Inode, target: bytes) -> Inode:

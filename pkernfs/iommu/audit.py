@@ -144,7 +144,8 @@ class Audit:
                 seen |= set(range(page, page + PAGES_PER_BLOCK))
         entries: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
         for number, requester, words in contexts.present():
-            entries.setdefault(requester, []).append((number, words))
+            if requester not in self.attachments or words[0] != DEVICES[number].blocked[0]:
+                entries.setdefault(requester, []).append((number, words))
         for requester in sorted(entries.keys() | self.attachments.keys()):
             self.device = pci.text(requester)
             self._device(requester, entries.get(requester, []), hwpts)

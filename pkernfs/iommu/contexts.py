@@ -59,8 +59,7 @@ class Contexts:
         else:
             page = self.pages.allocate_block()
             blocked = array("Q", device.blocked * (ENTRIES // device.words))
-            for at in range(PAGES_PER_BLOCK):
-                self.pages.store(page + at, blocked)
+            self.pages.store(page, blocked * PAGES_PER_BLOCK)
         self.records.put(ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page)))
         return page
 

@@ -6,12 +6,12 @@ import errno
 import stat
 
 from pkernfs.errors import FsError
-from pkernfs.format import IOMMU_INO
+from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.records import Records
 from pkernfs.iommu.formats import BY_NAME
-from pkernfs.iommu.hwpt import Hwpt, commit, domains, done_before
+from pkernfs.iommu.hwpt import Hwpt, commit, domains, done_before, executed
 
 
 def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, request: int = 0) -> int:
@@ -21,20 +21,16 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
     again = done_before(fs, request)
     if again is not None:
         return again
-    ino = fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller)
 
-    def first_block(roots: Records, compact: bool) -> int:
+    def furnish(ino: int) -> None:
         hwpt = Hwpt(fs.volume, ino)
         hwpt.record = hwpt.record._replace(tables=BY_NAME[form].number, levels=levels)
+        roots = Records(fs.volume, ROOT_PGTABLES_INO)
         hwpt.prepare(roots)
         hwpt.save()
-        return ino
+        executed(roots, request, ino)
 
-    try:
-        return commit(fs, request, first_block)
-    except FsError:
-        fs.unlink(IOMMU_INO, name)
-        raise
+    return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, furnish=furnish)
 
 
 def destroy(fs: Filesystem, ino: int, request: int = 0) -> None:

@@ -150,6 +150,12 @@ def done_before(fs: Filesystem, request: int) -> int | None:
     return last.result if request and last.key == request else None
 
 
+def executed(roots: Records, request: int, result: int) -> None:
+    """Note that a request is executed by the open transaction; ``roots``, of root-pgtables, are finished."""
+    roots.put(REQUEST_KEY, REQUEST.pack(Request(request, result)))
+    roots.finish()
+
+
 def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int]) -> int:
     """Run ``change(roots, compact)`` in one transaction, with its result noted as that of the request; the result.
 
@@ -162,8 +168,7 @@ def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int])
     def all_of_it(compact: bool) -> int:
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
         result = change(roots, compact)
-        roots.put(REQUEST_KEY, REQUEST.pack(Request(request, result)))
-        roots.finish()
+        executed(roots, request, result)
         return result
 
     return fs.compacting(all_of_it)

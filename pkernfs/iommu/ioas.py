@@ -174,5 +174,5 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
 
     unmapped = commit(fs, request, change)
     for file_ino in files:
-        fs._reap_if_unused(file_ino)
+        fs.reap(file_ino)
     return unmapped

@@ -197,7 +197,7 @@ class TablePages:
             self.free_runs, self.run = None, (0, 0)
 
     def store(self, page: int, entries: array[int]) -> None:
-        """Fill a page that was allocated in this transaction, and that nothing leads to yet."""
+        """Fill a page (or a block) that was allocated in this transaction, and that nothing leads to yet."""
         self.region.store(self.offset(page), entries.tobytes())
 
     def words(self, page: int, index: int, values: Iterable[int]) -> None:

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable
 from typing import Final
 
-from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, MiB, TiB
+from pkernfs.format import BLOCK, DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, MiB, TiB, geometry
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
@@ -49,10 +49,10 @@ class SparseRegion(Region):
         """Nothing was ever stored in blocks that are handed out here."""
 
 
-def filesystem(size: int) -> tuple[Filesystem, int]:
-    """A filesystem with one file of ``size`` bytes; its inode."""
-    region = SparseRegion(size + 4 * GiB)
-    mkfs(region)
+def filesystem(size: int, kind: type[SparseRegion] = SparseRegion) -> tuple[Filesystem, int]:
+    """A filesystem with one file of ``size`` bytes, which begins at 1 GiB; its inode."""
+    region = kind(size + 4 * GiB)
+    mkfs(region, phys_base=GiB - geometry(region.size // BLOCK).first_block * BLOCK)
     fs = Filesystem.open(region)
     ino = fs.create(ROOT_INO, b"guest-ram", stat.S_IFREG | 0o600, Caller(0, 0))
     fs.setattr(ino, SetAttr(size=size))
