@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -23,6 +24,9 @@ from pkernfs.format import (
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.volume import Volume
+from pkernfs.layout import Layout
+
+R = TypeVar("R", bound=NamedTuple)
 
 #: flags of inodes whose content are page tables
 TABLES = FLAG_IOMMU_DOMAIN_PGTABLES | FLAG_IOMMU_ROOT_PGTABLES
@@ -44,6 +48,18 @@ class Records(Tree):
     def _bad_record(self, key: int, found: str) -> CorruptError:
         return CorruptError(f"record {key:#x} of inode {self.owner}", self.owner * INODE_SIZE, found, ino=self.owner)
 
+    def decode(self, layout: Layout[R], key: int, value: bytes) -> R:
+        """A value as the record that it should be.  Raises CorruptError."""
+        if len(value) != layout.size:
+            name = layout.record.__name__
+            raise self._bad_record(key, f"{len(value)} bytes, expected {layout.size}, of a record {name}")
+        return layout.unpack(value)
+
+    def record(self, layout: Layout[R], key: int) -> R | None:
+        """The record of a key, if there is one.  Raises CorruptError."""
+        value = self.get(key)
+        return None if value is None else self.decode(layout, key, value)
+
     def mappings(self, first: int = 0, last: int = LAST_MAPPING) -> Iterator[tuple[int, Mapping]]:
         """(IOVA page, mapping) of a domain that touch pages ``first`` to ``last``.  Raises CorruptError."""
         below = self.floor(first)
@@ -54,9 +70,7 @@ class Records(Tree):
 
     def mapping(self, key: int, value: bytes) -> Mapping:
         """The mapping that a record is.  Raises CorruptError."""
-        if len(value) != MAPPING.size:
-            raise self._bad_record(key, f"{len(value)} bytes, expected a mapping")
-        mapping = MAPPING.unpack(value)
+        mapping = self.decode(MAPPING, key, value)
         if not 0 < mapping.length <= LAST_MAPPING + 1 - key or not 0 < mapping.access <= 3:
             raise self._bad_record(key, f"{mapping}")
         return mapping
@@ -64,9 +78,7 @@ class Records(Tree):
     def attachments(self) -> Iterator[tuple[int, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
         for key, value in self.scan(ATTACHMENT_KEY, STALE_CONTEXT_KEY - 1):
-            if len(value) != ATTACHMENT.size:
-                raise self._bad_record(key, f"{len(value)} bytes, expected an attachment")
-            yield key - ATTACHMENT_KEY, ATTACHMENT.unpack(value)
+            yield key - ATTACHMENT_KEY, self.decode(ATTACHMENT, key, value)
 
     def finish(self) -> Inode:
         """The inode with the changes, which is put into the transaction."""

@@ -39,9 +39,9 @@ class Contexts:
         """(table format, PCI segment, page) of all root and device tables.  Raises CorruptError."""
         for key, value in self.records.scan(ROOT_TABLE_KEY, ATTACHMENT_KEY - 1):
             number, segment = key >> 16 & 0xFFFFFF, key & 0xFFFF
-            if number not in FORMATS or len(value) != ROOT_TABLE.size:
+            if number not in FORMATS:
                 raise self.pages.bad(f"record {key:#x}: a table of format {number}")
-            yield number, segment, ROOT_TABLE.unpack(value).page
+            yield number, segment, self.records.decode(ROOT_TABLE, key, value).page
 
     def table(self, number: int, segment: int) -> int:
         """The page of a segment's root (or device) table; 0: there is none."""

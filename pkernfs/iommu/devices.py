@@ -20,8 +20,7 @@ from pkernfs.iommu.stale import Invalidation, add
 
 def attachment_of(roots: Records, requester: int) -> Attachment | None:
     """What a device is attached to."""
-    raw = roots.get(ATTACHMENT_KEY + requester)
-    return ATTACHMENT.unpack(raw) if raw else None
+    return roots.record(ATTACHMENT, ATTACHMENT_KEY + requester)
 
 
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:

@@ -45,12 +45,10 @@ class Hwpt:
         self.volume = volume
         self.ino = ino
         self.records = Records(volume, ino)
-        raw = self.records.get(DOMAIN_KEY)
-        self.record = UNUSED if raw is None else self._checked(raw)
+        self.record = self._checked(self.records.record(DOMAIN, DOMAIN_KEY) or UNUSED)
         self.pages = TablePages(volume, ino)
 
-    def _checked(self, raw: bytes) -> Domain:
-        record = DOMAIN.unpack(raw) if len(raw) == DOMAIN.size else UNUSED._replace(levels=0)
+    def _checked(self, record: Domain) -> Domain:
         if record.tables not in FORMATS or not 3 <= record.levels <= 5 or not 1 <= record.leaf <= 3:
             raise CorruptError(f"domain {self.ino}", self.ino * INODE_SIZE, f"{record}", ino=self.ino)
         return record
@@ -132,8 +130,8 @@ def new_id(volume: Volume, roots: Records) -> int:
     fs_entries = Filesystem(volume).directory(IOMMU_INO).scan(0)
     for entry in fs_entries:
         if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            raw = Records(volume, entry.ino).get(DOMAIN_KEY)
-            used.add(DOMAIN.unpack(raw).id if raw else 0)
+            record = Records(volume, entry.ino).record(DOMAIN, DOMAIN_KEY)
+            used.add(record.id if record else 0)
     for number in range(1, LAST_ID + 1):
         if number not in used:
             return number
@@ -145,9 +143,8 @@ def new_id(volume: Volume, roots: Records) -> int:
 
 def done_before(fs: Filesystem, request: int) -> int | None:
     """The result of a request that comes again; None: it has not been executed."""
-    raw = Records(fs.volume, ROOT_PGTABLES_INO).get(REQUEST_KEY)
-    last = REQUEST.unpack(raw) if raw else Request(0, 0)
-    return last.result if request and last.key == request else None
+    last = Records(fs.volume, ROOT_PGTABLES_INO).record(REQUEST, REQUEST_KEY)
+    return last.result if last and request and last.key == request else None
 
 
 def executed(roots: Records, request: int, result: int) -> None:

@@ -35,7 +35,7 @@ class Invalidation(NamedTuple):
 def pending(records: Records) -> Iterator[Invalidation]:
     """What is to be invalidated.  ``records``: of root-pgtables."""
     for key, value in records.scan(STALE_CONTEXT_KEY, REQUEST_KEY - 1):
-        stale = STALE.unpack(value)
+        stale = records.decode(STALE, key, value)
         if key < STALE_IOTLB_KEY:
             yield Invalidation(stale.id, requester=key - STALE_CONTEXT_KEY)
         else:
@@ -49,7 +49,8 @@ def add(records: Records, what: Invalidation) -> None:
         records.put(STALE_CONTEXT_KEY + what.requester, STALE.pack(Stale(0, what.id)))
         return
     base = STALE_IOTLB_KEY + (what.id << IOVA_PAGE_BITS)
-    known = [(key, STALE.unpack(value).length) for key, value in records.scan(base, base + (1 << IOVA_PAGE_BITS) - 1)]
+    found = records.scan(base, base + (1 << IOVA_PAGE_BITS) - 1)
+    known = [(key, records.decode(STALE, key, value).length) for key, value in found]
     first, end = base + what.iova // PAGE, base + (what.iova + what.length) // PAGE
     if known == [(base, 0)]:
         return
