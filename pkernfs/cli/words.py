@@ -34,8 +34,8 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 def size(word: str) -> int:
     """A size or an address in bytes: 4096, 0x1000, 512M, 1GiB (powers of 1024).  For argparse."""
-    match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|[0-9]+)(?:([KMGTP])(?:i?B)?)?", word, re.IGNORECASE)
-    if match is None or (match[1][:2].lower() == "0x" and match[2] and match[2].upper() == "B"):
+    match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|[0-9]+)(?:([KMGTP])(?:i?B)?)?", word, re.IGNORECASE | re.ASCII)
+    if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 4096, 0x1000, 512M or 1G, found {word!r}")
     return int(match[1], 0 if match[1][:2].lower() == "0x" else 10) * UNITS[(match[2] or "").upper()]
 
