@@ -41,14 +41,14 @@ def mount_of(path: str) -> Mount | None:
 
 
 def control(path: str, verb: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
-    """Ask the server of the mount that ``path`` is in; ``path`` itself goes along as an inode number.
+    """Ask the server of the mount that ``path`` is in; ``path`` itself goes along as an inode number, unless "ino" is
+    among the arguments.
 
     Raises UsageError when ``path`` is not in a pkernfs mount, ControlError when the server refuses or is gone.
     """
     mount = _mount_of(path)
-    request = {"verb": verb, **arguments}
     try:
-        request["ino"] = os.lstat(path).st_ino
+        request = {"verb": verb, "ino": os.lstat(path).st_ino, **arguments}
         address = os.getxattr(mount.mountpoint, "user.pkernfs.control")
     except OSError as error:
         raise ControlError(f"{path}: cannot reach the server: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ VERBS = {
     "explain": ("explain", "what owns a block or an address of a region"),
     "scrub": ("scrub", "verify every checksum of a mounted region"),
     "quota": ("quota", "what a directory and all below it may use"),
+    "iommu": ("iommu", "page tables for DMA: domains, mappings, devices, audit"),
     "status": ("status", "who serves a mount, and how it has been doing"),
     "metrics": ("metrics", "the same for Prometheus"),
     "upgrade": ("upgrade", "let this version serve a mount in use"),
