@@ -1,0 +1,146 @@
+"""pkernfs iommu map-picture: draw an address space."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pkernfs.cli.iommu_source import Source, source
+from pkernfs.cli.iommu_words import Command
+from pkernfs.errors import PkernfsError, UsageError
+from pkernfs.format import PAGE
+
+if TYPE_CHECKING:
+    from pkernfs.cli.iommu_space import Block, Space
+
+MAP_PICTURE = """\
+Draw an address space: what is mapped at which IOVA, with which rights and leaves, of which file and where in memory;
+and the gaps between.  What is too small to be seen is drawn together with its neighbours, and the picture says so.
+
+  pkernfs iommu map-picture /mnt/pkernfs/iommu/dom-0                      in the terminal
+  pkernfs iommu map-picture /mnt/pkernfs/iommu/dom-0 --svg dom-0.svg      as a picture for a browser
+  pkernfs iommu map-picture /dev/shm/pkernfs.img:/iommu/dom-0             without a mount
+"""
+BLOCKS = 36  #: of IOVAs in a picture
+LINES = 24  #: the same for the terminal
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("domain", metavar="DOMAIN", help="MOUNT/iommu/NAME or REGION:/iommu/NAME")
+    parser.add_argument("--svg", metavar="FILE", help="draw there; - for standard output")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pkernfs.cli.iommu_space import space
+
+    if arguments.json and arguments.svg == "-":
+        raise UsageError("--svg -: expected a file beside --json, which prints on standard output, too")
+    where = source(arguments.domain, domain=True)
+    ino = where.ino()
+    domain = next((one for one in where.list()["domains"] if one["ino"] == ino), None)
+    if domain is None:
+        raise UsageError(f"{arguments.domain}: expected a domain", hint="pkernfs iommu create makes one")
+    found = space(domain, lambda ino: _extents(where, ino), BLOCKS if arguments.svg or arguments.json else LINES)
+    for block in found.blocks:
+        block.leaves = _leaves(where, block)
+    if arguments.svg:
+        _write_svg(found, arguments.svg)
+    if arguments.json:
+        print(json.dumps(_facts(found), indent=2))
+    elif not arguments.svg:
+        _print(found)
+    return 0
+
+
+def _extents(where: Source, ino: int) -> list[dict[str, Any]]:
+    """Of a file, or none when it cannot be asked."""
+    try:
+        extents: list[dict[str, Any]] = where.file(ino)["extents"]
+    except PkernfsError:
+        return []
+    return extents
+
+
+def _leaves(where: Source, block: Block) -> tuple[int, ...]:
+    """The sizes of leaves at the first, a middle and the last page of a block; 0: there is none."""
+    middle = block.mappings[len(block.mappings) // 2]
+    pages = {block.start, middle.iova + middle.length // 2 // PAGE * PAGE, block.end - PAGE}
+    walks = [where.walk(page) for page in sorted(pages)]
+    return tuple(sorted({walk["page_size"] if walk["fault"] is None else 0 for walk in walks}))
+
+
+def _write_svg(found: Space, path: str) -> None:
+    from pkernfs.cli.iommu_svg import svg
+
+    text = svg(found)
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise PkernfsError(f"{path}: cannot write the picture: {error.strerror}") from None
+
+
+def _print(found: Space) -> None:
+    from pkernfs.cli import iommu_text
+
+    if not sys.stdout.isatty():
+        try:
+            iommu_text.UNICODE.fills.encode(sys.stdout.encoding or "ascii")
+            marks = iommu_text.UNICODE
+        except UnicodeEncodeError:
+            marks = iommu_text.ASCII
+        for line in iommu_text.picture(found, marks):
+            print("".join(piece.text for piece in line).rstrip())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    colours = found.colours()
+    for line in iommu_text.picture(found, iommu_text.UNICODE if console.no_color else iommu_text.COLOURS):
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for piece in line:
+            text.append(piece.text, style="" if piece.ino is None else colours.get(piece.ino, ""))
+        console.print(text)
+
+
+def _facts(found: Space) -> dict[str, Any]:
+    """The picture for programs."""
+    blocks = [
+        {
+            "iova": block.start,
+            "length": block.end - block.start,
+            "mapped": block.length,
+            "mappings": len(block.mappings),
+            "access": block.access,
+            "leaves": list(block.leaves),
+            "inos": sorted({mapping.ino for mapping in block.mappings}),
+        }
+        for block in found.blocks
+    ]
+    memory = [
+        {
+            "ino": part.ino or None,
+            "file": found.names[part.ino],
+            "offset": part.start if part.ino else None,
+            "length": part.end - part.start if part.ino else None,
+            "mapped": part.length,
+            "runs": [run._asdict() for run in part.runs],
+        }
+        for part in found.memory
+    ]
+    return {
+        "domain": found.domain["name"],
+        "aperture": found.domain["aperture"],
+        "mappings": sum(len(block.mappings) for block in found.blocks),
+        "blocks": blocks,
+        "memory": memory,
+    }
+
+
+COMMANDS = {"map-picture": Command(MAP_PICTURE, _arguments, _run)}
