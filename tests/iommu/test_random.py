@@ -14,7 +14,7 @@ from pkernfs.errors import FsError
 from pkernfs.format import PAGE, GiB, MiB
 from pkernfs.fs.filesystem import SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.iommu import domain, replace
+from pkernfs.iommu import devices, domain, ioas, replace
 from pkernfs.iommu.audit import Audit
 from pkernfs.region import MemoryRegion
 from tests.core.support import ME, assert_sound, open_fs
@@ -58,8 +58,8 @@ class World:
         self.files |= dict.fromkeys(scattered_files(self.fs, (b"a", b"b"), 40), 40)
         self.files[stamped_file(self.fs, b"odd", BLOCK + 5 * PAGE)] = BLOCK // PAGE + 5
         self.ino = domain.create(self.fs, b"dom-0", form, levels, ME)
-        domain.attach(self.fs, self.ino, DEVICE)
-        root = domain.root_table(self.fs, form, 0)
+        devices.attach(self.fs, self.ino, DEVICE)
+        root = devices.root_table(self.fs, form, 0)
         self.walker: Any = (walker.Vtd if form == "vtd" else walker.Amd)(self.memory, root)
         self.pages: dict[int, tuple[int, int]] = {}
         self.pierced: list[tuple[int, int, int, int, str]] = []  #: arguments of ``enter``
@@ -92,7 +92,7 @@ class World:
         new = {first + n: (stamp(ino, offset + n), RIGHTS[access]) for n in range(count)}
         taken = not self.pages.keys().isdisjoint(new)
         with self.refused(errno.EEXIST if taken else 0), self.watching({**self.pages, **new}):
-            domain.map_file(self.fs, self.ino, first * PAGE, ino, offset * PAGE, count * PAGE, access)
+            ioas.map_file(self.fs, self.ino, first * PAGE, ino, offset * PAGE, count * PAGE, access)
         if not taken:
             self.pages |= new
         self.check(range(first - 2, first + count + 2))
@@ -122,7 +122,7 @@ class World:
         left = {page: found for page, found in self.pages.items() if not first <= page < first + count}
         gone = len(self.pages) - len(left)
         with self.refused(0 if gone else errno.ENOENT), self.watching(left):
-            assert domain.unmap(self.fs, self.ino, first * PAGE, count * PAGE) == gone * PAGE
+            assert ioas.unmap(self.fs, self.ino, first * PAGE, count * PAGE) == gone * PAGE
         self.pages = left
         self.check(range(first - 2, first + count + 2))
 
@@ -220,7 +220,7 @@ def test_random_mappings(form: str, levels: int) -> None:
         for start in world.windows:
             count = 64 * MiB // PAGE
             if any(start <= page < start + count for page in world.pages):
-                domain.unmap(world.fs, world.ino, start * PAGE, count * PAGE)
+                ioas.unmap(world.fs, world.ino, start * PAGE, count * PAGE)
     world.pages = {}
     world.finish()
 
@@ -322,26 +322,26 @@ def test_leaves_of_1_gib(form: str) -> None:
     fs = open_fs(region)
     memory = Memory(region.view, BASE)
     ino = domain.create(fs, b"dom-0", form, 4, ME)
-    domain.attach(fs, ino, DEVICE)
-    hardware: Any = (walker.Vtd if form == "vtd" else walker.Amd)(memory, domain.root_table(fs, form, 0))
+    devices.attach(fs, ino, DEVICE)
+    hardware: Any = (walker.Vtd if form == "vtd" else walker.Amd)(memory, devices.root_table(fs, form, 0))
     file = fs.create(1, b"ram", 0o100600, ME)
     fs.setattr(file, SetAttr(size=2 * GiB + 512 * MiB))
     (extent,) = fs.extents(file)
     start = BASE + extent.page * PAGE
     offset = -start % GiB
-    domain.map_file(fs, ino, 8 * GiB, file, offset, GiB)
+    ioas.map_file(fs, ino, 8 * GiB, file, offset, GiB)
     assert [leaf.length for leaf in hardware.leaves(DEVICE)] == [GiB]
     assert hardware.translate(DEVICE, 8 * GiB + 12345, WRITE) == Translation(start + offset + 12345, GiB, READ | WRITE)
     # One page less, and there is a table for each half of the way down.
-    domain.unmap(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, PAGE)
+    ioas.unmap(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, PAGE)
     sizes = [leaf.length for leaf in hardware.leaves(DEVICE)]
     assert (sizes.count(BLOCK), sizes.count(PAGE)) == (511, 511)
     # And again as a whole.
-    domain.map_file(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, file, offset + 5 * BLOCK + PAGE, PAGE)
+    ioas.map_file(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, file, offset + 5 * BLOCK + PAGE, PAGE)
     assert [leaf.length for leaf in hardware.leaves(DEVICE)] == [GiB]
     # Memory that does not lie as the IOVAs do gets smaller ones.
-    domain.map_file(fs, ino, 16 * GiB + BLOCK, file, offset, BLOCK)
-    domain.map_file(fs, ino, 24 * GiB + PAGE, file, offset, BLOCK)
+    ioas.map_file(fs, ino, 16 * GiB + BLOCK, file, offset, BLOCK)
+    ioas.map_file(fs, ino, 24 * GiB + PAGE, file, offset, BLOCK)
     sizes = [leaf.length for leaf in hardware.leaves(DEVICE) if leaf.iova >= 16 * GiB]
     assert sizes == [BLOCK, *[PAGE] * 512]
     assert_sound(fs)

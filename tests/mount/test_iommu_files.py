@@ -15,7 +15,7 @@ from pkernfs.client import control
 from pkernfs.format import BLOCK
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import open_region
-from tests.core.support import attach, map_file, mkdomain, open_fs, unmap
+from tests.core.support import map_file, mkdomain, open_fs, unmap
 from tests.mount.site import MiB, Site, errno_of, run
 from tests.mount.site import site as new_site
 
@@ -152,7 +152,7 @@ def test_names_stay_in_iommu(site: Site, domain: Path) -> None:
 
 
 def test_a_domain_with_a_device_is_busy(site: Site, domain: Path) -> None:
-    offline(site, lambda fs: attach(fs, 0x28, fs.resolve(b"iommu/dom-0")))
+    site.run_ok("pkernfs", "iommu", "attach", domain, "00:05.0")
     (site.mnt / "iommu/dom-1").touch()
     assert errno_of(os.unlink, domain) == errno.EBUSY
     assert errno_of(os.rename, site.mnt / "iommu/dom-1", domain) == errno.EBUSY
