@@ -221,6 +221,7 @@ compacts tables after many changes, and changes the size of leaves.
 
   pkernfs iommu replace /mnt/pkernfs/iommu/dom-0
   pkernfs iommu replace /mnt/pkernfs/iommu/dom-0 --leaf 4K       no large leaves from now on
+  pkernfs iommu replace /mnt/pkernfs/iommu/dom-0 --rebuild       the audit has found damage: make them from the mappings
 
 The old tables are used again after `pkernfs iommu iotlb-needed MOUNT --done`.
 """
@@ -231,11 +232,13 @@ def _replace_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--leaf", type=str.upper, choices=LEAVES, help="the largest leaf from now on (default: as before)"
     )
+    parser.add_argument("--rebuild", action="store_true", help="of damaged tables: do not compare with them")
 
 
 def _replace(arguments: argparse.Namespace) -> int:
     space = domain(arguments.domain)
-    result = ask(space, "replace", leaf=LEAVES[arguments.leaf] if arguments.leaf else None)
+    leaf = LEAVES[arguments.leaf] if arguments.leaf else None
+    result = ask(space, "replace", leaf=leaf, rebuild=arguments.rebuild)
     before, after = f"{result['tables_before']:,}", plural(result["tables_after"], "table")
     line = f"{printable(arguments.domain)}: {before} -> {after}, {plural(result['compared'], 'translation')} compared"
     return _print(arguments, result, [line, *reminder(result, _mount(space))])

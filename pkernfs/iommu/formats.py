@@ -25,6 +25,7 @@ def span(level: int) -> int:
 
 
 LEAVES: Final = {1: PAGE, 2: 2 * MiB, 3: GiB}  #: by level: bytes of a leaf there
+LEAF_NAMES: Final = {1: "4 KiB", 2: "2 MiB", 3: "1 GiB"}
 assert all(span(level) == size for level, size in LEAVES.items())
 
 

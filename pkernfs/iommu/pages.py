@@ -147,6 +147,10 @@ class TablePages:
         self._mark(page, 1, True)
         return page
 
+    def use_new_blocks(self) -> None:
+        """Let ``allocate`` give pages of blocks only that the file grows by from now on."""
+        self.free_runs, self.run = iter(()), (0, 0)
+
     def allocate_block(self) -> int:
         """The first of 512 pages that are one block."""
         if not self.inode.size:

@@ -25,9 +25,11 @@ class Replaced(NamedTuple):
     compared: int  #: ranges that both lead to the same memory
 
 
-def replace(fs: Filesystem, ino: int, leaf: int = 0, request: int = 0) -> Replaced:
+def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, request: int = 0) -> Replaced:
     """Build the tables of a domain anew beside the old ones, compare every translation, and lead each device to them
     with one store.  ``leaf``: the largest level of leaves that are made from now on; 0: as before.
+
+    ``rebuild``: the old tables are damaged.  Nothing is compared, and what their bitmaps say is not relied on.
 
     The old ones stay until hardware has forgotten them (``forgotten``).  Raises FsError: ENOSPC, EINVAL; CorruptError
     when the old tables do not say what the mappings say: nothing is changed then.
@@ -35,7 +37,7 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, request: int = 0) -> Replac
     if leaf not in (0, *LEAVES):
         raise FsError(errno.EINVAL, f"expected leaves of level 1, 2 or 3, found {leaf!r}")
     volume = fs.volume
-    figures = [0, 0, 0]
+    figures = [0, 0]
 
     def change(roots: Records, compact: bool) -> int:
         hwpt = Hwpt(volume, ino)
@@ -43,30 +45,43 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, request: int = 0) -> Replac
             hwpt.record = hwpt.record._replace(leaf=leaf)
         hwpt.prepare(roots)
         old = hwpt.record
-        given_up = list(tables_below(hwpt.form, hwpt.pages, old.levels, old.root))
+        if rebuild:
+            hwpt.pages.use_new_blocks()
+        else:
+            given_up = sum(1 for _ in tables_below(hwpt.form, hwpt.pages, old.levels, old.root))
         editor = hwpt.editor()
         root = editor.build(old.levels, 0, list(expected(hwpt)))
         before, after = Tables(hwpt, _refuse(hwpt)), Tables(hwpt, _refuse(hwpt))
         after.root = root
-        compared = list(after.pieces())
-        for found in compare(before.pieces(), iter(compared)):
-            _refuse(hwpt)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
-        figures[:] = len(given_up), editor.made, len(compared)
-        hwpt.record = old._replace(root=root, stale=old.stale + len(given_up))
-        contexts = Contexts(volume, roots)
-        hot = hwpt.is_hot(roots)
-        for requester, attachment in list(roots.attachments()):
-            if attachment.domain == ino:
-                contexts.lead(old.tables, requester, hwpt.entry[0])
-                add(roots, Invalidation(old.id, requester=requester))
-        if hot:
-            add(roots, Invalidation(old.id))
-        contexts.finish()
+        translations = list(after.pieces())
+        if rebuild:
+            given_up = hwpt.pages.used_count() - editor.made - old.stale
+        else:
+            for found in compare(before.pieces(), iter(translations)):
+                _refuse(hwpt)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
+        figures[:] = editor.made, 0 if rebuild else len(translations)
+        hwpt.record = old._replace(root=root, stale=old.stale + given_up)
+        _switch(hwpt, roots, rebuild)
         hwpt.save()
-        return len(given_up)
+        return given_up
 
-    before = commit(fs, request, change)
-    return Replaced(before, figures[1], figures[2])
+    return Replaced(commit(fs, request, change), *figures)
+
+
+def _switch(hwpt: Hwpt, roots: Records, rebuild: bool) -> None:
+    """Lead the devices of a domain to its tables, within the open transaction; all of each entry is stored if asked."""
+    contexts = Contexts(hwpt.volume, roots)
+    hot = hwpt.is_hot(roots)
+    for requester, attachment in list(roots.attachments()):
+        if attachment.domain == hwpt.ino:
+            if rebuild:
+                contexts.store(hwpt.record.tables, requester, hwpt.entry)
+            else:
+                contexts.lead(hwpt.record.tables, requester, hwpt.entry[0])
+            add(roots, Invalidation(hwpt.record.id, requester=requester))
+    if hot:
+        add(roots, Invalidation(hwpt.record.id))
+    contexts.finish()
 
 
 def _refuse(hwpt: Hwpt) -> Note:

@@ -14,7 +14,7 @@ from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit, file_at
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import attachment_of
-from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, BY_NAME, DEVICES, FORMATS, span
+from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
 from pkernfs.iommu.hwpt import Hwpt, domains, name_of
 from pkernfs.iommu.replace import stale
 
@@ -228,7 +228,7 @@ def _walk_tables(hwpt: Hwpt, iova: int, steps: list[dict[str, Any]], result: dic
             result["physical"] = (entry & ADDRESS & -span(level)) + iova % span(level)
             result["page_size"] = span(level)
             result["access"] = access
-            means = f"leaf of {span(level) >> 10} KiB at {entry & ADDRESS & -span(level):#x}, {access}"
+            means = f"leaf of {LEAF_NAMES[level]} at {entry & ADDRESS & -span(level):#x}, {access}"
             steps.append(_step(level, here, index, entry, means))
             return None
         page = pages.page_at(entry & ADDRESS)

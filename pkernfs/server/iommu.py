@@ -133,7 +133,7 @@ def _walk(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 def _replace(fs: Filesystem, words: Words) -> dict[str, Any]:
     leaf = words.number("leaf", 0, 256) if words.request.get("leaf") is not None else 0
-    done = replace.replace(fs, words.ino, leaf, words.name)
+    done = replace.replace(fs, words.ino, leaf, rebuild=words.flag("rebuild"), request=words.name)
     figures = {"tables_before": done.before, "tables_after": done.after, "compared": done.compared}
     return {**figures, "stale": _stale(fs, words.ino)}
 

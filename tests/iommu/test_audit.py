@@ -123,6 +123,10 @@ def attach_to_nothing(found: Records) -> None:
     found.put(ATTACHMENT_KEY + 0x77, ATTACHMENT.pack(Attachment(ROOT_PGTABLES_INO, 9, 0)))
 
 
+#: Kinds and faults that are not of a domain's tables.
+NOT_OF_TABLES = {"context", "attachment", "record", "root-table-marked-as-free", "no-page-marked"}
+
+
 def last_page(fs: Filesystem) -> None:
     set_bit(max(page for page, _ in Hwpt(fs.volume, fs.resolve(b"iommu/dom-0")).pages.used()) + 100)(fs)
 
@@ -151,13 +155,13 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {
     "table-twice": ("overlap", twice),
     "page-in-use-that-is-no-table": ("unreachable", last_page),
     "table-marked-as-free": ("bitmap", set_bit(1, on=False)),
-    "root-table-marked-as-free": ("bitmap", set_bit(1, b"iommu/root-pgtables", on=False)),
-    "no-page-marked": ("unreachable", set_bit(200, b"iommu/root-pgtables")),
     "entry-leads-elsewhere": ("context", context_word(DEVICE, 0, lambda word: word + 4096)),
     "entry-with-other-id": ("context", context_word(DEVICE, 1, lambda word: word ^ 1 << 8)),
     "entry-of-a-stranger": ("context", context_word(0x30, 0, lambda word: 4096 | 1)),
     "entry-is-gone": ("attachment", context_word(DEVICE, 0, lambda word: 0)),
     "attached-to-no-domain": ("attachment", records(b"iommu/root-pgtables", attach_to_nothing)),
+    "root-table-marked-as-free": ("bitmap", set_bit(1, b"iommu/root-pgtables", on=False)),
+    "no-page-marked": ("unreachable", set_bit(200, b"iommu/root-pgtables")),
     "mapping-of-nothing": ("record", records(b"iommu/dom-0", lambda found: found.put(9, b"short"))),
 }
 
@@ -171,6 +175,20 @@ def test_a_fault_is_reported(name: str) -> None:
     assert found
     assert {problem["kind"] for problem in found} <= {kind, *CONSEQUENCES.get(name, ())}, found
     assert kind in {problem["kind"] for problem in found}
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in FAULTS.items() if not {kind, name} & NOT_OF_TABLES])
+def test_tables_are_made_anew(name: str) -> None:
+    """Of the mappings, whatever is wrong with the old ones, and devices are led to them."""
+    fs = prepared()
+    FAULTS[name][1](fs)
+    dom = fs.resolve(b"iommu/dom-0")
+    assert replace.replace(fs, dom, rebuild=True).compared == 0
+    assert views.audit(fs)["problems"] == []
+    assert {one["kind"] for one in views.stale_facts(fs)} == {"context", "iotlb"}
+    replace.forgotten(fs)
+    assert views.audit(fs)["problems"] == []
+    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB)["offset"] == 65 * KiB
 
 
 #: What else is true then.
