@@ -215,10 +215,11 @@ def full(fs: Filesystem, leave: int = 0) -> list[int]:
 def remove_all(fs: Filesystem, ino: int) -> None:
     """Remove all that is in a directory and can be."""
     for entry in list(fs.readdir(ino)):
+        if stat.S_ISDIR(entry.mode):
+            remove_all(fs, entry.ino)
         if entry.ino < FIRST_FREE_SLOT:
             continue
         if stat.S_ISDIR(entry.mode):
-            remove_all(fs, entry.ino)
             fs.rmdir(ino, entry.name)
         else:
             fs.unlink(ino, entry.name)

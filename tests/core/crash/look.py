@@ -5,9 +5,10 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE
+from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
+from pkernfs.fs.records import TABLES, Records
 from pkernfs.region import Region
 from tests.core.support import ME, ROOT, mkdir, open_fs, remove_all
 
@@ -28,6 +29,7 @@ class Facts(NamedTuple):
     flags: int
     target: bytes  #: of a symbolic link
     xattrs: tuple[tuple[bytes, bytes], ...]
+    pins: int | tuple[tuple[int, Mapping], ...]  #: of a file; of a domain its mappings
 
 
 class State(NamedTuple):
@@ -51,7 +53,7 @@ def look(fs: Filesystem) -> State:
         target = fs.readlink(ino) if stat.S_ISLNK(inode.mode) else b""
         owner = inode.uid, inode.gid, inode.rdev
         state.facts[path] = Facts(
-            ino, inode.mode, inode.nlink, *owner, inode.size, inode.pages, inode.flags, target, xattrs
+            ino, inode.mode, inode.nlink, *owner, inode.size, inode.pages, inode.flags, target, xattrs, _pins(fs, ino)
         )
         state.times[path] = inode.atime, inode.mtime, inode.ctime
         if stat.S_ISDIR(inode.mode):
@@ -59,6 +61,11 @@ def look(fs: Filesystem) -> State:
         elif stat.S_ISREG(inode.mode):
             state.content[path] = pages(fs, ino)
     return state
+
+
+def _pins(fs: Filesystem, ino: int) -> int | tuple[tuple[int, Mapping], ...]:
+    inode = fs.getattr(ino)
+    return tuple(Records(fs.volume, ino).mappings()) if inode.flags & TABLES else inode.iommu
 
 
 def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:

@@ -15,7 +15,7 @@ from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.quota import set_quota
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.crash.states import LEAF_EXTENTS
-from tests.core.support import ME, ROOT, MiB, mkdir
+from tests.core.support import ME, ROOT, MiB, mkdir, unmap
 
 BLOCK = 2 * MiB
 Run = Callable[[Filesystem], object]
@@ -182,9 +182,24 @@ WRITES: dict[str, Run] = {
     "far-away": write(b"g", 1 << 40, 10),
 }
 
+DOMAINS: dict[str, Run] = {
+    "domain-made": create(b"new", stat.S_IFREG | 0o644, b"iommu"),
+    "domain-first-block": setattr_(b"iommu/empty", size=BLOCK),
+    "domain-removed": unlink(b"iommu/dom-0"),
+    "domain-removed-while-open": unlink(b"iommu/dom-0", opened=True),
+    "domain-renamed": rename(b"iommu/dom-0", b"iommu/new"),
+    "domain-replaced": rename(b"iommu/empty", b"iommu/dom-0"),
+    "mapped-file-removed": unlink(b"five"),
+    "mapped-file-replaced": rename(b"d/f", b"big"),
+    "mapped-file-cut": setattr_(b"big", size=BLOCK),
+    "mapped-file-grown": write(b"five", 20 * PAGE, 400 * PAGE),
+    "last-mapping-goes": lambda fs: unmap(fs, fs.resolve(b"iommu/dom-0"), 1000),
+}
+
 OPERATIONS: dict[str, Operation] = {
     **{name: Operation(run) for name, run in {**NAMES, **ATTRIBUTES, **SIZES}.items()},
     **{name: Operation(run, content=True) for name, run in WRITES.items()},
+    **{name: Operation(run, content=name == "mapped-file-grown") for name, run in DOMAINS.items()},
     # For one state only.
     "mount": Operation(lambda fs: None),
     "new-extent-level": Operation(write(b"leaf", 3 * LEAF_EXTENTS * PAGE, 10), content=True),
@@ -234,5 +249,6 @@ CASES: dict[str, list[str]] = {
         "quota-taken",
     ],
     "old-sequence": ["create", "unlink-sparse", "append-pages"],
+    "domains": [*DOMAINS],
 }
 EVERY: list[tuple[str, str]] = [(state, name) for state, names in CASES.items() for name in names]

@@ -17,11 +17,12 @@ from pkernfs.format import (
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.orphans import STEP
 from pkernfs.fs.quota import set_quota
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash.scratch import Scratch
 from tests.core.images import cast
-from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkdir, mkfile, open_fs
+from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, map_file, mkdir, mkdomain, mkfile, open_fs
 
 SIZE = 20 * MiB
 LEAF_EXTENTS = 156  #: that one node holds
@@ -186,6 +187,18 @@ def removed(fs: Filesystem) -> None:
         fs.list_orphan(cut)
 
 
+def domains(fs: Filesystem) -> None:
+    """Domains: an empty one, and one with more mappings than one step drops, of files with and without a name."""
+    everything(fs)
+    mkdomain(fs, b"empty", 0)
+    domain = mkdomain(fs, b"dom-0")
+    for n in range(STEP + 3):
+        map_file(fs, domain, 7 * n, fs.resolve(b"big"), n, 2)
+    map_file(fs, domain, 1000, mkfile(fs, b"gone", b"G" * 3 * PAGE), 1)
+    map_file(fs, domain, 1001, fs.resolve(b"five"))
+    fs.unlink(ROOT, b"gone")
+
+
 STATES: dict[str, Callable[[Filesystem], None]] = {
     "small": everything,
     "split": split,
@@ -200,6 +213,7 @@ STATES: dict[str, Callable[[Filesystem], None]] = {
     "removed": removed,
     "old-sequence": everything,
     "quotas": quotas,
+    "domains": domains,
 }
 
 

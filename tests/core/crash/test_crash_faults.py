@@ -74,16 +74,16 @@ def commits(order: Order) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         real = Journal.commit
 
-        def commit(self: Journal, stores: Any, discards: Any) -> None:
+        def commit(self: Journal, stores: Any, discards: Any, words: Any) -> None:
             region, steps = self.region, Steps()
             self.region = steps  # type: ignore[assignment]
             try:
-                real(self, stores, discards)
+                real(self, stores, discards, words)
             finally:
                 self.region = region
             for part in order(named(steps.steps)):
-                for method, *words in part:
-                    getattr(region, method)(*(words if method != "barrier" else ()))
+                for method, *values in part:
+                    getattr(region, method)(*(values if method != "barrier" else ()))
 
         patch.setattr(Journal, "commit", commit)
 
