@@ -16,6 +16,7 @@ from pkernfs.format import (
     BLOCK_FREE,
     BLOCK_KINDS,
     BLOCK_META,
+    DISCARD,
     INODE_SIZE,
     INODES_PER_PAGE,
     JOURNAL_HEADER,
@@ -30,6 +31,7 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     STORE,
     SUPERBLOCK,
+    WORDS,
     Inode,
 )
 from pkernfs.fs.btree import Tree
@@ -39,6 +41,8 @@ from pkernfs.fs.pages import read_inode
 from pkernfs.fs.paths import paths_of
 from pkernfs.fs.records import TABLES
 from pkernfs.fs.xattrs import Xattrs
+
+RECORD_KINDS = {STORE: "store", DISCARD: "discard", WORDS: "words"}
 
 
 def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
@@ -113,15 +117,15 @@ def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
         if at + JOURNAL_RECORD.size > end or offset < at:
             break
         record = JOURNAL_RECORD.unpack(fs.region.read(at, JOURNAL_RECORD.size))
-        after = at + JOURNAL_RECORD.size + (record.length if record.kind == STORE else 0)
+        after = at + JOURNAL_RECORD.size + (0 if record.kind == DISCARD else record.length)
         if offset < after:
             return {
                 "structure": f"journal record {number} of the last transaction",
                 "record": {
                     "sequence": header.sequence,
-                    "kind": "store" if record.kind == STORE else "discard",
+                    "kind": RECORD_KINDS[record.kind],
                     "offset": record.offset,
-                    "length": record.length if record.kind == STORE else record.length * PAGE,
+                    "length": record.length * PAGE if record.kind == DISCARD else record.length,
                 },
             }
         at = after

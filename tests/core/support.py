@@ -113,6 +113,14 @@ def attach(fs: Filesystem, requester: int, domain: int, number: int = 1) -> None
         records.finish()
 
 
+def detach(fs: Filesystem, requester: int) -> None:
+    """Detach a device."""
+    with fs.volume.transaction():
+        records = Records(fs.volume, ROOT_PGTABLES_INO)
+        records.delete(ATTACHMENT_KEY + requester)
+        records.finish()
+
+
 def mkdir(fs: Filesystem, name: bytes, parent: int = ROOT) -> int:
     """A directory."""
     return fs.create(parent, name, stat.S_IFDIR | 0o755, ME)

@@ -6,14 +6,17 @@ from typing import NamedTuple
 PAGE, BLOCK = 4096, 2 << 20
 FREE, META, DATA, SLAB = range(4)  #: kinds of blocks
 P_FREE, P_HEADER, P_INODES, P_NODE, P_DATA, P_XATTR = range(6)  #: kinds of pages in a slab
-STORE, DISCARD = range(2)  #: kinds of journal records
-ROOT, ORPHANS, FIRST_SLOT = 1, 2, 16
+STORE, DISCARD, WORDS = range(3)  #: kinds of journal records
+ROOT, ORPHANS, IOMMU, ROOT_TABLES, FIRST_SLOT = 1, 2, 3, 4, 16
+F_ROOT_TABLES, F_DOMAIN = 8, 16  #: flags of inodes
 
 SUPERBLOCK = struct.Struct("<QIIIIIIII16s64s16sQQQQQqQ")  #: the 192 bytes under the checksum
 PAGE_HEADER = struct.Struct("<IIQQHHI")
 INODE = struct.Struct("<QqqqIIIIIIIIqQQQQQQQQ120s")
 EXTENT, EXTENT_VALUE = struct.Struct("<QQQ"), struct.Struct("<QQ")
 DIRENT, XATTR = struct.Struct("<QII"), struct.Struct("<BBHIII")
+MAPPING, DOMAIN = struct.Struct("<QQQII"), struct.Struct("<BBBBIQQ")
+ATTACHMENT = struct.Struct("<QII")
 JOURNAL_HEADER, RECORD = struct.Struct("<QIIQQQ"), struct.Struct("<QII")
 
 

@@ -17,13 +17,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tests.reader.on_region import (
+    ATTACHMENT,
     BLOCK,
     DATA,
     DIRENT,
+    DOMAIN,
     EXTENT,
     EXTENT_VALUE,
+    F_DOMAIN,
+    F_ROOT_TABLES,
     FIRST_SLOT,
     INODE,
+    IOMMU,
+    MAPPING,
     ORPHANS,
     P_DATA,
     P_INODES,
@@ -31,12 +37,15 @@ from tests.reader.on_region import (
     P_XATTR,
     PAGE,
     ROOT,
+    ROOT_TABLES,
     SLAB,
     XATTR,
     Inode,
     crc32c,
 )
 from tests.reader.space import Image, Space, expect
+
+F_TABLES = F_ROOT_TABLES | F_DOMAIN
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Entry:
     target: bytes  #: of a symbolic link, else empty
     xattrs: dict[bytes, bytes]
     extents: list[tuple[int, int, int]]  #: (file offset, region offset, length), in bytes
+    pins: int  #: mappings that name the file
+    mappings: list[tuple[int, int, int, int, int]]  #: of a domain: (IOVA, inode, file offset, length, access)
     reader: "Reader" = field(repr=False, compare=False)
 
     @cached_property
@@ -201,15 +212,66 @@ class Reader(Space):
             found[name] = value
         return found
 
+    def mappings(self, ino: int) -> list[tuple[int, int, int, int, int]]:
+        """(IOVA, inode, file offset, length, access) of a domain, in bytes; of all others nothing."""
+        inode, found, end = self.inode(ino), [], 0
+        if not inode.flags & F_DOMAIN:
+            return []
+        for key, value in self._items(ino, inode.iommu):
+            if key == 15 << 60:
+                tables, levels, leaf, _, number, root, _ = DOMAIN.unpack(value)
+                sound = tables < 2 and 3 <= levels <= 5 and 1 <= leaf <= 3 and 0 < number < 0xFFFF
+                expect(f"domain {ino}: record", sound and root * PAGE <= inode.size, True)
+                continue
+            expect(f"domain {ino}: key {key:#x} behind the mapping before", end <= key < 1 << 45, True)
+            file, start, count, access, reserved = MAPPING.unpack(value)
+            expect(f"domain {ino}: mapping at {key:#x}", count > 0 and 0 < access < 4 and not reserved, True)
+            end = key + count
+            found.append((key * PAGE, file, start * PAGE, count * PAGE, access))
+        return found
+
+    def attachments(self) -> dict[int, int]:
+        """The domain that each device is attached to, by segment << 16 | bus << 8 | device << 3 | function."""
+        found = {}
+        for key, value in self._items(ROOT_TABLES, self.inode(ROOT_TABLES).iommu):
+            if key >> 60 == 2:
+                domain, number, _ = ATTACHMENT.unpack(value)
+                expect(f"device {key & 0xFFFFFFFF:#x}: its domain", self.inode(domain).flags & F_DOMAIN, F_DOMAIN)
+                expect(f"device {key & 0xFFFFFFFF:#x}: id of the domain", 0 < number < 0xFFFF, True)
+                found[key - (2 << 60)] = domain
+        return found
+
+    def pinned(self) -> dict[int, int]:
+        """How many mappings name each file, which is compared with what the file counts, and with its memory."""
+        files = {entry.ino: entry for entry in self.tree().values()} | self.orphans()
+        pins: Counter[int] = Counter()
+        for domain in files.values():
+            for iova, ino, offset, length, _ in domain.mappings:
+                what = f"domain {domain.ino}: IOVA {iova:#x}"
+                expect(f"{what}: a regular file", ino in files and stat.S_ISREG(files[ino].mode), True)
+                pins[ino] += 1
+                there = sum(
+                    max(0, min(start + count, offset + length) - max(start, offset))
+                    for start, _, count in files[ino].extents
+                )
+                expect(f"{what}: memory of inode {ino}", there, length)
+                expect(f"{what}: within inode {ino}", offset + length <= -(-files[ino].size // PAGE) * PAGE, True)
+        for ino, entry in files.items():
+            expect(f"inode {ino}: pins", entry.pins, pins[ino])
+        return dict(pins)
+
     def entry(self, ino: int) -> Entry:
         """The file ``ino``."""
         inode = self.inode(ino)
         target = b""
+        if ino == ROOT_TABLES:
+            self.attachments()
         if stat.S_ISLNK(inode.mode):
             target = inode.inline[: inode.size] if inode.size <= 120 else self.read(ino, 0, inode.size)
         return Entry(
             ino, *inode[5:7], *inode[8:11], *inode[:4], inode.parent, target, self.xattrs(ino),
-            [(start * PAGE, page * PAGE, count * PAGE) for start, page, count in self.extents(ino)], self,
+            [(start * PAGE, page * PAGE, count * PAGE) for start, page, count in self.extents(ino)],
+            0 if inode.flags & F_TABLES else inode.iommu, self.mappings(ino), self,
         )  # fmt: skip
 
     def tree(self) -> dict[bytes, Entry]:
@@ -224,6 +286,8 @@ class Reader(Space):
                 entry = files[below] = self.entry(ino)
                 names[ino] += 1
                 expect(f"type of {below!r} in its directory", mode, stat.S_IFMT(entry.mode))
+                flags = F_ROOT_TABLES if ino == ROOT_TABLES else F_DOMAIN if directory == IOMMU else 0
+                expect(f"{below!r} holds page tables", self.inode(ino).flags & F_TABLES, flags)
                 if stat.S_ISDIR(mode):
                     expect(f"parent of {below!r}", (entry.parent, names[ino], ino == ROOT), (directory, 1, False))
                     waiting.append((below + b"/", ino))

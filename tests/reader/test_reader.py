@@ -19,7 +19,9 @@ from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
+from pkernfs.fs.records import Records
 from pkernfs.region import MemoryRegion, RecordingRegion
+from tests.core.support import attach, detach, map_file
 from tests.reader.on_region import PAGE, ROOT, crc32c
 from tests.reader.reader import Entry, Reader
 from tests.reader.space import Corrupt
@@ -202,11 +204,27 @@ def add_orphans(twin: Twin) -> None:
     twin.remove(b"/orphan", is_open=True)
 
 
+def add_domains(twin: Twin) -> None:
+    """Domains with many mappings, also of files that lost their names; and a device."""
+    for name in (b"/iommu/empty", b"/iommu/dom-0"):
+        twin.add(name)
+    domain = twin.files[b"/iommu/dom-0"]
+    twin.fs.setattr(domain.ino, SetAttr(size=2 * MiB))
+    domain.content = b"\1" + bytes(2 * MiB - 1)
+    for index in range(300):
+        map_file(twin.fs, domain.ino, index * 5, twin.files[b"/sizes/4097" if index % 2 else b"/pieces-3"].ino)
+    twin.add(b"/mapped", content=noise(9000))
+    map_file(twin.fs, domain.ino, 5000, twin.files[b"/mapped"].ino, 1, 2)
+    twin.orphans[twin.files[b"/mapped"].ino] = twin.files[b"/mapped"]
+    twin.remove(b"/mapped")
+    attach(twin.fs, 0x10028, domain.ino)
+
+
 @pytest.fixture(scope="module")
 def twin() -> Iterator[Twin]:
     """A filesystem with everything; its tests only read."""
     twin = Twin(96 * MiB)
-    for step in (add_sizes, add_sparse, add_names, add_specials, add_xattrs, add_orphans):
+    for step in (add_sizes, add_sparse, add_names, add_specials, add_xattrs, add_domains, add_orphans):
         step(twin)
         assert Reader(twin.region.view).free_pages() == twin.fs.statfs().free, step.__name__
     yield twin
@@ -313,6 +331,18 @@ def test_orphans(twin: Twin, reader: Reader) -> None:
         assert entry.digest == hashlib.sha256(file.content).hexdigest()
 
 
+def test_pins(twin: Twin, tree: dict[bytes, Entry], reader: Reader) -> None:
+    domain = tree[b"/iommu/dom-0"]
+    records = Records(twin.fs.volume, domain.ino).mappings()
+    wanted = [(key * PAGE, m.ino, m.start * PAGE, m.length * PAGE, m.access) for key, m in records]
+    assert domain.mappings == wanted
+    assert len(wanted) == 301
+    pins = reader.pinned()
+    assert sorted(pins.values()) == [1, 150, 150]
+    assert pins == {ino: twin.fs.getattr(ino).iommu for ino in pins}
+    assert reader.attachments() == {0x10028: domain.ino}
+
+
 def test_every_slot_and_page_is_accounted_for(tree: dict[bytes, Entry], reader: Reader) -> None:
     orphans = reader.orphans()
     assert reader.used_inodes() == {entry.ino for entry in tree.values()} | set(orphans) | {2}
@@ -324,7 +354,7 @@ def test_mount_frees_the_orphans(twin: Twin, tree: dict[bytes, Entry], reader: R
     fs = Filesystem.open(region)
     reader = Reader(region.view)
     assert reader.tree() == tree
-    assert reader.orphans() == {}
+    assert [entry.pins for entry in reader.orphans().values()] == [1]
     assert reader.unowned_pages() == set()
     assert reader.free_pages() == fs.statfs().free > twin.fs.statfs().free
     fs.close()
@@ -333,8 +363,9 @@ def test_mount_frees_the_orphans(twin: Twin, tree: dict[bytes, Entry], reader: R
 def test_nothing_is_left_when_all_is_removed(twin: Twin) -> None:
     region = MemoryRegion(image=twin.region.view)
     fs = Filesystem.open(region)
+    detach(fs, 0x10028)
     for path in sorted(twin.files, reverse=True):
-        if not path.startswith(b"/iommu") and path != b"/":
+        if path not in (b"/", b"/iommu", b"/iommu/root-pgtables"):
             parent, _, name = path.rpartition(b"/")
             remove = fs.rmdir if stat.S_ISDIR(twin.files[path].mode) else fs.unlink
             remove(fs.resolve(parent or b"/"), name)
@@ -457,6 +488,7 @@ def small_image() -> tuple[bytearray, Reader]:
     for index in range(200):
         twin.add(b"/d/%d" % index)
     twin.setxattr(b"/d/0", b"user.big", noise(5000))
+    map_file(twin.fs, twin.add(b"/iommu/dom-0"), 3, twin.add(b"/d/mapped", content=b"m"))
     image = bytearray(twin.region.view)
     return image, Reader(image)
 
@@ -470,6 +502,7 @@ PLACES: dict[str, Callable[[Reader, dict[bytes, Entry]], int]] = {
     "reserved-inode": lambda reader, tree: 2 * 256 + 130,
     "tree-root": lambda reader, tree: reader.inode(tree[b"/d"].ino).root * PAGE + 4095,
     "attribute-node": lambda reader, tree: reader.inode(tree[b"/d/0"].ino).xattrs * PAGE + 4095,
+    "records": lambda reader, tree: reader.inode(tree[b"/iommu/dom-0"].ino).iommu * PAGE + 4095,
     "attribute-value": lambda reader, tree: next(
         page * PAGE + 4999 % PAGE for page in sorted(reader.owners, reverse=True)
         if reader.slab(page // 512).kinds[page % 512] == 5
