@@ -26,8 +26,9 @@ class Pin(NamedTuple):
 def domains(fs: Orphans) -> Iterator[tuple[str | None, int]]:
     """(name, inode) of all domains; without a name those that are about to be freed.  Raises CorruptError."""
     volume = fs.volume
-    for entry in list(Directory(volume, IOMMU_INO, volume.inode(IOMMU_INO)).scan()):
-        if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+    directory = Directory(volume, IOMMU_INO, volume.inode(IOMMU_INO))
+    for entry in list(directory.scan()):
+        if directory.target(entry).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             yield os.fsdecode(entry.name), entry.ino
     for ino in fs.orphans():
         if volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:

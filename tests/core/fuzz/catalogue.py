@@ -11,6 +11,7 @@ from pkernfs import format as f
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import BODY_AT, Node
 from pkernfs.fs.pages import read_inode
+from pkernfs.fs.records import has_records
 from pkernfs.fs.volume import Volume
 from pkernfs.layout import Layout
 from tests.core.fuzz.images import view_of
@@ -72,6 +73,13 @@ def _journal(region: Any) -> Iterator[Field]:
         if record.kind == f.STORE:
             yield Field("journal data", "word", at + record.length // 16 * 8, 8, "journal", header_at)
             at += record.length
+
+
+def _codec(key: int, value: bytes) -> Layout[Any]:
+    """Of a record of page tables, of those that images.domains makes."""
+    if len(value) != f.REQUEST.size:
+        return f.MAPPING if len(value) == f.MAPPING.size else f.DOMAIN
+    return f.ATTACHMENT if key >> 60 == f.ATTACHMENT_KEY >> 60 else f.STALE
 
 
 class _Walk:
@@ -136,6 +144,8 @@ class _Walk:
             yield from self.tree(inode.root, ino, "directory" if stat.S_ISDIR(inode.mode) else "extents")
         if inode.xattrs:
             yield from self.tree(inode.xattrs, ino, "attributes")
+        if has_records(inode):
+            yield from self.tree(inode.iommu, ino, "records")
 
     def tree(self, page: int, owner: int, kind: str) -> Iterator[Field]:
         at = page * f.PAGE
@@ -156,7 +166,10 @@ class _Walk:
                 continue
             if index in some:
                 yield Field(structure, "length", second + 2 * index, 2, "page", at)
-                yield from self.value(kind, node.values[index], place, at)
+                if kind == "records":
+                    yield from _record("record", _codec(node.keys[index], node.values[index]), place, "page", at)
+                else:
+                    yield from self.value(kind, node.values[index], place, at)
             place += len(node.values[index])
 
     def value(self, kind: str, value: bytes, offset: int, at: int) -> Iterator[Field]:

@@ -12,8 +12,9 @@ from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import RecordingRegion, Region
 from tests.core.faults import quotas
+from tests.core.faults_iommu import domain
 from tests.core.images import CowRegion
-from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, mkdir, mkfile, open_fs
+from tests.core.support import ME, ROOT, SEED, UUID, MiB, full, map_file, mkdir, mkdomain, mkfile, open_fs
 
 SIZE = 12 * MiB
 
@@ -94,6 +95,15 @@ def quotas_in_quotas(fs: Filesystem) -> None:
     quotas(fs)
 
 
+def domains(fs: Filesystem) -> None:
+    """Page tables with records of all kinds, and files that are mapped, one without a name."""
+    ino = domain(fs)
+    for n in range(150):
+        map_file(fs, ino, 0x200 + n, fs.resolve(b"ram"), n % 5)
+    map_file(fs, mkdomain(fs, b"small", 0), 0, mkfile(fs, b"gone", b"gone"))
+    fs.unlink(ROOT, b"gone")
+
+
 def nothing(fs: Filesystem) -> None:
     """As mkfs makes it."""
 
@@ -107,6 +117,7 @@ CONTENT: dict[str, Callable[[Filesystem], None]] = {
     "full": nearly_full,
     "fresh": nothing,
     "quotas": quotas_in_quotas,
+    "domains": domains,
 }
 NAMES = [*CONTENT, "sealed"]
 

@@ -11,6 +11,7 @@ import itertools
 import random
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from pkernfs import format as f
@@ -25,6 +26,7 @@ from pkernfs.fs.explain import explain
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.records import Records
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fs.repair import repair_region
 from pkernfs.fs.scrub import scrub_step
@@ -181,15 +183,27 @@ class Use:
             target = (rng.choice(directories), b"moved") if rng.random() < 0.5 else (other.parent, other.name)
             flags = rng.choice([0, 0, RENAME_EXCHANGE])
             inos = {place.parent, target[0], self.named(place.parent, place.name), self.named(*target)} - {0}
+            inos |= self.mapped(inos)
             self.alter("rename", inos, functools.partial(fs.rename, place.parent, place.name, *target, flags))
         for place in places[:most]:
             remove = fs.rmdir if stat.S_ISDIR(place.mode) else fs.unlink
             inos = {place.parent, self.named(place.parent, place.name)} - {0}
+            inos |= self.mapped(inos)
             self.alter("remove", inos, functools.partial(remove, place.parent, place.name))
 
     def named(self, parent: int, name: bytes) -> int:
         """What a name stands for now; 0: for nothing that can be had."""
         return self.look(self.fs.lookup, parent, name, ino=parent) or 0
+
+    def mapped(self, inos: set[int]) -> set[int]:
+        """The files that are mapped by the domains among inodes, which drop their pins when they go."""
+        found = set()
+        with suppress(PkernfsError):
+            for ino in inos:
+                if self.fs.getattr(ino).flags & f.FLAG_IOMMU_DOMAIN_PGTABLES:
+                    for _, mapping in Records(self.fs.volume, ino).mappings():
+                        found.add(mapping.ino)
+        return found
 
     def end(self) -> None:
         """Unmount."""
