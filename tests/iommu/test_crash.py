@@ -148,24 +148,30 @@ def test_a_crash_at_any_store(name: str, form: str) -> None:
     region.reset(volatile=False)
     rng = random.Random(1)
     reached = 0
+    again = OPERATIONS[name] if name.startswith("mount") else None
     for number, store in enumerate(log):
         where = f"store {number} of {len(log)} at {store.offset:#x}"
         for pieces in torn(store, 2, rng):
             mark = region.mark()
             region.apply(pieces)
-            judge(region, hardware, states, reaches, f"in {where}")
+            judge(region, hardware, states, reaches, f"in {where}", again)
             region.take_back(mark)
         region.apply([store])
-        index = judge(region, hardware, states, reaches, f"after {where}")
+        index = judge(region, hardware, states, reaches, f"after {where}", again)
         assert index >= reached, where
         reached = index
     assert reached == 1
 
 
 def judge(
-    region: Scratch, hardware: Hardware, states: list[dict[str, Any]], reaches: list[dict[int, Any]], where: str
+    region: Scratch,
+    hardware: Hardware,
+    states: list[dict[str, Any]],
+    reaches: list[dict[int, Any]],
+    where: str,
+    again: Run | None,
 ) -> int:
-    """Which of the two states a mount finds; leaves the region as it was."""
+    """Which of the two states a mount finds; leaves the region as it was.  ``again``: what it does first, in steps."""
     before, after = reaches
     reach = hardware.reach(DEVICE)
     for iova in before.keys() | after.keys() | reach.keys():
@@ -175,8 +181,11 @@ def judge(
         )
     mark = region.mark()
     fs = open_fs(region)
+    if again:
+        again(fs)
     problems = [*check(fs.volume), *views.audit(fs)["problems"]]
     assert problems == [], where
     found = states.index(seen(fs))
     region.take_back(mark)
+    assert found or not again, where
     return found
