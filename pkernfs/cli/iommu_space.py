@@ -15,7 +15,6 @@ from pkernfs.cli.words import human
 
 FILES = 12  #: that are told apart; the smallest of more become one
 DEVICES = 6  #: that are named
-INTERRUPTS = range(0xFEE00000, 0xFEF00000)  #: never mapped: what devices write there are interrupts
 #: Light enough for dark text on them, dark enough to be seen on white.
 PALETTE = (
     "#7cb7e8",
@@ -130,6 +129,12 @@ class Space(NamedTuple):
             lines.append(f"{merged:,} of {count:,} mappings are too small to be seen alone: {plural(into, 'block')}.")
         return lines
 
+    def gap(self, start: int, end: int) -> str:
+        """What to say about IOVAs that are not mapped."""
+        reserved = sum(max(0, min(last + 1, end) - max(first, start)) for first, last in self.domain["reserved"])
+        free = f"{human(end - start - reserved)} free"
+        return f"{free}, {human(reserved)} reserved" if reserved else free
+
     def summary(self) -> str:
         """The picture in a line."""
         mapped = sum(block.length for block in self.blocks)
@@ -236,12 +241,6 @@ def _bands(blocks: list[Block], memory: list[Memory], shown: dict[int, int]) -> 
             access = {mapping.access for mapping in some}
             bands.append(Band(block, left, part, right, access.pop() if len(access) == 1 else "mixed"))
     return bands
-
-
-def gap(start: int, end: int) -> str:
-    """What to say about IOVAs that are not mapped."""
-    interrupts = " and interrupts" * (start <= INTERRUPTS.start and INTERRUPTS.stop <= end)
-    return f"{human(end - start)} free{interrupts}"
 
 
 def short(name: str, room: int) -> str:

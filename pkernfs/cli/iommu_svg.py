@@ -9,7 +9,7 @@ import math
 from xml.etree import ElementTree as xml
 
 from pkernfs.cli.iommu_merge import OTHERS, Span
-from pkernfs.cli.iommu_space import GREY, Band, Block, Memory, Space, gap, short
+from pkernfs.cli.iommu_space import GREY, Band, Block, Memory, Space, short
 from pkernfs.cli.iommu_words import about, plural, span
 from pkernfs.cli.words import human, printable
 from pkernfs.format import PAGE
@@ -147,7 +147,7 @@ class _Drawing:
             self._write(LABEL, y + 8, "right dim", "0x0")
         for block in self.space.blocks:
             if block.start > at:
-                self._break(LEFT, y, gap(at, block.start))
+                self._break(LEFT, y, self.space.gap(at, block.start))
                 y += self.gap
             if block.start > at or at == 0:
                 self._write(LABEL, y + 8, "right", f"{block.start:#x}")
@@ -159,7 +159,7 @@ class _Drawing:
             self._write(LABEL, y + 4, "right", f"{at:#x}")
         aperture = self.space.domain["aperture"]
         if at < aperture:
-            self._break(LEFT, y, gap(at, aperture))
+            self._break(LEFT, y, self.space.gap(at, aperture))
             y += self.gap
             self._write(LABEL, y + 4, "right dim", f"{aperture:#x}")
         return y

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from pkernfs.cli.iommu_merge import OTHERS
-from pkernfs.cli.iommu_space import Block, Space, gap, short
+from pkernfs.cli.iommu_space import Block, Space, short
 from pkernfs.cli.iommu_words import about, plural
 from pkernfs.cli.words import human, printable
 from pkernfs.format import PAGE
@@ -60,7 +60,7 @@ def picture(space: Space, marks: Marks) -> list[list[Piece]]:
         if block.start > at or not started:
             if block.start > at:
                 lines += [] if started else [edge(at, marks.top)]
-                lines.append(_free(at, block.start, width, marks))
+                lines.append(_free(space, at, block.start, width, marks))
             lines.append(edge(block.start, marks.between if started or block.start > at else marks.top))
         lines += _block(space, block, width, marks, fills)
         at, started = block.end, True
@@ -68,15 +68,15 @@ def picture(space: Space, marks: Marks) -> list[list[Piece]]:
         lines.append(edge(at, marks.bottom if last else marks.between))
     if at < domain["aperture"]:
         lines += [] if started else [edge(0, marks.top)]
-        lines += [_free(at, domain["aperture"], width, marks), edge(domain["aperture"], marks.bottom)]
+        lines += [_free(space, at, domain["aperture"], width, marks), edge(domain["aperture"], marks.bottom)]
     lines.append([])
     for ino, size in space.usage().items():
         lines.append([Piece(fills[ino] * 2, ino), Piece(f" {printable(space.names[ino])}, {human(size)}")])
     return [*lines, *([Piece(note)] for note in space.notes())]
 
 
-def _free(start: int, end: int, width: int, marks: Marks) -> list[Piece]:
-    return [Piece(f"{'':{width}} {marks.free}{'':{WIDTH}}{marks.free} {gap(start, end)}")]
+def _free(space: Space, start: int, end: int, width: int, marks: Marks) -> list[Piece]:
+    return [Piece(f"{'':{width}} {marks.free}{'':{WIDTH}}{marks.free} {space.gap(start, end)}")]
 
 
 def _block(space: Space, block: Block, width: int, marks: Marks, fills: dict[int, str]) -> list[list[Piece]]:
