@@ -46,6 +46,10 @@ class Block(Span):
 
     leaves: tuple[int, ...] = ()
 
+    def leaf_sizes(self) -> str:
+        """The sizes of its leaves, for people."""
+        return f"leaves {', '.join(human(leaf) if leaf else 'missing' for leaf in self.leaves)}"
+
     def texts(self, names: dict[int, str]) -> list[str]:
         """What to write on it, the most important first; ``names`` of files, as they are to be shown."""
         inos = {mapping.ino for mapping in self.mappings}
@@ -56,8 +60,8 @@ class Block(Span):
             size = f"{len(self.mappings):,} mappings, {size}"
             line = f"in a range of {human(self.end - self.start)}" if self.length != self.end - self.start else ""
         what = names[first.ino] if len(inos) == 1 else f"{len(inos):,} files"
-        leaves = ", ".join(human(leaf) if leaf else "none" for leaf in self.leaves)
-        return [text for text in (f"{size} {self.access}", what, line, f"leaves {leaves}" if leaves else "") if text]
+        leaves = self.leaf_sizes() if self.leaves else ""
+        return [text for text in (f"{size} {self.access}", what, line, leaves) if text]
 
 
 class Memory(Span):

@@ -271,13 +271,12 @@ def _listed(lines: list[str]) -> str:
 
 
 def _block_tip(block: Block, names: dict[int, str]) -> str:
-    """Every mapping of a block, as far as a tooltip can."""
-    return _listed(
-        [
-            f"{span(m.iova, m.length)} ({human(m.length)}, {m.access}): {printable(names[m.ino])}, offset {m.offset:#x}"
-            for m in block.mappings
-        ]
-    )
+    """Every mapping of a block, as far as a tooltip can, and its leaves."""
+    lines = [
+        f"{span(m.iova, m.length)} ({human(m.length)}, {m.access}): {printable(names[m.ino])}, offset {m.offset:#x}"
+        for m in block.mappings
+    ]
+    return "\n".join([_listed(lines), *([block.leaf_sizes()] if block.leaves else [])])
 
 
 def _memory_tip(part: Memory, names: dict[int, str]) -> str:

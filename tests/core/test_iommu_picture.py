@@ -87,6 +87,9 @@ def test_svg_has_every_mapping(some: Space) -> None:
         first = f"{iova:#x} to {iova + length - 1:#x} "
         assert [t for t in titles if t.startswith(first) and name in t and t.endswith(f"offset {offset:#x}")]
     assert any("physical 0x20000000000 to" in title for title in titles)
+    assert not [title for title in titles if "leaves" in title]
+    some.blocks[0].leaves = (0, 4 * KiB)
+    assert any((e.text or "").endswith("offset 0x0\nleaves missing, 4 KiB") for e in parsed(some).iter(TITLE))
     assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
 
 
