@@ -171,8 +171,16 @@ async def _audit(fs: Filesystem) -> dict[str, Any]:
     return audit.facts()
 
 
-def iommu(fs: Filesystem) -> Verb:
-    """The verb."""
+def _name(fs: Filesystem, op: Any, words: Words) -> bytes | None:
+    """The name in iommu/ that an operation makes or removes."""
+    if op == "create":
+        return os.fsencode(words.text("name"))
+    return next((name for name, ino in hwpt.domains(fs) if op == "destroy" and ino == words.ino), None)
+
+
+def iommu(fs: Filesystem, invalidate_name: Callable[[int, bytes], None]) -> Verb:
+    """The verb.  ``invalidate_name(directory, name)`` makes the kernel drop what it has cached of a name (also that it
+    is not there) and of the directory; may block until requests have been answered."""
 
     async def call(request: dict[str, Any]) -> dict[str, Any]:
         op = request.get("op")
@@ -181,6 +189,11 @@ def iommu(fs: Filesystem) -> Verb:
         operation = OPERATIONS.get(op) if isinstance(op, str) else None
         if operation is None:
             raise FsError(errno.EOPNOTSUPP, f'"op": expected one of {", ".join((*OPERATIONS, "audit"))}, found {op!r}')
-        return operation(fs, Words(request))
+        words = Words(request)
+        name = _name(fs, op, words)
+        result = operation(fs, words)
+        if name is not None:
+            await trio.to_thread.run_sync(invalidate_name, IOMMU_INO, name, abandon_on_cancel=True)
+        return result
 
     return call

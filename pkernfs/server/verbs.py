@@ -25,9 +25,14 @@ def _ino(request: dict[str, Any]) -> int:
     return ino
 
 
-def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str, Verb]:
-    """The verbs of a mount.  ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, and may block
-    until requests have been answered."""
+def verbs(
+    operations: Operations, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]
+) -> dict[str, Verb]:
+    """The verbs of a mount.
+
+    ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, ``invalidate_name(directory, name)`` of a
+    name and its directory.  Both may block until requests have been answered.
+    """
     fs = operations.fs
 
     async def info(request: dict[str, Any]) -> dict[str, Any]:
@@ -78,5 +83,6 @@ def verbs(operations: Operations, invalidate: Callable[[int], None]) -> dict[str
 
         return call
 
-    known = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota, "iommu": iommu(fs)}
+    known: dict[str, Verb] = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
+    known["iommu"] = iommu(fs, invalidate_name)
     return {name: noting(verb) for name, verb in known.items()}

@@ -57,6 +57,14 @@ log = logging.getLogger("pkernfs")
 REVIVE = 1.0
 
 
+def _invalidate_name(directory: int, name: bytes) -> None:
+    """Make the kernel drop what it has cached of a name, and of its directory; from a thread that may wait."""
+    with suppress(FileNotFoundError):  # the kernel does not know it: nothing is cached
+        pyfuse3.invalidate_entry(pyfuse3.InodeT(directory), pyfuse3.FileNameT(name))
+    with suppress(FileNotFoundError):
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(directory))
+
+
 def set_barriers(region: Region, options: MountOptions) -> None:
     """Flush as the medium needs it, or as the options say.  Raises RegionError."""
     if options.barriers is None or options.readonly:
@@ -130,7 +138,8 @@ class Worker:
         self.revives = message["revive"]
         facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
         operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)
-        listener = ControlSocket(socket.socket(fileno=os.dup(control)), verbs(operations, pyfuse3.invalidate_inode))
+        known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
+        listener = ControlSocket(socket.socket(fileno=os.dup(control)), known)
         loop.install(loop.PollingLowlevel(session, device, operations))
         # The mount is the keeper's: libfuse gets a descriptor, and options that say nothing about mounting.
         pyfuse3.init(operations, f"/dev/fd/{session}", {"default_permissions"})

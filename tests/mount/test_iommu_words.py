@@ -380,6 +380,23 @@ def test_the_range_of_an_invalidation(iova: int, pages: int, amd: str) -> None:
         assert 1 << (lowest + 1) == size
 
 
+def test_names_that_the_kernel_has_looked_up(site: Site) -> None:
+    """It keeps names for a day, also those that were not there."""
+    folder = site.mnt / "iommu"
+    for n in range(3):
+        path = folder / f"dom-{n}"
+        assert not path.exists()
+        assert folder.stat().st_size == (3 + n) * 20
+        says("create", path)
+        assert path.stat().st_size == 2 * MiB
+        assert folder.stat().st_size == (4 + n) * 20
+    says("destroy", folder / "dom-1")
+    assert not (folder / "dom-1").exists()
+    assert sorted(os.listdir(folder)) == ["dom-0", "dom-2", "root-pgtables"]
+    (folder / "dom-1").touch()
+    assert (folder / "dom-1").stat().st_size == 0
+
+
 def test_create_is_asked_of_the_directory(site: Site) -> None:
     assert (site.mnt / "iommu").stat().st_ino == IOMMU_INO
     facts = told("create", site.mnt / "iommu" / "five", "--levels", "5")
