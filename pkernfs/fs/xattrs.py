@@ -65,7 +65,8 @@ class Xattrs:
         end = XATTR_HEAD.size + head.name_length
         name, payload = item[XATTR_HEAD.size : end], item[end:]
         size_ok = len(payload) % EXTENT_VALUE.size == 0 if head.external else len(payload) == head.size
-        if len(name) != head.name_length or not name or b"\0" in name or head.size > XATTR_SIZE_MAX or not size_ok:
+        name_ok = len(name) == head.name_length and name and b"\0" not in name
+        if not name_ok or head.external > 1 or head.size > XATTR_SIZE_MAX or not size_ok:
             raise self._bad(f"{head} with {len(payload)} bytes")
         return Attribute(key, name, head, payload)
 

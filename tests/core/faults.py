@@ -398,6 +398,12 @@ def patch_used(fs: Filesystem, used: int) -> None:
     patch_inode(fs, q, inline=with_quota(inode, quota_of(inode)._replace(used=used)).inline)
 
 
+def many_pages(fs: Filesystem) -> None:
+    """More than a count of bytes can hold."""
+    quotas(fs)
+    patch_inode(fs, fs.resolve(b"q/e/f"), pages=1 << 63)
+
+
 def behind_quota(fs: Filesystem) -> None:
     q = quotas(fs)
     patch_inode(fs, q, inline=fs.getattr(q).inline[:-1] + b"x")
@@ -408,6 +414,12 @@ def patch_project(fs: Filesystem, path: bytes, project: int | bytes) -> None:
     quotas(fs)
     ino = fs.resolve(path) if path else fs.orphans()[0]
     patch_inode(fs, ino, project=fs.resolve(project) if isinstance(project, bytes) else project)
+
+
+def external_twice(value: bytes) -> bytes:
+    """A value that is as long as a run of pages, and is neither inside nor outside of the tree."""
+    head = f.XATTR_HEAD.unpack(value)._replace(external=2, size=f.PAGE)
+    return f.XATTR_HEAD.pack(head) + value[16:26] + f.EXTENT_VALUE.pack(f.ExtentValue(1, 1))
 
 
 #: What has a checksum -> what is noted when that is damaged, and where it stands once it is made: offset in bytes.
@@ -558,6 +570,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "extent-value-size": ("extent-value", lambda fs: extent_in_tree(fs, short_extent)),
     # attributes
     "attribute-damaged": ("xattr", lambda fs: patch_xattr(fs, b"user.small", lambda v: v[:-1])),
+    "attribute-with-a-value-elsewhere-twice": ("xattr", lambda fs: patch_xattr(fs, b"user.small", external_twice)),
     "attribute-name": ("name-key", lambda fs: patch_xattr(fs, b"user.small", lambda v: v.replace(b"small", b"smull"))),
     "attribute-value-damaged": ("xattr-value", lambda fs: flip(fs, external_page(fs) * f.PAGE + 10)),
     "attribute-page-free": ("page-free", lambda fs: set_kind(fs, external_page(fs), f.PAGE_FREE)),
@@ -585,6 +598,10 @@ DOUBLE: dict[str, tuple[set[str], Callable[[Filesystem], object]]] = {
     "checksum-of-an-orphan": (
         {"inode-checksum", "orphan-list"},
         lambda fs: flip(fs, orphan_files(fs)[0] * 256 + 32),
+    ),
+    "page-counts-beyond-2-64-under-a-quota": (
+        {"inode-pages", "quota"},
+        many_pages,
     ),
     "checksum-of-a-quota": ({"inode-checksum", "project"}, lambda fs: flip(fs, quotas(fs) * 256 + 32)),
     "directory-loop-apart": ({"inode-lost", "directory-names"}, lambda fs: directory_loop(fs, apart=True)),

@@ -62,11 +62,12 @@ def quotas(checker: Checker) -> None:
     for ino, used in checker.used.items():
         for above in _quotas_above(checker, ino):
             sums[above] = sums.get(above, 0) + used
-    for ino, used in sums.items():
+    for ino, total in sums.items():
         inode = checker.inode(ino)
         if inode is None:
             continue
         quota = quota_of(inode)
+        used = min(total, (1 << 64) - 1)  # a damaged count of pages can be any number
         if quota.limit and quota.used != used:
             checker.note("quota", f"directory {ino:#x}: expected {used} bytes used, found {quota.used}", ino=ino)
             checker.correct(ino, inline=with_quota(inode, quota._replace(used=used)).inline)
