@@ -15,7 +15,7 @@ from pkernfs.fs.paths import paths_of
 from pkernfs.fs.scrub import Damage, scrub_all, scrub_step
 from pkernfs.region import MemoryRegion, open_region
 from tests.core.faults import leak_blocks, set_block
-from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, open_fs
+from tests.core.support import ME, ROOT, MiB, map_file, mkdir, mkdomain, mkfile, open_fs
 from tests.core.test_check import damaged_regions
 
 
@@ -47,6 +47,23 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     with pytest.raises(UsageError, match="the size of the region") as refused:
         explain(fs, sb.blocks * BLOCK)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_page_tables(fs: Filesystem) -> None:
+    """Their records, what they are for in the journal, and the memory that they are in."""
+    domain = mkdomain(fs)
+    map_file(fs, domain, 7, mkfile(fs, b"f", b"x"))
+    facts = explain(fs, fs.getattr(domain).iommu * PAGE)
+    assert (facts["path"], facts["structure"], facts["tree"]) == ("/iommu/dom-0", "tree node", "records")
+    (extent,) = fs.extents(domain)
+    assert explain(fs, extent.page * PAGE + 9)["path"] == "/iommu/dom-0"
+    with fs.volume.transaction() as tx:
+        fs.volume.put_inode(domain, fs.getattr(domain))
+        tx.words.append((extent.page * PAGE + 8, b"w" * 16))
+    at = fs.volume.journal.body_at + 16 + 256
+    record = {"sequence": fs.volume.journal.sequence, "kind": "words", "offset": extent.page * PAGE + 8, "length": 16}
+    assert explain(fs, at + 31)["record"] == record
+    assert "record" not in explain(fs, at + 32)
 
 
 def test_records_of_the_journal(fs: Filesystem) -> None:

@@ -16,6 +16,7 @@ from pkernfs.errors import CorruptError, FormatError
 from pkernfs.fs.check import check, check_region
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_inode
+from pkernfs.fs.records import Records
 from pkernfs.fs.repair import Outcome, repair_region
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
@@ -37,7 +38,20 @@ from tests.core.faults import (
     sparse_tree,
 )
 from tests.core.images import CowRegion, cast, torn
-from tests.core.support import ME, ROOT, MiB, Shape, full, mkdir, mkfile, new_fs, open_fs, patch_inode
+from tests.core.support import (
+    ME,
+    ROOT,
+    MiB,
+    Shape,
+    full,
+    map_file,
+    mkdir,
+    mkdomain,
+    mkfile,
+    new_fs,
+    open_fs,
+    patch_inode,
+)
 from tests.core.test_check import damaged_regions
 
 Plant = Callable[[Filesystem], object]
@@ -171,6 +185,25 @@ def test_a_fault_is_mended(victim: Filesystem, name: str) -> None:
     assert was
     owner = name == "root-of-another-owner"
     assert root[:1] + root[2 + owner : 5] + root[7:] == was[:1] + was[2 + owner : 5] + was[7:]
+
+
+@pytest.mark.parametrize("name", ["superblock-damaged", "slab-header-damaged", *(n for n in ALL if "iommu" in n)])
+def test_what_is_mapped_stays_where_it_is(victim: Filesystem, name: str) -> None:
+    """The memory that sound mappings name, of a file with a name and of one without."""
+    domain = mkdomain(victim, b"guard")
+    files = [mkfile(victim, n, n * f.PAGE) for n in (b"named", b"gone")]
+    for number, ino in enumerate(files):
+        map_file(victim, domain, 10 * number, ino, 1, 2)
+    victim.unlink(ROOT, b"gone")
+    places = [victim.extents(ino) for ino in files]
+    ALL[name](victim)
+    region = MemoryRegion(image=victim.region.view)
+    mended(region)
+    fs = open_fs(region)
+    assert [fs.extents(ino) for ino in files] == places
+    assert [mapping.ino for _, mapping in Records(fs.volume, domain).mappings()] == files
+    assert [fs.getattr(ino).iommu for ino in files] == [1, 1]
+    assert bytes(fs.read(files[1], 0, 4 * f.PAGE)) == b"gone" * f.PAGE
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

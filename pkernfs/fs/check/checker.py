@@ -67,7 +67,7 @@ class Checker:
         self.pinned: dict[int, int] = {}  #: inodes without page tables: the pins that they count
         self.domain_ids: dict[int, list[int]] = {}  #: the domains that have one
         self.attachments: list[tuple[int, Attachment]] = []  #: (key, attachment)
-        self.bad_records: dict[int, list[int]] = {}  #: by inode of page tables: keys
+        self.bad_records: dict[int, list[int]] = {}  #: by inode of page tables: keys of those that lead to nothing
         self.new_ids: dict[int, int] = {}  #: domains whose id another has too: one that is free; 0: none is
         self.bitmaps: list[tuple[int, int]] = []  #: (inode, page) of bitmaps that do not say that they are in use
         self.fixes: dict[int, dict[str, Any]] = {}

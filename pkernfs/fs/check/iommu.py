@@ -144,17 +144,19 @@ def records(checker: Checker, ino: int, inode: Inode) -> None:
     except CorruptError:
         pages = checker.volume.total_pages
     kept: list[tuple[int, bytes]] = []
+    dropped: list[str] = []
     end = 0
     for key, value in items(checker, inode.iommu, is_record):
         found = record(ino, key, value, pages)
         if found is None:
-            checker.note("iommu-record", f"record {key:#x} of inode {ino:#x}: expected another form, found {value!r}")
+            text = f"record {key:#x} of inode {ino:#x}: expected another form, found {value[:32].hex()}"
+            checker.note("iommu-record", f"{text}, {len(value)} bytes")
         elif isinstance(found, Mapping) and key < end:
             text = f"domain {ino:#x}: expected a mapping from IOVA {end * PAGE:#x} on, found one at {key * PAGE:#x}"
             checker.note("iommu-overlap", text)
             found = None
         if found is None:
-            checker.bad_records.setdefault(ino, []).append(key)
+            dropped.append(f"record {key:#x}")
             continue
         if isinstance(found, Mapping):
             end = key + found.length
@@ -165,7 +167,7 @@ def records(checker: Checker, ino: int, inode: Inode) -> None:
             checker.attachments.append((key, found))
         if checker.ledger.salvage:
             kept.append((key, value))
-    keep(checker, ino, "iommu", kept, [])
+    keep(checker, ino, "iommu", kept, dropped)
 
 
 def _holds_tables(inode: Inode) -> bool:

@@ -1,4 +1,4 @@
-"""Repair of page tables: records that cannot stay go, with their pins; what pins and sizes should be are fields."""
+"""Repair of page tables: records that lead to nothing go; what pins and sizes should be are fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pkernfs.fs.repair.work import Work, batches
 
 
 def records(work: Work) -> None:
-    """Records that are not sound, or lead to nothing, are dropped; the pins are counted anew in the next round."""
+    """Records that lead to nothing are dropped; the pins are counted anew in the next round."""
     for ino, keys in work.checker.bad_records.items():
         for batch in batches(sorted(set(keys))):
             try:
@@ -19,7 +19,7 @@ def records(work: Work) -> None:
                         tree.delete(key)
                     tree.finish()
             except (PkernfsError, KeyError):
-                break  # the tree is to be made anew first
+                break  # the inode is to be mended first
             for key in batch:
                 work.note("iommu-record", f"record {key:#x} of inode {ino:#x} was dropped", ino=ino)
 
