@@ -326,6 +326,7 @@ BITMAP_PAGES: Final = 8 * PAGE  #: pages that one page of bitmap tells of
 
 READ: Final = 1
 WRITE: Final = 2
+ACCESS_NAMES: Final = {0: "none", READ: "ro", WRITE: "wo", READ | WRITE: "rw"}
 PERSISTENT: Final = 1  #: the device goes on doing DMA from one mount to the next
 DEFERRED: Final = 2  #: its owner has not claimed it since the last mount
 TABLES_VTD: Final = 0  #: Intel VT-d, legacy mode

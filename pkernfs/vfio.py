@@ -29,7 +29,7 @@ class DmaMapping(NamedTuple):
     size: int
     file: str | None
     offset: int
-    access: str  #: "r", "w" or "rw"
+    access: str  #: "rw", "ro" or "wo"
 
 
 class Container:

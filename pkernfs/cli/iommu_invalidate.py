@@ -19,19 +19,21 @@ Intel VT-d (specification, 6.5) and AMD-Vi (specification, 2.4).  pkernfs change
   pkernfs iommu iotlb-needed /mnt/pkernfs --done     all that it showed has been: pages of old tables are free again
 
 Until --done no page of an old table is used again, so a cache that is late leads to old memory, not to other tables.
-Say --done after the IOMMU reported the end of the commands (VT-d: Invalidation Wait Descriptor; AMD: COMPLETION_WAIT),
-where nothing was changed since they were queued.
+Say --done after the IOMMU reported the end of the commands (VT-d: Invalidation Wait Descriptor; AMD: COMPLETION_WAIT).
+Where somebody else may change mappings meanwhile, add --token N, the number that the list ended with: it fails (EAGAIN)
+when there is more by now.
 """
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mount", metavar="MOUNT")
     parser.add_argument("--done", action="store_true", help="confirm: hardware has forgotten all of it")
+    parser.add_argument("--token", metavar="N", type=int, help="with --done: of the list that was worked through")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     path = existing(arguments.mount, "a path")
-    result = ask(path, "iotlb-needed", done=arguments.done)
+    result = ask(path, "iotlb-needed", done=arguments.done, token=arguments.token or 0)
     if arguments.json:
         print(json.dumps(result, indent=2))
         return 0
@@ -53,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
         queued.update(needed)
     if any("page-selective" in command for command in queued):
         print("where an address mask is above the unit's CAP.MAMV: domain-selective instead")
-    print(f"then: pkernfs iommu iotlb-needed {printable(arguments.mount)} --done")
+    print(f"then: pkernfs iommu iotlb-needed {printable(arguments.mount)} --done --token {result['token']}")
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pkernfs.cli.iommu_source import Facts, source
-from pkernfs.cli.iommu_words import FORMATS, Command, about, address, device, plural, rights, segment
+from pkernfs.cli.iommu_words import FORMATS, Command, about, address, device, plural, segment
 from pkernfs.cli.words import human, printable
 from pkernfs.errors import UsageError
 
@@ -83,7 +83,7 @@ def _domain(domain: dict[str, Any]) -> list[str]:
             f"{one['iova']:#x}",
             f"{one['iova'] + one['length'] - 1:#x}",
             human(one["length"]),
-            rights(one["access"]),
+            one["access"],
             f"{one['offset']:#x}",
             file_name(one),
         )
@@ -201,7 +201,7 @@ def _end(result: dict[str, Any]) -> str:
     """What the walk comes to."""
     if result["fault"] is not None:
         return f"IOVA {result['iova']:#x} faults: {result['fault']}"
-    allowed = {"rw": "read and write", "ro": "read only", "wo": "write only"}[rights(result["access"])]
+    allowed = {"rw": "read and write", "ro": "read only", "wo": "write only"}[result["access"]]
     text = f"IOVA {result['iova']:#x} is physical {result['physical']:#x}, {allowed}, page of"
     text += f" {human(result['page_size'])}"
     if result["ino"] is None:

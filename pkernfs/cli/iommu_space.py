@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from pkernfs.cli.iommu_merge import OTHERS, Mapping, Span, merge
-from pkernfs.cli.iommu_words import plural, rights
+from pkernfs.cli.iommu_words import plural
 from pkernfs.cli.words import human
 
 FILES = 12  #: that are told apart; the smallest of more become one
@@ -156,8 +156,7 @@ def space(
     ``domain``: as `list` tells it; ``extents`` gives those of an inode, in order, or none where they are not known.
     """
     mappings = sorted(
-        Mapping(one["iova"], one["length"], one["ino"], one["offset"], rights(one["access"]))
-        for one in domain["mappings"]
+        Mapping(one["iova"], one["length"], one["ino"], one["offset"], one["access"]) for one in domain["mappings"]
     )
     names = {
         one["ino"]: one["file"] if one["file"] is not None else f"inode {one['ino']}" for one in domain["mappings"]

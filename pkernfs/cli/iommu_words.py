@@ -80,11 +80,6 @@ def span(iova: int, length: int) -> str:
     return f"{iova:#x} to {iova + length - 1:#x}"
 
 
-def rights(access: str) -> str:
-    """What a device may do, as the options of `map` name it: rw, ro, wo."""
-    return {"r": "ro", "w": "wo"}.get(access, access)
-
-
 def plural(count: int, what: str) -> str:
     """3 mappings, 1 mapping."""
     return f"{count:,} {what}{'s' * (count != 1)}"

@@ -6,11 +6,9 @@ import uuid
 from typing import Any
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
+from pkernfs.format import ACCESS_NAMES, BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pins import mappings_of
-
-ACCESS_NAMES = {1: "ro", 2: "wo", 3: "rw"}
 
 
 def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:

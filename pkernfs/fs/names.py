@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -96,7 +97,7 @@ class Names(Orphans):
         if not directory.inode.nlink:
             raise FsError(errno.ENOENT, "the directory was removed")
         if name in (b".", b"..") or directory.find(name):
-            raise FsError(errno.EEXIST, repr(name))
+            raise FsError(errno.EEXIST, os.fsdecode(name))
         return directory
 
     def create(

@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, BLOCK_SLAB, PAGE, PAGE_FREE, PAGES_PER_BLOCK, Attachment
+from pkernfs.format import (
+    ACCESS_NAMES,
+    BLOCK,
+    BLOCK_DATA,
+    BLOCK_FREE,
+    BLOCK_SLAB,
+    PAGE,
+    PAGE_FREE,
+    PAGES_PER_BLOCK,
+    Attachment,
+)
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import BUSES, Contexts
-from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, DEVICES
+from pkernfs.iommu.formats import ADDRESS, DEVICES
 from pkernfs.iommu.hwpt import Hwpt, domains
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.translations import Difference, Tables, compare, expected
@@ -120,7 +130,7 @@ class Audit:
             rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
             self.note("over-permissive", found.iova, f"{where}: the tables give {rights}")
         else:
-            rights = f"{ACCESS_NAMES[access]!r}, the mapping {ACCESS_NAMES[found.left[1]]}"
+            rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
             self.note("under-mapped", found.iova, f"{where}: the tables give {rights}")
 
     def _pages(self, pages: TablePages, seen: set[int], stale: int) -> None:

@@ -16,7 +16,6 @@ ENTRIES: Final = 512
 ADDRESS: Final = (1 << 52) - PAGE  #: bits 51:12 of an entry
 MAX_PHYSICAL: Final = 1 << 52
 INTERRUPTS: Final = range(0xFEE00000, 0xFEF00000)  #: writes here are interrupts, whatever the tables say
-ACCESS_NAMES: Final = {0: "", 1: "r", 2: "w", 3: "rw"}
 
 
 def span(level: int) -> int:

@@ -10,15 +10,15 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, MAPPING, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.format import ACCESS_NAMES, INODE_SIZE, MAPPING, PAGE, PAGES_PER_BLOCK, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import TABLES, Records, pin
-from pkernfs.iommu.formats import ACCESS_NAMES, MAX_PHYSICAL
+from pkernfs.iommu.formats import MAX_PHYSICAL
 from pkernfs.iommu.hwpt import Hwpt, commit, done_before
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
-ACCESS = {"rw": 3, "ro": 1, "wo": 2}
+ACCESS = {name: access for access, name in ACCESS_NAMES.items() if access}
 
 
 def hexadecimal(*numbers: int) -> str:

@@ -6,13 +6,13 @@ import errno
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO
+from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO, checksum
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
-from pkernfs.iommu.hwpt import Hwpt, commit, domains
+from pkernfs.iommu.hwpt import Hwpt, commit, domains, done_before
 from pkernfs.iommu.stale import Invalidation, add, clear, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 
@@ -96,8 +96,19 @@ def stale(fs: Filesystem) -> list[Invalidation]:
     return list(pending(Records(fs.volume, ROOT_PGTABLES_INO)))
 
 
-def forgotten(fs: Filesystem, request: int = 0) -> int:
-    """All of that has been invalidated: the pages that nothing leads to are free.  How many of those there were."""
+def token(what: list[Invalidation]) -> int:
+    """What names just this list; not 0."""
+    return checksum(repr(what).encode()) | 1 << 32
+
+
+def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
+    """All of that has been invalidated: the pages that nothing leads to are free.  How many of those there were.
+
+    ``listed``: the token of the list that was worked through, 0: not known.  Raises FsError(EAGAIN) when more has come
+    since.
+    """
+    if listed and listed != token(stale(fs)) and done_before(fs, request) is None:
+        raise FsError(errno.EAGAIN, "more has become stale since that was listed: list it again")
 
     def change(roots: Records, compact: bool) -> int:
         clear(roots)

@@ -7,16 +7,16 @@ import stat
 from typing import Any
 
 from pkernfs.errors import FsError
-from pkernfs.format import DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
+from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit, file_at
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import attachment_of
-from pkernfs.iommu.formats import ACCESS_NAMES, ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
+from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
 from pkernfs.iommu.hwpt import Hwpt, domains, name_of
-from pkernfs.iommu.replace import stale
+from pkernfs.iommu.replace import stale, token
 
 __all__ = ["attachments_of", "audit", "domain_facts", "list_all", "root", "stale_facts", "walk"]
 
@@ -40,6 +40,11 @@ def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
 def stale_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any]]:
     """What hardware must forget; of one domain id, or all."""
     return [one.facts() for one in stale(fs) if number in (None, one.id)]
+
+
+def iotlb_needed(fs: Filesystem) -> dict[str, Any]:
+    """What hardware must forget, and the token that names the list."""
+    return {"stale": stale_facts(fs), "token": token(stale(fs)), "freed": 0}
 
 
 def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:

@@ -98,7 +98,7 @@ def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
         live_update=words.flag("live_update"),
         request=words.name,
     )
-    facts = {**done._asdict(), "ino": file_ino, "offset": offset, "access": access.replace("o", "")}
+    facts = {**done._asdict(), "ino": file_ino, "offset": offset, "access": access}
     facts["entries"] = facts.pop("stored")
     return {**facts, "stale": _stale(fs, words.ino)}
 
@@ -139,8 +139,11 @@ def _replace(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 
 def _iotlb_needed(fs: Filesystem, words: Words) -> dict[str, Any]:
-    freed = replace.forgotten(fs, words.name) if words.flag("done") else 0
-    return {"stale": views.stale_facts(fs), "freed": freed}
+    if not words.flag("done"):
+        return views.iotlb_needed(fs)
+    token = words.number("token", 0)
+    freed = replace.forgotten(fs, token, words.name)
+    return {**views.iotlb_needed(fs), "freed": freed}
 
 
 OPERATIONS: dict[str, Callable[[Filesystem, Words], dict[str, Any]]] = {

@@ -18,10 +18,10 @@ TITLE = "{http://www.w3.org/2000/svg}title"
 NAMES = {20: "vms/guest-ram", 21: "<svg onload=\"x\"> & 'y' \u202e\x1b[31m", 22: None, 23: "vms/rom"}
 MAPPINGS = [
     (0, 640 * KiB, 20, 0, "rw"),
-    (768 * KiB, 128 * KiB, 23, 0, "r"),
+    (768 * KiB, 128 * KiB, 23, 0, "ro"),
     (MiB, 3 * GiB - MiB, 20, MiB, "rw"),
     (0xFE000000, 64 * KiB, 21, 0, "rw"),
-    (0xFE010000, 4 * KiB, 22, 0, "w"),
+    (0xFE010000, 4 * KiB, 22, 0, "wo"),
     (4 * GiB, 5 * GiB, 20, 3 * GiB, "rw"),
 ]
 EXTENTS = {20: [(0, 1 << 40, GiB), (GiB, 2 << 40, 7 * GiB)], 21: [(0, 3 << 40, 2 * MiB)], 23: [(0, 4 << 40, 2 * MiB)]}
@@ -63,7 +63,7 @@ def many(count: int, files: int = 40) -> Space:
     for n in range(count):
         length = 4 * KiB * rng.choice([1, 1, 2, 16, 512])
         iova += rng.choice([0, 0, 0, 4 * KiB, 20 * MiB])
-        mappings.append((iova, length, 30 + rng.randrange(files), n * 4 * MiB, rng.choice(["rw", "rw", "r", "w"])))
+        mappings.append((iova, length, 30 + rng.randrange(files), n * 4 * MiB, rng.choice(["rw", "rw", "ro", "wo"])))
         iova += length
     mappings.append((1 << 40, 64 * GiB, 20, 0, "rw"))
     return space(domain(mappings, NAMES | {30 + n: f"f{n}" for n in range(files)}), extents, 36)
@@ -125,7 +125,7 @@ def test_blocks_lead_to_their_memory(some: Space) -> None:
 
 
 def test_memory_mapped_twice_is_one() -> None:
-    mappings = [(0, GiB, 20, 0, "rw"), (GiB, GiB, 20, 0, "r"), (2 * GiB, GiB, 20, GiB // 2, "rw")]
+    mappings = [(0, GiB, 20, 0, "rw"), (GiB, GiB, 20, 0, "ro"), (2 * GiB, GiB, 20, GiB // 2, "rw")]
     drawn = space(domain(mappings, NAMES), extents, 36)
     assert [(part.start, part.end, part.length) for part in drawn.memory] == [(0, GiB * 3 // 2, GiB * 3 // 2)]
     assert [band.right for band in drawn.bands] == [(0, 2 / 3), (0, 2 / 3), (1 / 3, 1)]

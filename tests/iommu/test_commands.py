@@ -96,7 +96,11 @@ def test_map_attach_walk_unmap(place: Site) -> None:
     assert hardware.reach(GiB + 8 * KiB) == physical(place, "guest-ram", 2 * MiB + 8 * KiB)
     assert iommu(place, "audit", place.mnt)["problems"] == []
     assert iommu(place, "iotlb-needed", place.mnt)["stale"] == done["stale"]
-    assert iommu(place, "iotlb-needed", place.mnt, "--done")["stale"] == []
+    token = iommu(place, "iotlb-needed", place.mnt)["token"]
+    iommu(place, "unmap", dom, "0x40200000", "4K")
+    assert "has become stale" in refused(place, "iotlb-needed", place.mnt, "--done", "--token", str(token))
+    token = iommu(place, "iotlb-needed", place.mnt)["token"]
+    assert iommu(place, "iotlb-needed", place.mnt, "--done", "--token", token)["stale"] == []
     iommu(place, "detach", place.mnt, "00:05.0")
     assert hardware.reach(GiB) is None
 
@@ -237,7 +241,7 @@ def test_the_container(place: Site) -> None:
     container = Container(path)
     assert container.mappings() == [
         DmaMapping(GiB + MiB, 3 * MiB, "guest-ram", MiB, "rw"),
-        DmaMapping(3 * GiB, MiB, "guest-ram", 4 * MiB, "r"),
+        DmaMapping(3 * GiB, MiB, "guest-ram", 4 * MiB, "ro"),
     ]
     container.map_dma(GiB + MiB, ram, MiB, 3 * MiB, live_update=True)
     with pytest.raises(FileNotFoundError):

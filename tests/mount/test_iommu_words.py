@@ -189,7 +189,7 @@ def test_from_create_to_destroy(site: Site, dom: Path) -> None:
     assert "1 MiB unmapped\n" in says("unmap", dom, "1M", "1M")
     needed = says("iotlb-needed", site.mnt)
     assert "VT-d: IOTLB invalidation, page-selective within domain: domain id 1, address 0x" in needed
-    assert needed.endswith(f"pkernfs iommu iotlb-needed {site.mnt} --done\n")
+    assert f"pkernfs iommu iotlb-needed {site.mnt} --done --token " in needed
     assert "confirmed" in says("iotlb-needed", site.mnt, "--done")
     assert says("iotlb-needed", site.mnt) == "nothing to invalidate\n"
 
@@ -298,7 +298,7 @@ PROBLEM = {
 ANSWERS: dict[str, dict[str, Any]] = {
     "map": {"iova": 0, "length": 4096, "offset": 8192, "stale": []},
     "audit": {"devices": 1, "domains": 1, "mappings": 2, "tables": 5, "bytes": 4096, "problems": [PROBLEM]},
-    "iotlb-needed": {"stale": STALE, "freed": 0},
+    "iotlb-needed": {"stale": STALE, "token": 77, "freed": 0},
     "list": {"domains": [{"id": 8, "format": "amd"}], "roots": [{"format": "vtd"}], "stale": STALE},
 }
 
@@ -349,7 +349,7 @@ def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) ->
         "domain id 8: all translations",
         "  AMD: INVALIDATE_IOMMU_PAGES: domain id 8, address 0x7ffffffffffff000, S=1, PDE=1 (all)",
         "where an address mask is above the unit's CAP.MAMV: domain-selective instead",
-        f"then: pkernfs iommu iotlb-needed {site.mnt} --done",
+        f"then: pkernfs iommu iotlb-needed {site.mnt} --done --token 77",
     ]
 
 
