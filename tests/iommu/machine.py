@@ -289,8 +289,9 @@ class Machine:
             assert size + own < LOW_MEMORY, (
                 f"expected a region of less than {LOW_MEMORY - own:#x} bytes, found {size:#x}"
             )
+        # A periodic timer would keep QEMU busy: with sleep=off time jumps to where the next one is due.
         limit = ",max-ram-below-4g=2G" if base else ""
-        command = [find_qemu().path, "-machine", f"q35,accel=tcg,kernel-irqchip=off{limit}"]
+        command = [find_qemu().path, "-machine", f"q35,accel=tcg,kernel-irqchip=off,hpet=off,pit=off{limit}"]
         command += ["-cpu", "qemu64", "-smp", "1"]
         command += ["-m", f"{size + own}B", "-bios", str(tmp / "firmware"), "-icount", "shift=0,sleep=off"]
         command += ["-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"]

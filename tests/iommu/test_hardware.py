@@ -1,0 +1,339 @@
+"""Hardware walks tables of a real mount: what devices do by DMA lands where the mappings say, and nowhere else.
+
+The hardware is QEMU's, without a guest; it goes on while servers and mounts are killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+
+import pytest
+
+from pkernfs.format import BLOCK, PAGE, GiB, MiB
+from tests.iommu.machine import HIGH_MEMORY, Device
+from tests.iommu.rig import DEVICES, Rig, new_rig
+from tests.iommu.walker import READ, WRITE, AmdReason, Translation, VtdReason
+from tests.mount.site import run
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"),
+]
+ONE, TWO = DEVICES
+DATA = bytes(range(256)) * 16
+BOTH = pytest.mark.parametrize("form", ["vtd", "amd"])
+
+
+@pytest.fixture(scope="module")
+def rigs(qemu: None) -> Iterator[Callable[[str], Rig]]:
+    """By format, one mount with its machine for all tests of this module."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda form: stack.enter_context(new_rig(form)))
+
+
+@pytest.fixture
+def rig(rigs: Callable[[str], Rig], form: str) -> Iterator[Rig]:
+    """A region of 64 MiB at physical address 0, and two devices; everything is taken away at the end."""
+    rig = rigs(form)
+    yield rig
+    rig.clear()
+
+
+@BOTH
+def test_both_directions(rig: Rig) -> None:
+    both_directions(rig)
+
+
+@BOTH
+def test_memory_above_4_gib(form: str, qemu: None) -> None:
+    with new_rig(form, base=HIGH_MEMORY) as rig:
+        both_directions(rig)
+
+
+def both_directions(rig: Rig) -> None:
+    """Leaves of 4 KiB and 2 MiB, memory in one piece and scattered, from one page to the next."""
+    domain = rig.domain("dom-0", ONE)
+    device, other = rig.devices
+    rig.scattered(("scattered", "between"), 12)
+    rig.file("ram", 3 * BLOCK)
+    rig.iommu("map", domain, GiB - 2 * BLOCK, rig.mnt / "ram")
+    rig.iommu("map", domain, 0x10000, rig.mnt / "scattered")
+    rig.iommu("map", domain, 0x7F00_0000_1000, rig.mnt / "ram", "--offset", BLOCK, "--length", 2 * PAGE)
+    sizes = {leaf.length for leaf in rig.walker.leaves(device.id)}
+    assert sizes == {PAGE, BLOCK}
+    ram = rig.at("ram", 0)
+    # In a large leaf; from one to the next, which another table holds; and the same memory again, by 4 KiB leaves.
+    rig.lands(device, GiB - 2 * BLOCK + 0x12345, DATA[:3000], [(ram + 0x12345, 3000)])
+    rig.lands(device, GiB - 100, DATA[:300], [(ram + 2 * BLOCK - 100, 300)])
+    rig.lands(device, 0x7F00_0000_1000 + PAGE - 8, DATA[:4096], [(ram + BLOCK + PAGE - 8, 4096)])
+    pages = [rig.at("scattered", page * PAGE) for page in range(12)]
+    scattered = [
+        (0x10000 + page * PAGE + 1000, DATA, [(here + 1000, 3096), (there, 1000)])
+        for page, (here, there) in enumerate(pairwise(pages))
+    ]
+    rig.all_land(device, scattered)
+    # What a device has written is what a program reads.
+    with open(rig.mnt / "scattered", "rb", buffering=0) as file:
+        assert file.read(PAGE + 1000)[1000:PAGE] == bytes(byte ^ 0xFF for byte in DATA[:3096])
+    # The other device is attached to nothing.
+    rig.refuses(other, 0x10000, READ)
+    rig.refuses(other, GiB, WRITE)
+
+
+@BOTH
+def test_leaves_of_1_gib(form: str, qemu: None) -> None:
+    with new_rig(form, size=2100 * MiB, disk=True) as rig:
+        domain = rig.domain("dom-0", ONE)
+        device = rig.devices[0]
+        rig.file("ram", 2060 * MiB)
+        (extent,) = rig.extents("ram")
+        offset = -extent.physical % GiB
+        rig.iommu("map", domain, 5 * GiB, rig.mnt / "ram", "--offset", offset, "--length", GiB)
+        assert [leaf.length for leaf in rig.walker.leaves(device.id)] == [GiB, PAGE]
+        start = extent.region + offset
+        places = (0, 123 * MiB + 77, 511 * MiB, GiB - 4096)
+        rig.all_land(device, [(5 * GiB + at, DATA, [(start + at, 4096)]) for at in places])
+        rig.refuses(device, 6 * GiB, WRITE)
+
+
+@BOTH
+def test_rights(rig: Rig) -> None:
+    domain = rig.domain("dom-0", ONE)
+    device = rig.devices[0]
+    rig.file("ram", BLOCK)
+    rig.iommu("map", domain, 0x10000, rig.mnt / "ram", "--length", PAGE, "--ro")
+    rig.iommu("map", domain, 0x11000, rig.mnt / "ram", "--offset", PAGE, "--length", PAGE, "--wo")
+    rig.iommu("map", domain, 4 * BLOCK, rig.mnt / "ram", "--ro")
+    ram = rig.at("ram", 0)
+    unmapped, read_only, write_only = 0x13000, 0x10000, 0x11000
+    assert {rig.refuses(device, read_only, WRITE).reason, rig.refuses(device, 4 * BLOCK, WRITE).reason} <= {
+        VtdReason.NO_WRITE,
+        AmdReason.PAGE_FAULT,
+    }
+    assert rig.refuses(device, write_only, READ).reason in (VtdReason.NO_READ, AmdReason.PAGE_FAULT)
+    for iova in (unmapped, 1 << 40, (1 << 48) - PAGE):
+        assert rig.refuses(device, iova, READ).reason in (VtdReason.NO_READ, AmdReason.PAGE_FAULT)
+        assert rig.refuses(device, iova, WRITE).reason in (VtdReason.NO_WRITE, AmdReason.PAGE_FAULT)
+    rig.memory[ram : ram + 4] = b"seen"
+    assert rig.read(device, read_only, 4) == rig.read(device, 4 * BLOCK, 4) == b"seen"
+    rig.write(device, write_only, b"done")
+    assert rig.memory[ram + PAGE : ram + PAGE + 4] == b"done"
+
+
+@BOTH
+def test_two_domains(rig: Rig) -> None:
+    for name, device in (("a", ONE), ("b", TWO)):
+        domain = rig.domain(f"dom-{name}", device)
+        rig.file(f"ram-{name}", BLOCK)
+        rig.iommu("map", domain, 0, rig.mnt / f"ram-{name}")
+    rig.iommu("map", rig.mnt / "iommu/dom-b", 8 * BLOCK, rig.mnt / "ram-b")
+    one, two = rig.devices
+    rig.lands(one, 0x5000, DATA, [(rig.at("ram-a", 0x5000), 4096)])
+    rig.lands(two, 0x5000, DATA, [(rig.at("ram-b", 0x5000), 4096)])
+    rig.lands(two, 8 * BLOCK + 5, b"two", [(rig.at("ram-b", 5), 3)])
+    rig.refuses(one, 8 * BLOCK, READ)
+    rig.refuses(one, 8 * BLOCK, WRITE)
+    reachable = {name: rig.walker.leaves(device.id) for name, device in (("a", one), ("b", two))}
+    where = {name: {leaf.physical for leaf in leaves} for name, leaves in reachable.items()}
+    assert where["a"] & where["b"] == {rig.base + rig.stage}
+
+
+class Traffic:
+    """A device that goes on with DMA: each round writes to one place of ``ram`` and reads it back."""
+
+    def __init__(self, rig: Rig, device: Device, iova: int, ram: int, size: int) -> None:
+        self.rig, self.device, self.iova, self.ram, self.size = rig, device, iova, ram, size
+        self.rounds = 0
+
+    def round(self) -> None:
+        """It lands, nobody was told of a fault, and what was read is what was there."""
+        self.rounds += 1
+        at = self.rounds * 0x11_1040 % self.size & -64
+        data = self.rounds.to_bytes(8, "little") * 8
+        self.rig.write(self.device, self.iova + at, data)
+        assert self.rig.memory[self.ram + at : self.ram + at + 64] == data, f"IOVA {self.iova + at:#x}"
+        self.rig.memory[self.ram + at : self.ram + at + 64] = data[::-1]
+        assert self.rig.read(self.device, self.iova + at, 64) == data[::-1], f"IOVA {self.iova + at:#x}"
+        self.rig.quiet()
+
+    def go(self, rounds: int = 50) -> None:
+        for _ in range(rounds):
+            self.round()
+
+
+def traffic(rig: Rig, iova: int = GiB, name: str = "dom-0", device: int = 0) -> Traffic:
+    """A device with 8 MiB of its own at an IOVA."""
+    domain = rig.domain(name, (ONE, TWO)[device])
+    rig.file(f"ram-{name}", 4 * BLOCK)
+    (extent,) = rig.extents(f"ram-{name}")
+    rig.iommu("map", domain, iova, rig.mnt / f"ram-{name}")
+    return Traffic(rig, rig.devices[device], iova, extent.region, 4 * BLOCK)
+
+
+@BOTH
+def test_the_server_is_killed(rig: Rig) -> None:
+    rig.site.expected = re.compile("another one takes over")
+    device = traffic(rig)
+    device.go()
+    os.kill(rig.site.worker(), signal.SIGKILL)
+    device.go()
+    # The next one serves while the device goes on, and finds it all as it was.
+    domain = rig.mnt / "iommu/dom-0"
+    words = ("map", domain, hex(GiB), rig.mnt / "ram-dom-0", "--live-update")
+    rig.during(words, device.round)
+    rig.iommu("map", domain, 3 * GiB, rig.mnt / "ram-dom-0")
+    device.go()
+    assert rig.reaches(device.device, 3 * GiB) == device.ram
+
+
+@BOTH
+def test_the_mount_is_killed_and_made_again(rig: Rig) -> None:
+    """A kexec with the hardware running: persistent devices go on throughout, others are cut off by the next mount."""
+    kept, other = traffic(rig), traffic(rig, 2 * GiB, "dom-1", 1)
+    rig.iommu("detach", rig.mnt, TWO)
+    rig.iommu("attach", rig.mnt / "iommu/dom-1", TWO)
+    rig.forget()
+    kept.go()
+    other.go()
+    before = rig.site.digest()
+    rig.site.crash()
+    assert rig.site.digest() == before
+    kept.go()
+    other.go()
+    rig.site.mount()
+    kept.go()
+    stale = rig.forget()
+    assert {"context"} == {each["kind"] for each in stale if each["device"]}
+    kept.go()
+    fault = rig.refuses(other.device, 2 * GiB, WRITE)
+    assert fault.reason in (VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED)
+    rig.refuses(other.device, 2 * GiB, READ)
+    # Its owner claims the persistent one, and checks that the mappings are there.
+    domains = {one["name"]: one for one in rig.iommu("list", rig.mnt)["domains"]}
+    (device,) = domains["dom-0"]["devices"]
+    assert device["state"] == "deferred"
+    rig.iommu("map", rig.mnt / "iommu/dom-0", GiB, rig.mnt / "ram-dom-0", "--live-update")
+    device = rig.iommu("attach", rig.mnt / "iommu/dom-0", ONE)
+    assert (device["state"], device["persistent"]) == ("attached", True)
+    assert rig.forget() == []
+    kept.go()
+    # The other one is attached anew.
+    rig.iommu("attach", rig.mnt / "iommu/dom-1", TWO)
+    other.go()
+
+
+@BOTH
+def test_a_cold_mount_cuts_all_off(rig: Rig) -> None:
+    device = traffic(rig)
+    device.go(5)
+    rig.site.crash()
+    rig.site.mount("cold")
+    # The machine was off: its IOMMU has nothing cached.
+    rig.machine.unit.invalidate_all()
+    fault = rig.refuses(device.device, GiB, WRITE)
+    assert fault.reason in (VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED)
+    rig.refuses(device.device, GiB, READ)
+    rig.iommu("attach", rig.mnt / "iommu/dom-0", ONE)
+    device.go(5)
+
+
+@BOTH
+def test_tables_are_replaced_under_dma(rig: Rig) -> None:
+    device = traffic(rig)
+    samples = 0
+    for leaf in ("4K", "2M", "1G"):
+        samples += rig.during(("replace", rig.mnt / "iommu/dom-0", "--leaf", leaf), device.round)
+        device.go(10)
+        stale = rig.forget()
+        assert {each["kind"] for each in stale} == {"context", "iotlb"}
+        device.go(10)
+        sizes = {each.length for each in rig.walker.leaves(device.device.id)}
+        assert sizes == ({PAGE} if leaf == "4K" else {PAGE, BLOCK})
+    assert samples
+
+
+@BOTH
+def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
+    device = traffic(rig)
+    domain = rig.mnt / "iommu/dom-0"
+    hole = GiB + BLOCK + 5 * PAGE
+    device.size = BLOCK + 5 * PAGE
+    samples = rig.during(("unmap", domain, hex(hole), "4K"), device.round)
+    device.go(10)
+    rig.forget()
+    device.go(10)
+    rig.refuses(device.device, hole, WRITE)
+    rig.refuses(device.device, hole, READ)
+    assert rig.reaches(device.device, hole + PAGE) == device.ram + BLOCK + 6 * PAGE
+    offset = BLOCK + 5 * PAGE
+    words = ("map", domain, hex(hole), rig.mnt / "ram-dom-0", "--offset", hex(offset), "--length", "4K")
+    samples += rig.during(words, device.round)
+    rig.forget()
+    device.size = 4 * BLOCK
+    device.go()
+    found = rig.walker.translate(device.device.id, hole, WRITE)
+    assert isinstance(found, Translation)
+    assert found.size == BLOCK
+    assert samples
+
+
+@BOTH
+def test_unmapped_memory_is_out_of_reach_after_the_invalidation_that_is_asked_for(rig: Rig) -> None:
+    device = traffic(rig)
+    other = traffic(rig, GiB, "dom-1", 1)
+    domain = rig.mnt / "iommu/dom-0"
+    device.go()
+    other.go()
+    rig.read(device.device, GiB, 4)
+    stale = rig.iommu("unmap", domain, GiB, 4 * BLOCK)["stale"]
+    # The hardware has it cached: this is what the invalidation is for.
+    rig.memory[device.ram : device.ram + 4] = b"gone"
+    assert rig.read(device.device, GiB, 4) == b"gone"
+    assert {(each["kind"], each["device"]) for each in stale} == {("iotlb", None)}
+    assert rig.forget() == stale
+    assert rig.refuses(device.device, GiB, READ).reason in (VtdReason.NO_READ, AmdReason.PAGE_FAULT)
+    rig.refuses(device.device, GiB + 4 * BLOCK - PAGE, WRITE)
+    other.go()
+    # Its memory is free for others now.
+    result = run("pkernfs", "iommu", "unmap", domain, hex(GiB), hex(BLOCK))
+    assert result.returncode == 1
+    os.unlink(rig.mnt / "ram-dom-0")
+
+
+@BOTH
+def test_a_detached_device(rig: Rig) -> None:
+    device, other = traffic(rig), traffic(rig, GiB, "dom-1", 1)
+    device.go(5)
+    other.go(5)
+    rig.iommu("detach", rig.mnt, ONE)
+    stale = rig.forget()
+    assert sorted(each["kind"] for each in stale) == ["context", "iotlb"]
+    fault = rig.refuses(device.device, GiB, WRITE)
+    assert fault.reason in (VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED)
+    rig.refuses(device.device, GiB, READ)
+    other.go(5)
+
+
+@BOTH
+def test_the_steps_of_walk_are_what_the_hardware_takes(rig: Rig) -> None:
+    device = traffic(rig)
+    domain = rig.mnt / "iommu/dom-0"
+    rig.iommu("unmap", domain, GiB + 0x3000, PAGE)
+    rig.forget()
+    for at in (0, 0x2FF8, 0x4000, BLOCK + 0x1234):
+        said = rig.iommu("walk", rig.mnt, ONE, GiB + at)
+        assert said["physical"] == rig.base + rig.reaches(device.device, GiB + at) == rig.base + device.ram + at
+        for step in said["steps"]:
+            assert step["entry"] == rig.walker.memory.load(step["address"], VtdReason.TABLE_OUTSIDE_MEMORY)
+        rig.lands(device.device, GiB + at, b"here", [(device.ram + at, 4)])
+    result = run("pkernfs", "iommu", "walk", "--json", rig.mnt, ONE, hex(GiB + 0x3000))
+    assert json.loads(result.stdout)["physical"] is None
+    assert json.loads(result.stdout)["fault"]
+    rig.refuses(device.device, GiB + 0x3000, READ)
