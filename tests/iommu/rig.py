@@ -210,13 +210,14 @@ class Rig:
             self.write(device, iova, data)
         after = self.snapshot()
         self.quiet()
-        expected: dict[int, bytearray] = {}
+        all_parts = [part for _, _, parts in transfers for part in parts]
+        blocks = {at // BLOCK * BLOCK for first, length in all_parts for at in (first, first + length - 1)}
+        expected = {at: bytearray(before.get(at, ZERO)) for at in blocks}
         for _, data, parts in transfers:
             assert sum(length for _, length in parts) == len(data)
             places = (at for first, length in parts for at in range(first, first + length))
             for at, byte in zip(places, data, strict=True):
-                block = expected.setdefault(at // BLOCK * BLOCK, bytearray(before.get(at // BLOCK * BLOCK, ZERO)))
-                block[at % BLOCK] = byte
+                expected[at // BLOCK * BLOCK][at % BLOCK] = byte
         assert after == before | {at: bytes(block) for at, block in expected.items()}, self.where(before, after)
         for iova, data, parts in transfers:
             mirrored = rest = bytes(byte ^ 0xFF for byte in data)
