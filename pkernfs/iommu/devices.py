@@ -26,7 +26,7 @@ def attachment_of(roots: Records, requester: int) -> Attachment | None:
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
     """Lead a device to a domain; or claim it, when that was deferred since the last mount."""
     volume = fs.volume
-    Hwpt(volume, ino)
+    Hwpt(volume, ino).check_named()
     if done_before(fs, request) is not None:
         return
     before = attachment_of(Records(volume, ROOT_PGTABLES_INO), requester)

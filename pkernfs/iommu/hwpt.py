@@ -53,6 +53,11 @@ class Hwpt:
             raise CorruptError(f"domain {self.ino}", self.ino * INODE_SIZE, f"{record}", ino=self.ino)
         return record
 
+    def check_named(self) -> None:
+        """Raise FsError(ENOENT) for a domain that was removed and is only still open: it is not to be used any more."""
+        if not self.volume.inode(self.ino).nlink:
+            raise FsError(errno.ENOENT, f"inode {self.ino}: the domain was removed")
+
     @property
     def form(self) -> TableFormat:
         """The format of its tables."""

@@ -64,6 +64,7 @@ def map_file(
     """
     volume = fs.volume
     hwpt = Hwpt(volume, ino)
+    hwpt.check_named()
     inode = volume.inode(file_ino)
     if inode.flags & TABLES:
         raise FsError(errno.EPERM, f"inode {file_ino} holds page tables: no device may write to them")

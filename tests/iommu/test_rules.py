@@ -128,6 +128,17 @@ def test_devices() -> None:
     domain.destroy(fs, dom)
 
 
+def test_a_domain_that_was_removed_and_is_still_open() -> None:
+    fs = make()
+    dom, file = new(fs), guest(fs)
+    fs.remember(dom)
+    domain.destroy(fs, dom)
+    assert "was removed" in refused(fs, errno.ENOENT, lambda: devices.attach(fs, dom, DEVICE))
+    assert "was removed" in refused(fs, errno.ENOENT, lambda: ioas.map_file(fs, dom, 0, file))
+    fs.forget(dom, 1)
+    assert fs.orphans() == []
+
+
 def test_a_persistent_device_is_claimed_by_its_owner() -> None:
     fs = make()
     dom, other = new(fs), new(fs, b"dom-1")
