@@ -95,10 +95,10 @@ class Rig:
         result: dict[str, Any] = json.loads(said.getvalue())
         return result
 
-    def domain(self, name: str, *devices: str) -> Path:
+    def domain(self, name: str, *devices: str, levels: int = 4) -> Path:
         """A new domain with the stage in it, and persistent devices attached to it."""
         path = self.mnt / "iommu" / name
-        self.iommu("create", path, "--format", self.form)
+        self.iommu("create", path, "--format", self.form, "--levels", str(levels))
         if not self.stage:
             self.file("stage", PAGE)
             self.stage = self.extents("stage")[0].region
@@ -263,7 +263,9 @@ class Rig:
 
 
 @contextmanager
-def new_rig(form: str, base: int = 0, size: int = 64 * MiB, disk: bool = False) -> Iterator[Rig]:
+def new_rig(
+    form: str, base: int = 0, size: int = 64 * MiB, disk: bool = False, devices: tuple[str, ...] = DEVICES
+) -> Iterator[Rig]:
     """A mount and its machine; in the end the audit finds nothing, the log is clean and the region sound.
 
     ``disk``: the region is a file on a disk, for one that is too large for memory.
@@ -274,7 +276,7 @@ def new_rig(form: str, base: int = 0, size: int = 64 * MiB, disk: bool = False) 
             site.region = site.tmp / "region"
         site.run_ok("mkfs.pkernfs", "--size", str(size), "--phys-base", hex(base), site.region)
         site.mount()
-        rig = Rig(site, form, base, DEVICES)
+        rig = Rig(site, form, base, devices)
         try:
             yield rig
             rig.iommu("audit", site.mnt)

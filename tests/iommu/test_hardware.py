@@ -87,6 +87,34 @@ def both_directions(rig: Rig) -> None:
     rig.refuses(other, GiB, WRITE)
 
 
+@pytest.mark.parametrize(("form", "levels"), [("vtd", 3), ("amd", 3), ("amd", 5)])
+def test_tables_of_other_depths(rig: Rig, levels: int) -> None:
+    """(QEMU's VT-d has no 5 levels.)"""
+    domain = rig.domain("dom-0", ONE, levels=levels)
+    device = rig.devices[0]
+    rig.file("ram", 2 * BLOCK)
+    last = (1 << 12 + 9 * levels) - 2 * BLOCK
+    for iova in (BLOCK, last):
+        rig.iommu("map", domain, iova, rig.mnt / "ram")
+        rig.lands(device, iova + BLOCK - 8, DATA, [(rig.at("ram", BLOCK - 8), 4096)])
+    rig.refuses(device, 0, READ)
+    rig.refuses(device, 1 << 12 + 9 * levels, WRITE)
+
+
+def test_devices_of_other_buses(qemu: None) -> None:
+    """Each bus has a context table.  (QEMU's AMD-Vi takes all devices for those of bus 0.)"""
+    with new_rig("vtd", devices=("01:00.0", "02:00.0", "00:1e.0")) as rig:
+        first, second, third = rig.devices
+        rig.iommu("map", rig.domain("dom-0", first.name, third.name), 0, rig.file("a", BLOCK))
+        rig.iommu("map", rig.domain("dom-1", second.name), 0, rig.file("b", BLOCK))
+        for device, name in ((first, "a"), (second, "b"), (third, "a")):
+            rig.lands(device, 0x1234, DATA, [(rig.at(name, 0x1234), 4096)])
+        rig.iommu("detach", rig.mnt, first.name)
+        rig.forget()
+        rig.refuses(first, 0, WRITE)
+        rig.lands(third, 0, DATA, [(rig.at("a", 0), 4096)])
+
+
 @BOTH
 def test_leaves_of_1_gib(form: str, qemu: None) -> None:
     with new_rig(form, size=2100 * MiB, disk=True) as rig:
@@ -265,6 +293,7 @@ def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
     domain = rig.mnt / "iommu/dom-0"
     hole = GiB + BLOCK + 5 * PAGE
     device.size = BLOCK + 5 * PAGE
+    rig.read(device.device, hole, 4)  # so that it is cached
     samples = rig.during(("unmap", domain, hex(hole), "4K"), device.round)
     device.go(10)
     rig.forget()
