@@ -65,23 +65,24 @@ def _repeat(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
 
 
 def _watch(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
-    """In place, on a terminal."""
+    """In place, on a terminal, until ^C: which waits to be looked at, as an exception could be lost in a finalizer."""
+    import signal
+
     from rich.live import Live
 
     from pkernfs.client import ask_keeper
 
     before: dict[str, int] = status["requests"]
     begun = time.monotonic()
-    try:
-        with Live(_picture(status, before, 1.0), auto_refresh=False, screen=True) as live:
-            while True:
-                time.sleep(arguments.every)
-                status = ask_keeper(arguments.mount, "status")
-                now = time.monotonic()
-                live.update(_picture(status, before, now - begun), refresh=True)
-                before, begun = status["requests"], now
-    except KeyboardInterrupt:
-        return 0
+    interrupt = {signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
+    with Live(_picture(status, before, 1.0), auto_refresh=False, screen=True) as live:
+        while not signal.sigtimedwait(interrupt, arguments.every):
+            status = ask_keeper(arguments.mount, "status", timeout=5.0)
+            now = time.monotonic()
+            live.update(_picture(status, before, now - begun), refresh=True)
+            before, begun = status["requests"], now
+    return 0
 
 
 def _picture(status: dict[str, Any], before: dict[str, int], passed: float) -> Any:
