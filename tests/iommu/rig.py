@@ -49,6 +49,8 @@ class Rig:
         self.walker: Any = walker.Vtd(view, self.root, 48) if form == "vtd" else walker.Amd(view, self.root)
         self.stage = 0  #: region offset
         self.known: dict[str, list[Extent]] = {}  #: of files that are mapped, and so do not move
+        for device in self.devices:
+            device.load(base)  # the superblock: so that what is stored where it should not be is seen
         self.machine.unit.set_root(self.root)
         self.machine.unit.enable()
         self.machine.unit.invalidate_all()
@@ -239,15 +241,21 @@ class Rig:
     def refuses(self, device: Device, iova: int, access: int) -> Fault:
         """An access of a device touches no memory; how the walker tells it, and the hardware.
 
-        Needs that nothing is cached for the IOVA.  (QEMU records no fault for a cached translation without the right.)
+        Of a device that is attached to nothing a WRITE is to be tried first: what it could not load it holds as zeros.
+        Where the IOVA is cached without the right QEMU records no fault.
         """
+        attached = isinstance(self.walker.translate(device.id, STAGE, READ | WRITE), Translation)
+        if attached:
+            self.give(device, b"\xa5" * 8)
         before = self.snapshot()
         if access == WRITE:
-            device.store(iova, 4)
+            device.store(iova, 8)
         else:
-            device.load(iova, 4)
+            device.load(iova, 8)
         faults = self.machine.unit.faults()
         assert self.snapshot() == before
+        if attached and access == READ:
+            assert self.take(device, 8) == bytes(8)
         found = self.walker.translate(device.id, iova, access)
         assert isinstance(found, Fault), found
         if self.form == "vtd":

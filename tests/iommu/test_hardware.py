@@ -83,8 +83,8 @@ def both_directions(rig: Rig) -> None:
     with open(rig.mnt / "scattered", "rb", buffering=0) as file:
         assert file.read(PAGE + 1000)[1000:PAGE] == bytes(byte ^ 0xFF for byte in DATA[:3096])
     # The other device is attached to nothing.
-    rig.refuses(other, 0x10000, READ)
     rig.refuses(other, GiB, WRITE)
+    rig.refuses(other, 0x10000, READ)
 
 
 @pytest.mark.parametrize(("form", "levels"), [("vtd", 3), ("amd", 3), ("amd", 5)])
@@ -140,6 +140,7 @@ def test_rights(rig: Rig) -> None:
     rig.iommu("map", domain, 0x11000, rig.mnt / "ram", "--offset", PAGE, "--length", PAGE, "--wo")
     rig.iommu("map", domain, 4 * BLOCK, rig.mnt / "ram", "--ro")
     ram = rig.at("ram", 0)
+    rig.memory[ram : ram + 2 * PAGE] = DATA + DATA
     unmapped, read_only, write_only = 0x13000, 0x10000, 0x11000
     assert {rig.refuses(device, read_only, WRITE).reason, rig.refuses(device, 4 * BLOCK, WRITE).reason} <= {
         VtdReason.NO_WRITE,
@@ -293,7 +294,7 @@ def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
     domain = rig.mnt / "iommu/dom-0"
     hole = GiB + BLOCK + 5 * PAGE
     device.size = BLOCK + 5 * PAGE
-    rig.read(device.device, hole, 4)  # so that it is cached
+    rig.write(device.device, hole, DATA)  # so that it is cached
     samples = rig.during(("unmap", domain, hex(hole), "4K"), device.round)
     device.go(10)
     rig.forget()
