@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from pkernfs.cli.main import run as pkernfs
 from pkernfs.format import BLOCK, PAGE, MiB
-from tests.iommu import machine as machines
-from tests.iommu import walker
+from tests.iommu import units, walker
 from tests.iommu.machine import Device, Machine
 from tests.iommu.walker import READ, WRITE, Fault, Memory, Translation
 from tests.mount.site import Site, find_program
@@ -41,7 +40,7 @@ class Rig:
         self.site, self.form, self.base = site, form, base
         self.fd = os.open(site.region, os.O_RDWR)
         self.memory = mmap.mmap(self.fd, 0)
-        unit = machines.Vtd if form == "vtd" else machines.Amd
+        unit = units.Vtd if form == "vtd" else units.Amd
         self.machine = Machine(site.region, unit, devices, base)
         self.devices = self.machine.devices
         view = Memory(memoryview(self.memory), base)

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.iommu import machine as machines
-from tests.iommu import walker
-from tests.iommu.machine import HIGH_MEMORY, Device, Machine, MiB, requester, sparse
-from tests.iommu.tables import AmdTables, Tables, VtdTables
+from pkernfs.format import GiB, MiB
+from tests.iommu import units, walker
+from tests.iommu.machine import HIGH_MEMORY, Device, Machine, requester, sparse
+from tests.iommu.tables import AmdTables, VtdTables
 from tests.iommu.walker import READ, WRITE, AmdReason, Fault, Memory, Range, Translation, VtdReason, joined
 
-GiB = 1024 * MiB
 SIZE = 16 * MiB
 DEVICES = ("00:05.0", "00:06.0")
 FIRST, SECOND = map(requester, DEVICES)
@@ -30,7 +29,7 @@ class Bench(NamedTuple):
 
     machine: Machine
     walker: walker.Vtd | walker.Amd
-    tables: Any
+    tables: VtdTables | AmdTables
     memory: mmap.mmap
     base: int
     table: int
@@ -124,23 +123,19 @@ def bench(machine: Callable[..., Machine], unit: str, base: int, tmp_path: Path)
     with path.open("r+b") as file:
         memory = mmap.mmap(file.fileno(), SIZE)  # closed with the last view of it
     words = memoryview(memory).cast("Q")
-    tables: Tables
-    kind: type[walker.Vtd | walker.Amd]
-    if unit == "vtd":
-        tables, kind, device = VtdTables(words, base + 8 * MiB, base), walker.Vtd, machines.Vtd
-    else:
-        tables, kind, device = AmdTables(words, base + 8 * MiB, base), walker.Amd, machines.Amd
+    kind = VtdTables if unit == "vtd" else AmdTables
+    tables = kind(words, base + 8 * MiB, base)
     table, other = tables.take(), tables.take()
     view = Memory(memoryview(memory), base)
-    walks = walker.Vtd(view, tables.root, width=48) if kind is walker.Vtd else walker.Amd(view, tables.root)
+    walks = walker.Vtd(view, tables.root, width=48) if unit == "vtd" else walker.Amd(view, tables.root)
     for each, top, id in ((FIRST, table, 6), (SECOND, other, 7)):
         tables.attach(each, top, 4, id)
         tables.map(top, 4, STAGE, base + STAGE_AT, 1, READ | WRITE)
-    machine = machine(path, device, DEVICES, base)
-    machine.unit.set_root(tables.root)
-    machine.unit.enable()
-    machine.unit.invalidate_all()
-    return Bench(machine, walks, tables, memory, base, table, other)
+    started = machine(path, units.Vtd if unit == "vtd" else units.Amd, DEVICES, base)
+    started.unit.set_root(tables.root)
+    started.unit.enable()
+    started.unit.invalidate_all()
+    return Bench(started, walks, tables, memory, base, table, other)
 
 
 @pytest.mark.parametrize("base", [pytest.param(0, id="low"), pytest.param(HIGH_MEMORY, id="high")])
@@ -289,7 +284,7 @@ def test_a_device_of_another_bus(machine: Callable[..., Machine], tmp_path: Path
     table = tables.take()
     tables.map(table, 4, 0x1_0000, 4 * MiB, 1, READ | WRITE)
     tables.attach(requester("02:00.0"), table, 4, 6)
-    started = machine(path, machines.Vtd, ("01:00.0", "02:00.0"))
+    started = machine(path, units.Vtd, ("01:00.0", "02:00.0"))
     unattached, attached = started.devices
     started.unit.set_root(tables.root)
     started.unit.enable()
