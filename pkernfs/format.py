@@ -53,7 +53,8 @@ to say stands in trees of records:
                     key = ROOT_TABLE_KEY + table format << 16 + PCI segment, value = RootTable
                     key = STALE_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = Stale
                     key = STALE_CONTEXT_KEY + requester, value = Stale
-                    key = REQUEST_KEY, value = Request
+                    key = GENERATION_KEY, value = Generation
+                    key = REQUEST_KEY + slot, value = Request
 
 A requester is PCI segment << 16 | bus << 8 | device << 3 | function.  Mappings of a domain do not overlap.  The pins of
 a file are the mappings that name it: what they cover is not freed, and does not move.
@@ -315,12 +316,16 @@ XATTR_INLINE: Final = 512
 
 
 # Keys of the records of the IOMMU.  Those of mappings are below 1 << IOVA_PAGE_BITS.
+LAST_DOMAIN_ID: Final = 0xFFFE  #: the first is 1: Linux does not use 0 and 0xffff either
+MAX_PHYSICAL: Final = 1 << 52  #: physical addresses that tables can hold are below
 IOVA_PAGE_BITS: Final = 45  #: of a page number of the largest address space: 5 levels, 57 bits
 ROOT_TABLE_KEY: Final = 1 << 60
 ATTACHMENT_KEY: Final = 2 << 60
 STALE_CONTEXT_KEY: Final = 3 << 60
 STALE_IOTLB_KEY: Final = 4 << 60  #: up to 6 << 60
+GENERATION_KEY: Final = 14 << 60
 REQUEST_KEY: Final = 15 << 60
+REQUEST_SLOTS: Final = 64  #: a request stands in the slot of its key modulo this
 DOMAIN_KEY: Final = 15 << 60
 BITMAP_PAGES: Final = 8 * PAGE  #: pages that one page of bitmap tells of
 
@@ -391,8 +396,17 @@ class Stale(NamedTuple):
 STALE = layout(Stale, size=16)
 
 
+class Generation(NamedTuple):
+    """How often something became stale: names a list of it."""
+
+    number: u64
+
+
+GENERATION = layout(Generation, size=8)
+
+
 class Request(NamedTuple):
-    """The last request that changed anything, so that one that comes again is known."""
+    """A request that changed something, so that it is known when it comes again."""
 
     key: u64
     result: u64

@@ -22,6 +22,7 @@ from pkernfs.format import (
     JOURNAL_MAGIC,
     MAGIC,
     MAX_BLOCKS,
+    MAX_PHYSICAL,
     MIN_BLOCKS,
     ORPHANS_INO,
     PAGE,
@@ -48,8 +49,8 @@ def check_parameters(size: int, label: str, phys_base: int) -> Geometry:
     blocks = size // BLOCK
     if size % BLOCK or not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
         raise FormatError(f"expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK} bytes, found {size}")
-    if phys_base % BLOCK or phys_base + size > 1 << 64:
-        raise UsageError(f"--phys-base: expected a multiple of 2 MiB below 2^64, found {phys_base:#x}")
+    if phys_base % BLOCK or phys_base + size > MAX_PHYSICAL:
+        raise UsageError(f"--phys-base: expected a multiple of 2 MiB, and all below 2^52, found {phys_base:#x}")
     if len(label.encode()) > 64:
         raise UsageError(f"--label: expected at most 64 bytes, found {len(label.encode())}")
     geo = geometry(blocks)

@@ -193,8 +193,11 @@ class Names(Orphans):
 
     # -- removing -------------------------------------------------------------------------------------------------
 
-    def unlink(self, parent: int, name: bytes) -> None:
-        """Remove the name of a file.  Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (a domain with a device)."""
+    def unlink(self, parent: int, name: bytes, also: Callable[[], object] | None = None) -> None:
+        """Remove the name of a file; ``also``: what else happens in the same transaction.
+
+        Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (a domain with a device).
+        """
         directory = self.directory(parent)
         entry = self._entry(directory, name)
         inode = self.volume.inode(entry.ino)
@@ -207,6 +210,8 @@ class Names(Orphans):
             directory.remove(entry)
             self.volume.put_inode(parent, directory.finish(now))
             self._drop_name(entry.ino, inode, now)
+            if also:
+                also()
         self.reap(entry.ino)
 
     def rmdir(self, parent: int, name: bytes) -> None:

@@ -17,7 +17,7 @@ from pkernfs.fs.content import Content
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
-from pkernfs.fs.records import drop_records, has_records, is_pinned
+from pkernfs.fs.records import awaits_hardware, drop_mappings, drop_records, has_mappings, has_records, is_pinned
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
@@ -47,8 +47,11 @@ class Orphans(Content):
         self.pending: dict[int, None] = {}
 
     def referenced(self, ino: int) -> bool:
-        """Whether the kernel knows the inode, so that it may be open, or mappings of domains name it."""
-        return (not self.ended and self.lookups[ino] > 0) or is_pinned(self.volume.inode(ino))
+        """Whether the inode is needed: the kernel knows it, so that it may be open; mappings of domains name it; or
+        hardware may still be looking at the tables in it."""
+        if not self.ended and self.lookups[ino] > 0:
+            return True
+        return is_pinned(self.volume.inode(ino)) or awaits_hardware(self.volume, ino)
 
     def orphans(self) -> list[int]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
@@ -72,7 +75,8 @@ class Orphans(Content):
 
     def awaits_forget(self) -> bool:
         """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
-        return not all(is_pinned(self.volume.inode(ino)) for ino in self.orphans())
+        kept = (is_pinned(self.volume.inode(ino)) or awaits_hardware(self.volume, ino) for ino in self.orphans())
+        return not all(kept)
 
     def list_orphan(self, ino: int) -> None:
         """Put an inode at the head of the list, within a transaction.
@@ -142,6 +146,9 @@ class Orphans(Content):
         if stat.S_ISDIR(inode.mode) and inode.root:
             found = "a directory without a name that has entries"
             raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+        if has_records(inode):
+            drop_records(volume, ino)
+            inode = volume.inode(ino)
         done = True
         if inode.xattrs:
             xattrs = Xattrs(volume, ino, inode)
@@ -185,14 +192,14 @@ class Orphans(Content):
         return self.compacting(step)
 
     def _maps_for_nobody(self, ino: int) -> bool:
-        """Whether the inode is a domain without a name that still has records."""
+        """Whether the inode is a domain without a name that still has mappings."""
         inode = self.volume.inode(ino)
-        return not inode.nlink and has_records(inode)
+        return not inode.nlink and has_records(inode) and has_mappings(self.volume, ino)
 
     def _unmap_part(self, ino: int) -> None:
         """Drop some of the records of a domain without a name.  Files that nobody needs any more are freed later."""
         with self.volume.transaction():
-            unpinned = drop_records(self.volume, ino, STEP)
+            unpinned = drop_mappings(self.volume, ino, STEP)
         for file in unpinned:
             if not self.volume.inode(file).nlink and not self.referenced(file):
                 self.pending[file] = None

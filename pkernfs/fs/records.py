@@ -11,13 +11,20 @@ from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     ATTACHMENT,
     ATTACHMENT_KEY,
+    DOMAIN,
+    DOMAIN_KEY,
     FLAG_IOMMU_DOMAIN_PGTABLES,
     FLAG_IOMMU_ROOT_PGTABLES,
     INODE_SIZE,
     IOVA_PAGE_BITS,
+    LAST_DOMAIN_ID,
     MAPPING,
+    MAX_FILE_SIZE,
+    PAGE,
     ROOT_PGTABLES_INO,
+    STALE,
     STALE_CONTEXT_KEY,
+    STALE_IOTLB_KEY,
     Attachment,
     Inode,
     Mapping,
@@ -71,14 +78,18 @@ class Records(Tree):
     def mapping(self, key: int, value: bytes) -> Mapping:
         """The mapping that a record is.  Raises CorruptError."""
         mapping = self.decode(MAPPING, key, value)
-        if not 0 < mapping.length <= LAST_MAPPING + 1 - key or not 0 < mapping.access <= 3:
+        in_file = mapping.start + mapping.length <= MAX_FILE_SIZE // PAGE
+        if not (in_file and 0 < mapping.length <= LAST_MAPPING + 1 - key and 0 < mapping.access <= 3):
             raise self._bad_record(key, f"{mapping}")
         return mapping
 
     def attachments(self) -> Iterator[tuple[int, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
         for key, value in self.scan(ATTACHMENT_KEY, STALE_CONTEXT_KEY - 1):
-            yield key - ATTACHMENT_KEY, self.decode(ATTACHMENT, key, value)
+            attachment = self.decode(ATTACHMENT, key, value)
+            if not 0 < attachment.id <= LAST_DOMAIN_ID:
+                raise self._bad_record(key, f"{attachment}")
+            yield key - ATTACHMENT_KEY, attachment
 
     def finish(self) -> Inode:
         """The inode with the changes, which is put into the transaction."""
@@ -108,23 +119,53 @@ def has_records(inode: Inode) -> bool:
     return inode.iommu > 0 and bool(inode.flags & TABLES)
 
 
-def drop_records(volume: Volume, ino: int, most: int) -> list[int]:
-    """Drop the first ``most`` records of a domain, and the pins of its mappings, within the open transaction.
+def has_mappings(volume: Volume, ino: int) -> bool:
+    """Whether the records of a domain, or of root-pgtables, begin with a mapping."""
+    return any(True for _ in Records(volume, ino).scan(0, LAST_MAPPING))
+
+
+def drop_mappings(volume: Volume, ino: int, most: int) -> list[int]:
+    """Drop the first ``most`` mappings of a domain, and their pins, within the open transaction.
 
     The files that have no pins any more.  Raises CorruptError.
     """
     records = Records(volume, ino)
     unpinned = []
-    for key, value in list(islice(records.scan(), most)):
+    for key, value in list(islice(records.scan(0, LAST_MAPPING), most)):
         records.delete(key)
-        if key <= LAST_MAPPING:
-            file = records.mapping(key, value).ino
-            volume.inode_named_by(ino, file)
-            pin(volume, file, -1)
-            if not volume.inode(file).iommu:
-                unpinned.append(file)
+        file = records.mapping(key, value).ino
+        volume.inode_named_by(ino, file)
+        pin(volume, file, -1)
+        if not volume.inode(file).iommu:
+            unpinned.append(file)
     records.finish()
     return unpinned
+
+
+def drop_records(volume: Volume, ino: int) -> None:
+    """Drop the few records of a domain beside its mappings, which are gone, within the open transaction."""
+    records = Records(volume, ino)
+    for key, _ in list(records.scan()):
+        records.delete(key)
+    records.finish()
+
+
+def is_stale(volume: Volume, number: int) -> bool:
+    """Whether hardware may have cached something of a domain id."""
+    records = Records(volume, ROOT_PGTABLES_INO)
+    first = STALE_IOTLB_KEY + (number << IOVA_PAGE_BITS)
+    if next(records.scan(first, first + LAST_MAPPING), None):
+        return True
+    contexts = records.scan(STALE_CONTEXT_KEY, STALE_IOTLB_KEY - 1)
+    return any(records.decode(STALE, key, value).id == number for key, value in contexts)
+
+
+def awaits_hardware(volume: Volume, ino: int) -> bool:
+    """Whether the inode is a domain whose tables hardware may still be looking at, though no device is attached."""
+    if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+        return False
+    record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
+    return record is not None and is_stale(volume, record.id)
 
 
 def is_attached(volume: Volume, ino: int) -> bool:

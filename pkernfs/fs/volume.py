@@ -97,7 +97,7 @@ class Volume:
         if stores and self.asked and not tx.preparing:
             stores.append((ASKED.offset, self.asked.to_bytes(8, "little")))
             self.unanswered = True
-        if stores:
+        if stores or tx.words:
             self.journal.commit(stores, discards, tx.words)
         for page in tx.pages.values():
             page.fresh = False

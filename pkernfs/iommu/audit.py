@@ -70,7 +70,7 @@ class Audit:
         self.problems.append(Problem(kind, self.name, self.device, None if iova < 0 else iova, text))
 
     def run(self) -> Iterator[None]:
-        """All of it, in steps: one for the devices, some for each domain."""
+        """All of it, in steps of some milliseconds.  Between them nothing may change."""
         hwpts: dict[int, Hwpt] = {}
         try:
             contexts = Contexts(self.volume)
@@ -78,7 +78,7 @@ class Audit:
         except PkernfsError as error:
             self.note("record", -1, str(error))
             return
-        for name, ino in domains(self.fs):
+        for name, ino in list(domains(self.fs)):
             self.name = name.decode(errors="backslashreplace")
             self.device = next((pci.text(of) for of, one in self.attachments.items() if one.domain == ino), None)
             self.domains += 1
@@ -108,7 +108,8 @@ class Audit:
                 yield piece
 
         for found in compare(wanted, counted()):
-            self._differs(found)
+            if found:
+                self._differs(found)
             yield
         self.tables += len(tables.seen)
         self._pages(hwpt.pages, tables.seen, hwpt.record.stale)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from pkernfs.format import (
     ATTACHMENT_KEY,
@@ -16,8 +17,11 @@ from pkernfs.format import (
 )
 from pkernfs.fs.records import Records
 from pkernfs.fs.volume import Volume
+from pkernfs.iommu import pci
 from pkernfs.iommu.formats import ADDRESS, DEVICES, ENTRIES, FORMATS
 from pkernfs.iommu.pages import TablePages
+
+log = logging.getLogger("pkernfs")
 
 EMPTY = array("Q", bytes(PAGE))
 BUSES = 256
@@ -32,6 +36,7 @@ class Contexts:
     def __init__(self, volume: Volume, records: Records | None = None) -> None:
         self.pages = TablePages(volume, ROOT_PGTABLES_INO)
         self.records = records or Records(volume, ROOT_PGTABLES_INO)
+        self.made: dict[tuple[int, int], int] = {}  #: context tables made in this transaction, by root and bus
 
     # -- the tables -----------------------------------------------------------------------------------------------
 
@@ -69,7 +74,7 @@ class Contexts:
         """The page of a bus's context table; 0: there is none.  Raises CorruptError."""
         entry = self.pages.read(root)[2 * bus]
         if not entry & 1:
-            return 0
+            return self.made.get((root, bus), 0)
         page = self.pages.page_at(entry & ADDRESS)
         if page < 0:
             raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, leads out of the file")
@@ -101,15 +106,18 @@ class Contexts:
             self.pages.words(page, index + 1, words[1:])
             self.pages.words(page, index, words[:1])
             return
-        page = self.pages.allocate()
+        bus = requester >> 8 & 0xFF
+        page = self.made[root, bus] = self.pages.allocate()
         entries = array("Q", EMPTY)
         entries[index : index + len(words)] = array("Q", words)
         self.pages.store(page, entries)
-        self.pages.words(root, 2 * (requester >> 8 & 0xFF), [self.pages.physical(page) | 1])
+        self.pages.words(root, 2 * bus, [self.pages.physical(page) | 1])
 
     def lead(self, number: int, requester: int, word: int) -> None:
         """Lead a device, which has an entry, to other tables: one store."""
         page, index = self.place(number, requester)
+        if not page:
+            raise self.pages.bad(f"{pci.text(requester)} is attached, and has no entry")
         self.pages.words(page, index, [word])
 
     def block(self, number: int, requester: int) -> None:
@@ -120,23 +128,52 @@ class Contexts:
             self.pages.words(page, index, blocked[:1])
             self.pages.words(page, index + 1, blocked[1:])
 
+    def shut_out(self, kept: Container[int], most: int) -> list[int]:
+        """Block up to ``most`` devices that are not ``kept``, whatever leads them anywhere; which those were.
+
+        Only words are stored, nothing is allocated.  A root entry that leads out of the file goes, with all of its bus.
+        """
+        found: list[int] = []
+        for number, segment, root in self.tables():
+            if DEVICES[number].root:
+                for bus, entry in enumerate(self.pages.read(root)[::2]):
+                    if entry & 1 and self.pages.page_at(entry & ADDRESS) < 0:
+                        log.error("the root entry of bus %#x, %#x, leads out of the file: it is cleared", bus, entry)
+                        self.pages.words(root, 2 * bus, [0])
+                        self.pages.words(root, 2 * bus + 1, [0])
+            for requester, _ in self._entries(number, segment, root):
+                if requester not in kept and len(found) < most:
+                    self.block(number, requester)
+                    found.append(requester)
+        return found
+
     def present(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """(table format, requester, words) of all entries that are not blocked.  Raises CorruptError."""
         for number, segment, root in self.tables():
-            device = DEVICES[number]
-            if device.root:
-                tables = [(bus << 8, self.context_table(root, bus)) for bus in range(BUSES)]
-            else:
-                step = ENTRIES // device.words
-                tables = [(at * step, root + at) for at in range(PAGES_PER_BLOCK)]
-            for first, page in tables:
-                entries = self.pages.read(page) if page else EMPTY
-                if not page or entries == array("Q", device.blocked * (ENTRIES // device.words)):
-                    continue
-                for at in range(0, ENTRIES, device.words):
-                    words = tuple(entries[at : at + device.words])
-                    if words != device.blocked:
-                        yield number, segment << 16 | first + at // device.words, words
+            if DEVICES[number].root:
+                for bus in range(BUSES):
+                    self.context_table(root, bus)
+            for requester, words in self._entries(number, segment, root):
+                yield number, requester, words
+
+    def _entries(self, number: int, segment: int, root: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(requester, words) of the entries below a root (or device) table that are not blocked."""
+        device = DEVICES[number]
+        step = ENTRIES // device.words
+        if device.root:
+            entries = self.pages.read(root)[::2]
+            tables = [(bus << 8, self.pages.page_at(entry & ADDRESS)) for bus, entry in enumerate(entries) if entry & 1]
+        else:
+            tables = [(at * step, root + at) for at in range(PAGES_PER_BLOCK)]
+        blocked = array("Q", device.blocked * step)
+        for first, page in tables:
+            entries = self.pages.read(page) if page >= 0 else blocked
+            if entries == blocked:
+                continue
+            for at in range(0, ENTRIES, device.words):
+                words = tuple(entries[at : at + device.words])
+                if words != device.blocked:
+                    yield segment << 16 | first + at // device.words, words
 
     def finish(self) -> None:
         """Put the file's inode and bitmaps into the transaction."""

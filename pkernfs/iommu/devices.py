@@ -24,24 +24,29 @@ def attachment_of(roots: Records, requester: int) -> Attachment | None:
 
 
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
-    """Lead a device to a domain; or claim it, when that was deferred since the last mount."""
+    """Lead a device to a domain; or claim it, when that was deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Hwpt(volume, ino).check_named()
     if done_before(fs, request) is not None:
         return
     before = attachment_of(Records(volume, ROOT_PGTABLES_INO), requester)
-    if before and (before.domain != ino or not before.flags & DEFERRED):
+    declared = before and persistent and not before.flags & PERSISTENT
+    if before and (before.domain != ino or not (before.flags & DEFERRED or declared)):
         text = f"{pci.text(requester)} is attached to {name_of(fs, before.domain)}: detach it first"
         raise FsError(errno.EBUSY, text)
 
     def change(roots: Records, compact: bool) -> int:
         hwpt = Hwpt(volume, ino)
         hwpt.prepare(roots)
-        flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
-        if not before:
-            contexts = Contexts(volume, roots)
-            contexts.store(hwpt.record.tables, requester, hwpt.entry)
+        number = hwpt.record.tables
+        contexts = Contexts(volume, roots)
+        if contexts.entry(number, requester) != hwpt.entry:
+            contexts.store(number, requester, hwpt.entry)
+            if before or not DEVICES[number].root:
+                # It had another entry, or one that lets nothing pass, which hardware may have cached.
+                add(roots, Invalidation(hwpt.record.id, requester=requester))
             contexts.finish()
+        flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
         roots.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, hwpt.record.id, flags)))
         hwpt.save()
         return 0

@@ -11,7 +11,7 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.records import Records
 from pkernfs.iommu.formats import BY_NAME
-from pkernfs.iommu.hwpt import Hwpt, commit, domains, done_before, executed
+from pkernfs.iommu.hwpt import Hwpt, domains, done_before, executed
 
 
 def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, request: int = 0) -> int:
@@ -41,5 +41,4 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> None:
     name = next((name for name, of in domains(fs) if of == ino), None)
     if name is None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
-    fs.unlink(IOMMU_INO, name)
-    commit(fs, request, lambda roots, compact: 0)
+    fs.unlink(IOMMU_INO, name, also=lambda: executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0))

@@ -75,6 +75,8 @@ class Editor:
         below: dict[int, list[Piece]] = {}
         for piece in pieces:
             iova, physical, length, access = piece
+            if not base <= iova < iova + length <= base + ENTRIES * size:
+                raise self.pages.bad(f"a mapping of IOVA {iova:#x}, beyond the tables")
             while length:
                 index, skip = divmod(iova - base, size)
                 if level <= self.leaf and not skip and not physical % size and length >= size:

@@ -14,7 +14,6 @@ from pkernfs.format import PAGE, TABLES_AMD, TABLES_VTD, GiB, MiB
 
 ENTRIES: Final = 512
 ADDRESS: Final = (1 << 52) - PAGE  #: bits 51:12 of an entry
-MAX_PHYSICAL: Final = 1 << 52
 INTERRUPTS: Final = range(0xFEE00000, 0xFEF00000)  #: writes here are interrupts, whatever the tables say
 
 

@@ -1,6 +1,6 @@
 """Domains: a file in iommu/ that is an address space (IOAS) and the tables that say the same (HWPT).
 
-Each change is one transaction.  ``request`` names it: when the last change has that name it has been done already.
+Each change is one transaction.  ``request`` names it: one that comes again has been done already.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pkernfs.format import (
     FLAG_IOMMU_DOMAIN_PGTABLES,
     INODE_SIZE,
     IOMMU_INO,
+    LAST_DOMAIN_ID,
     PAGE,
     REQUEST,
     REQUEST_KEY,
+    REQUEST_SLOTS,
     ROOT_PGTABLES_INO,
     TABLES_VTD,
     Domain,
@@ -33,7 +35,6 @@ from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.stale import Invalidation, add, pending
 
 UNUSED = Domain(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, stale=0)
-LAST_ID = 0xFFFE  #: 0 and 0xffff are not used, as Linux has it
 
 
 class Hwpt:
@@ -49,7 +50,8 @@ class Hwpt:
         self.pages = TablePages(volume, ino)
 
     def _checked(self, record: Domain) -> Domain:
-        if record.tables not in FORMATS or not 3 <= record.levels <= 5 or not 1 <= record.leaf <= 3:
+        form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3
+        if not form or record.id > LAST_DOMAIN_ID:
             raise CorruptError(f"domain {self.ino}", self.ino * INODE_SIZE, f"{record}", ino=self.ino)
         return record
 
@@ -137,10 +139,10 @@ def new_id(volume: Volume, roots: Records) -> int:
         if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             record = Records(volume, entry.ino).record(DOMAIN, DOMAIN_KEY)
             used.add(record.id if record else 0)
-    for number in range(1, LAST_ID + 1):
+    for number in range(1, LAST_DOMAIN_ID + 1):
         if number not in used:
             return number
-    raise FsError(errno.ENOSPC, f"{LAST_ID} domain ids are in use")
+    raise FsError(errno.ENOSPC, f"{LAST_DOMAIN_ID} domain ids are in use")
 
 
 # -- requests -------------------------------------------------------------------------------------------------------
@@ -148,13 +150,14 @@ def new_id(volume: Volume, roots: Records) -> int:
 
 def done_before(fs: Filesystem, request: int) -> int | None:
     """The result of a request that comes again; None: it has not been executed."""
-    last = Records(fs.volume, ROOT_PGTABLES_INO).record(REQUEST, REQUEST_KEY)
+    last = Records(fs.volume, ROOT_PGTABLES_INO).record(REQUEST, REQUEST_KEY + request % REQUEST_SLOTS)
     return last.result if last and request and last.key == request else None
 
 
 def executed(roots: Records, request: int, result: int) -> None:
     """Note that a request is executed by the open transaction; ``roots``, of root-pgtables, are finished."""
-    roots.put(REQUEST_KEY, REQUEST.pack(Request(request, result)))
+    if request:
+        roots.put(REQUEST_KEY + request % REQUEST_SLOTS, REQUEST.pack(Request(request, result)))
     roots.finish()
 
 

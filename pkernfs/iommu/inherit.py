@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from pkernfs.errors import PkernfsError
-from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT
+from pkernfs.errors import FsError
+from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.devices import cut_off
 from pkernfs.iommu.replace import forgotten
+from pkernfs.iommu.stale import Invalidation, add
 
 log = logging.getLogger("pkernfs")
 
@@ -22,49 +22,56 @@ BATCH = 100  #: devices that one transaction cuts off
 def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
     """Cut off devices that are not persistent (``cold``: all), before anything else is served; which, as lspci says.
 
-    The entries of persistent ones stay as they are; their owners are to claim them.  What is damaged is logged.
+    The entries of persistent ones stay as they are; their owners are to claim them.  Raises CorruptError when it cannot
+    be told what is attached: devices may be reaching memory that nobody keeps for them.
     """
-    try:
-        return _inherit(fs, cold)
-    except PkernfsError as error:
-        fs.complain(error)
-        return []
-
-
-def _inherit(fs: Filesystem, cold: bool) -> list[str]:
-    contexts = Contexts(fs.volume)
-    attachments = dict(contexts.records.attachments())
+    volume = fs.volume
+    attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
     kept = {requester: one for requester, one in attachments.items() if one.flags & PERSISTENT and not cold}
-    strays = {(number, requester) for number, requester, _ in contexts.present() if requester not in kept}
-    zapped = sorted((attachments.keys() - kept.keys()) | {requester for _, requester in strays})
-    for at in range(0, len(zapped), BATCH):
-        batch = zapped[at : at + BATCH]
-        with _changing(fs) as contexts:
-            for requester in batch:
-                if requester in attachments:
-                    cut_off(contexts, requester)
-            for number, requester in strays:
-                if requester in batch and requester not in attachments:
-                    contexts.block(number, requester)
+    # First the entries alone: that takes no memory, so it always works.
+    blocked: list[int] = []
+    while True:
+        with volume.transaction():
+            batch = Contexts(volume).shut_out(kept, BATCH)
+        blocked += batch
+        if len(batch) < BATCH:
+            break
+    gone = sorted(attachments.keys() - kept.keys())
+    for at in range(0, len(gone), BATCH):
+        _forget(fs, {requester: attachments[requester].id for requester in gone[at : at + BATCH]})
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
     if claimed:
-        with _changing(fs) as contexts:
+        with volume.transaction():
+            records = Records(volume, ROOT_PGTABLES_INO)
             for requester, one in claimed.items():
                 deferred = ATTACHMENT.pack(one._replace(flags=PERSISTENT | DEFERRED))
-                contexts.records.put(ATTACHMENT_KEY + requester, deferred)
+                records.put(ATTACHMENT_KEY + requester, deferred)
+            records.finish()
     if cold:
         # The machine has come up anew: its IOMMUs remember nothing.
         forgotten(fs)
+    zapped = sorted({*gone, *blocked})
     if zapped:
         names = ", ".join(map(pci.text, zapped))
         log.info("devices that were cut off, as they were not declared persistent: %s", names)
     return [pci.text(requester) for requester in zapped]
 
 
-@contextmanager
-def _changing(fs: Filesystem) -> Iterator[Contexts]:
-    with fs.volume.transaction():
-        contexts = Contexts(fs.volume)
-        yield contexts
-        contexts.finish()
-        contexts.records.finish()
+def _forget(fs: Filesystem, ids: dict[int, int]) -> None:
+    """Drop the attachments of devices that are blocked, and note what hardware must forget.  ``ids``: by requester."""
+    for noting in (True, False):
+        try:
+            with fs.volume.transaction():
+                records = Records(fs.volume, ROOT_PGTABLES_INO)
+                for requester, number in ids.items():
+                    records.delete(ATTACHMENT_KEY + requester)
+                    if noting:
+                        add(records, Invalidation(number, requester=requester))
+                        add(records, Invalidation(number))
+                records.finish()
+        except FsError as error:
+            if error.errno != errno.ENOSPC or not noting:
+                raise
+            log.error("no room to note what IOMMUs must forget: invalidate all of their caches")
+        else:
+            return

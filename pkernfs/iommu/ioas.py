@@ -10,14 +10,14 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import ACCESS_NAMES, INODE_SIZE, MAPPING, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.format import ACCESS_NAMES, INODE_SIZE, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import TABLES, Records, pin
-from pkernfs.iommu.formats import MAX_PHYSICAL
 from pkernfs.iommu.hwpt import Hwpt, commit, done_before
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
+BATCH = 1000  #: mappings that one transaction takes away
 ACCESS = {name: access for access, name in ACCESS_NAMES.items() if access}
 
 
@@ -148,15 +148,28 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
     again = done_before(fs, request)
     if again is not None:
         return again
-    if not any(True for _ in hwpt.records.mappings(first, end - 1)):
+    starts = [at for at, _ in hwpt.records.mappings(first, end - 1)]
+    if not starts:
         raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
+    unmapped = 0
+    # As many at once as any journal holds.
+    for cut in [*starts[BATCH::BATCH], end]:
+        unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, request if cut == end else 0)
+        first = cut
+    return unmapped
+
+
+def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: int) -> int:
+    """Take pages of IOVAs from a domain, in one transaction; how many bytes were mapped, added to ``before``."""
+    volume = fs.volume
+    first, end = pages.start, pages.stop
     files: set[int] = set()
 
     def change(roots: Records, compact: bool) -> int:
         hwpt = Hwpt(volume, ino)
         _make_room(hwpt, roots)
         editor = hwpt.editor()
-        editor.clear(hwpt.record.levels, hwpt.record.root, iova, iova + length)
+        editor.clear(hwpt.record.levels, hwpt.record.root, first * PAGE, end * PAGE)
         hwpt.edited(editor, roots)
         unmapped = 0
         for at, mapping in list(hwpt.records.mappings(first, end - 1)):
@@ -171,9 +184,9 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
             files.add(mapping.ino)
             unmapped += mapping.length - left - right
         hwpt.save()
-        return unmapped * PAGE
+        return before + unmapped * PAGE
 
-    unmapped = commit(fs, request, change)
+    result = commit(fs, request, change)
     for file_ino in files:
         fs.reap(file_ino)
-    return unmapped
+    return result

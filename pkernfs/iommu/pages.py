@@ -35,6 +35,13 @@ class TablePages:
 
     def _locate(self) -> None:
         extents = list(self.filemap.extents())
+        end = 0
+        for extent in extents:
+            if extent.start != end:
+                raise self.bad(f"no memory at page {end}")
+            end += extent.length
+        if end * PAGE != self.inode.size:
+            raise self.bad(f"a size of {self.inode.size}, with {end} pages of memory")
         self.starts = [extent.start for extent in extents]
         self.extents = extents
         self.by_region = sorted(extents, key=lambda extent: extent.page)

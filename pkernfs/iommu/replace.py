@@ -6,14 +6,14 @@ import errno
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO, checksum
+from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
+from pkernfs.fs.records import Records, awaits_hardware
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
-from pkernfs.iommu.hwpt import Hwpt, commit, domains, done_before
-from pkernfs.iommu.stale import Invalidation, add, clear, pending
+from pkernfs.iommu.hwpt import Hwpt, commit, domains
+from pkernfs.iommu.stale import Invalidation, add, clear, generation, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 
 
@@ -37,10 +37,11 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
     if leaf not in (0, *LEAVES):
         raise FsError(errno.EINVAL, f"expected leaves of level 1, 2 or 3, found {leaf!r}")
     volume = fs.volume
-    figures = [0, 0]
+    compared = [0]
 
     def change(roots: Records, compact: bool) -> int:
         hwpt = Hwpt(volume, ino)
+        hwpt.check_named()
         if leaf:
             hwpt.record = hwpt.record._replace(leaf=leaf)
         hwpt.prepare(roots)
@@ -57,15 +58,16 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
         if rebuild:
             given_up = hwpt.pages.used_count() - editor.made - old.stale
         else:
-            for found in compare(before.pieces(), iter(translations)):
+            for found in filter(None, compare(before.pieces(), iter(translations))):
                 _refuse(hwpt)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
-        figures[:] = editor.made, 0 if rebuild else len(translations)
+        compared[0] = 0 if rebuild else len(translations)
         hwpt.record = old._replace(root=root, stale=old.stale + given_up)
         _switch(hwpt, roots, rebuild)
         hwpt.save()
-        return given_up
+        return given_up << 32 | editor.made
 
-    return Replaced(commit(fs, request, change), *figures)
+    before, after = divmod(commit(fs, request, change), 1 << 32)
+    return Replaced(before, after, compared[0])
 
 
 def _switch(hwpt: Hwpt, roots: Records, rebuild: bool) -> None:
@@ -96,21 +98,17 @@ def stale(fs: Filesystem) -> list[Invalidation]:
     return list(pending(Records(fs.volume, ROOT_PGTABLES_INO)))
 
 
-def token(what: list[Invalidation]) -> int:
-    """What names just this list; not 0."""
-    return checksum(repr(what).encode()) | 1 << 32
-
-
 def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
     """All of that has been invalidated: the pages that nothing leads to are free.  How many of those there were.
 
-    ``listed``: the token of the list that was worked through, 0: not known.  Raises FsError(EAGAIN) when more has come
-    since.
+    ``listed``: the generation of the list that was worked through, 0: not known.  Raises FsError(EAGAIN) when more has
+    come since.
     """
-    if listed and listed != token(stale(fs)) and done_before(fs, request) is None:
-        raise FsError(errno.EAGAIN, "more has become stale since that was listed: list it again")
+    removed = [ino for ino in fs.orphans() if awaits_hardware(fs.volume, ino)]
 
     def change(roots: Records, compact: bool) -> int:
+        if listed not in (0, generation(roots)):
+            raise FsError(errno.EAGAIN, "more has become stale since that was listed: list it again")
         clear(roots)
         freed = 0
         for _, ino in domains(fs):
@@ -120,4 +118,7 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
                 hwpt.save()
         return freed
 
-    return commit(fs, request, change)
+    freed = commit(fs, request, change)
+    for ino in removed:
+        fs.reap(ino)
+    return freed

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pkernfs.format import IOVA_PAGE_BITS, PAGE, REQUEST_KEY, STALE, STALE_CONTEXT_KEY, STALE_IOTLB_KEY, Stale
+from pkernfs.format import (
+    GENERATION,
+    GENERATION_KEY,
+    IOVA_PAGE_BITS,
+    PAGE,
+    STALE,
+    STALE_CONTEXT_KEY,
+    STALE_IOTLB_KEY,
+    Generation,
+    Stale,
+)
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 
@@ -34,7 +44,7 @@ class Invalidation(NamedTuple):
 
 def pending(records: Records) -> Iterator[Invalidation]:
     """What is to be invalidated.  ``records``: of root-pgtables."""
-    for key, value in records.scan(STALE_CONTEXT_KEY, REQUEST_KEY - 1):
+    for key, value in records.scan(STALE_CONTEXT_KEY, GENERATION_KEY - 1):
         stale = records.decode(STALE, key, value)
         if key < STALE_IOTLB_KEY:
             yield Invalidation(stale.id, requester=key - STALE_CONTEXT_KEY)
@@ -43,8 +53,15 @@ def pending(records: Records) -> Iterator[Invalidation]:
             yield Invalidation(stale.id, iova=page * PAGE, length=stale.length * PAGE)
 
 
+def generation(records: Records) -> int:
+    """How often something was added: names what is pending; 0: nothing ever was."""
+    record = records.record(GENERATION, GENERATION_KEY)
+    return record.number if record else 0
+
+
 def add(records: Records, what: Invalidation) -> None:
     """Note it, within the open transaction; what one range covers is not kept twice."""
+    records.put(GENERATION_KEY, GENERATION.pack(Generation(generation(records) + 1)))
     if what.requester >= 0:
         records.put(STALE_CONTEXT_KEY + what.requester, STALE.pack(Stale(0, what.id)))
         return
@@ -69,6 +86,6 @@ def add(records: Records, what: Invalidation) -> None:
 def clear(records: Records) -> list[Invalidation]:
     """Everything has been invalidated; what that was."""
     done = list(pending(records))
-    for key in [key for key, _ in records.scan(STALE_CONTEXT_KEY, REQUEST_KEY - 1)]:
+    for key in [key for key, _ in records.scan(STALE_CONTEXT_KEY, GENERATION_KEY - 1)]:
         records.delete(key)
     return done

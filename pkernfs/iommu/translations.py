@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import INODE_SIZE, PAGE, Mapping
+from pkernfs.format import INODE_SIZE, PAGE, GiB, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.records import LAST_MAPPING
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.edit import Piece
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
 from pkernfs.iommu.hwpt import Hwpt
+
+PORTION = GiB  #: no more than this is looked at without a look at anything else
 
 #: kind, IOVA (-1: none), text
 Note = Callable[[str, int, str], None]
@@ -44,7 +46,7 @@ class Tables:
         entries = self.pages.read(page)
         low, high = max(first - base, 0) // size, min(-(-(end - base) // size), ENTRIES)
         entry = entries[0]
-        if entry & form.present and form.is_leaf(entry, level):
+        if entry & form.present and form.is_leaf(entry, level) and entry + ENTRIES * size <= 1 << 64:
             whole = array("Q", range(entry, entry + ENTRIES * size, size))
             if entries == whole and entries[-1] & ADDRESS > entry & ADDRESS:
                 yield from self._leaves(level, base, entries, low, high)
@@ -105,20 +107,27 @@ def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | No
         at, iova = at + run, iova + run * PAGE
 
 
+def _portions(piece: Piece) -> Iterator[Piece]:
+    """A piece, cut where the IOVA is a multiple of PORTION."""
+    first, end = piece.iova, piece.iova + piece.length
+    while first < end:
+        cut = min(end, (first // PORTION + 1) * PORTION)
+        yield Piece(first, piece.physical + first - piece.iova, cut - first, piece.access)
+        first = cut
+
+
 def joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The same with what goes on in memory in one piece."""
+    """The same with what goes on in memory in one piece, cut where the IOVA is a multiple of PORTION."""
     last: Piece | None = None
-    for piece in pieces:
-        if last and (last.iova + last.length, last.physical + last.length, last.access) == (
-            piece[0],
-            piece[1],
-            piece[3],
-        ):
-            last = last._replace(length=last.length + piece.length)
-        else:
-            if last:
-                yield last
-            last = piece
+    for whole in pieces:
+        for piece in _portions(whole):
+            joins = last and piece == (last.iova + last.length, last.physical + last.length, piece.length, last.access)
+            if last and joins and piece.iova % PORTION:
+                last = last._replace(length=last.length + piece.length)
+            else:
+                if last:
+                    yield last
+                last = piece
     if last:
         yield last
 
@@ -151,10 +160,11 @@ class Difference(NamedTuple):
     right: tuple[int, int] | None
 
 
-def compare(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[Difference]:
-    """Where two series of pieces, by ascending IOVA, do not say the same."""
+def compare(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[Difference | None]:
+    """Where two series of pieces, by ascending IOVA, do not say the same; None now and then, to do something else."""
     one, other = next(left, None), next(right, None)
     while one or other:
+        yield None
         if one == other:
             one, other = next(left, None), next(right, None)
             continue
@@ -183,6 +193,6 @@ def differences(hwpt: Hwpt, first: int, end: int) -> Iterator[str]:
     notes: list[str] = []
     tables = Tables(hwpt, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
     actual = (part for piece in tables.pieces(first, end) for part in clipped(piece, first, end))
-    for found in compare(expected(hwpt, first, end), actual):
+    for found in filter(None, compare(expected(hwpt, first, end), actual)):
         yield f"IOVA {found.iova:#x} leads to {found.right}, expected {found.left}"
     yield from notes

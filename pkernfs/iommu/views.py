@@ -16,7 +16,8 @@ from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import attachment_of
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
 from pkernfs.iommu.hwpt import Hwpt, domains, name_of
-from pkernfs.iommu.replace import stale, token
+from pkernfs.iommu.replace import stale
+from pkernfs.iommu.stale import generation
 
 __all__ = ["attachments_of", "audit", "domain_facts", "list_all", "root", "stale_facts", "walk"]
 
@@ -44,15 +45,20 @@ def stale_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any
 
 def iotlb_needed(fs: Filesystem) -> dict[str, Any]:
     """What hardware must forget, and the token that names the list."""
-    return {"stale": stale_facts(fs), "token": token(stale(fs)), "freed": 0}
+    token = generation(Records(fs.volume, ROOT_PGTABLES_INO))
+    return {"stale": stale_facts(fs), "token": token, "freed": 0}
 
 
 def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
     """A path from the root of the filesystem on for each of the inodes that has one."""
     found: dict[int, str] = {}
     todo = [(ROOT_INO, b"")] if inos else []
+    seen = set()
     while todo and len(found) < len(inos):
         directory, path = todo.pop()
+        if directory in seen:
+            continue
+        seen.add(directory)
         for entry in fs.directory(directory).scan(0):
             if entry.ino in inos:
                 found.setdefault(entry.ino, (path + entry.name).decode(errors="backslashreplace"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -17,7 +18,7 @@ from pkernfs.iommu import devices, domain, hwpt, ioas, pci, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.server.control import Verb
 
-PIECES = 100  #: steps of an audit between which other requests are served
+STEP = 0.005  #: seconds of an audit after which other requests are served
 TRIES = 5  #: audits of a mount that changes meanwhile
 
 
@@ -56,6 +57,14 @@ class Words:
         return self.number("request", 0)
 
     @property
+    def file_name(self) -> bytes:
+        """A name of a file.  Raises FsError(EINVAL)."""
+        try:
+            return os.fsencode(self.text("name"))
+        except UnicodeEncodeError:
+            raise FsError(errno.EINVAL, f'"name": {self.text("name")!r} is no name of a file') from None
+
+    @property
     def device(self) -> int:
         """A requester."""
         try:
@@ -70,7 +79,7 @@ def _create(fs: Filesystem, words: Words) -> dict[str, Any]:
     name = words.text("name")
     levels = words.number("levels", 4, 256)
     caller = Caller(os.getuid(), os.getgid())
-    ino = domain.create(fs, os.fsencode(name), words.text("format", "vtd"), levels, caller, words.name)
+    ino = domain.create(fs, words.file_name, words.text("format", "vtd"), levels, caller, words.name)
     return views.domain_facts(fs, ino, name)
 
 
@@ -163,27 +172,34 @@ OPERATIONS: dict[str, Callable[[Filesystem, Words], dict[str, Any]]] = {
 
 async def _audit(fs: Filesystem) -> dict[str, Any]:
     """An audit, with other requests in between; again when something changed meanwhile, and at last without them."""
-    for attempt in range(TRIES):
+    for _ in range(TRIES):
         sequence = fs.volume.journal.sequence
         audit = Audit(fs)
-        for number, _ in enumerate(audit.run()):
-            if number % PIECES == 0 and attempt < TRIES - 1:
+        begun = trio.current_time()
+        for _ in audit.run():
+            if trio.current_time() - begun > STEP:
                 await trio.lowlevel.checkpoint()
-        if fs.volume.journal.sequence == sequence:
-            break
-    return audit.facts()
+                begun = trio.current_time()
+                if fs.volume.journal.sequence != sequence:
+                    break
+        else:
+            return audit.facts()
+    return views.audit(fs)
 
 
 def _name(fs: Filesystem, op: Any, words: Words) -> bytes | None:
     """The name in iommu/ that an operation makes or removes."""
     if op == "create":
-        return os.fsencode(words.text("name"))
+        return words.file_name
     return next((name for name, ino in hwpt.domains(fs) if op == "destroy" and ino == words.ino), None)
 
 
-def iommu(fs: Filesystem, invalidate_name: Callable[[int, bytes], None]) -> Verb:
-    """The verb.  ``invalidate_name(directory, name)`` makes the kernel drop what it has cached of a name (also that it
-    is not there) and of the directory; may block until requests have been answered."""
+def iommu(fs: Filesystem, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]) -> Verb:
+    """The verb.
+
+    ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, ``invalidate_name(directory, name)`` of a
+    name (also that it is not there) and of the directory; both may block until requests have been answered.
+    """
 
     async def call(request: dict[str, Any]) -> dict[str, Any]:
         op = request.get("op")
@@ -197,6 +213,10 @@ def iommu(fs: Filesystem, invalidate_name: Callable[[int, bytes], None]) -> Verb
         result = operation(fs, words)
         if name is not None:
             await trio.to_thread.run_sync(invalidate_name, IOMMU_INO, name, abandon_on_cancel=True)
+        if op == "map":
+            # From now on devices change it behind the kernel's back.
+            with suppress(FileNotFoundError):
+                await trio.to_thread.run_sync(invalidate, words.number("file_ino"), abandon_on_cancel=True)
         return result
 
     return call

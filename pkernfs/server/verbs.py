@@ -84,5 +84,5 @@ def verbs(
         return call
 
     known: dict[str, Verb] = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
-    known["iommu"] = iommu(fs, invalidate_name)
+    known["iommu"] = iommu(fs, invalidate, invalidate_name)
     return {name: noting(verb) for name, verb in known.items()}

@@ -106,6 +106,7 @@ class Rig:
         self.iommu("map", path, STAGE, self.mnt / "stage")
         for device in devices:
             self.iommu("attach", path, device, "--persistent")
+        self.forget()
         return path
 
     def file(self, name: str, size: int) -> Path:

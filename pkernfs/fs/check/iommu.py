@@ -17,13 +17,17 @@ from pkernfs.format import (
     DOMAIN_KEY,
     FIRST_FREE_SLOT,
     FLAG_IOMMU_DOMAIN_PGTABLES,
+    GENERATION,
+    GENERATION_KEY,
     IOVA_PAGE_BITS,
     MAPPING,
+    MAX_FILE_SIZE,
     PAGE,
     PAGES_PER_BLOCK,
     READ,
     REQUEST,
     REQUEST_KEY,
+    REQUEST_SLOTS,
     ROOT_PGTABLES_INO,
     ROOT_TABLE,
     ROOT_TABLE_KEY,
@@ -60,7 +64,7 @@ class Kind(NamedTuple):
 
 
 def _mapping(key: int, mapping: Mapping, _: int) -> bool:
-    fits = 0 < mapping.length <= IOVA_PAGES - key and mapping.start + mapping.length <= 1 << 64
+    fits = 0 < mapping.length <= IOVA_PAGES - key and mapping.start + mapping.length <= MAX_FILE_SIZE // PAGE
     return fits and 0 < mapping.access <= READ | WRITE and not mapping.reserved
 
 
@@ -82,7 +86,8 @@ OF_ROOT = (
         STALE,
         lambda key, record, _: record.id == key - STALE_IOTLB_KEY >> IOVA_PAGE_BITS and record.length <= IOVA_PAGES,
     ),
-    Kind(range(REQUEST_KEY, REQUEST_KEY + 1), REQUEST, lambda *_: True),
+    Kind(range(GENERATION_KEY, GENERATION_KEY + 1), GENERATION, lambda *_: True),
+    Kind(range(REQUEST_KEY, REQUEST_KEY + REQUEST_SLOTS), REQUEST, lambda *_: True),
 )
 
 
