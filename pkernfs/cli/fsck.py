@@ -120,6 +120,7 @@ def _run(arguments: argparse.Namespace) -> Outcome:
     """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
     from pkernfs.errors import RegionBusyError
     from pkernfs.fs.check import check_region
+    from pkernfs.iommu.repair import check_tables
     from pkernfs.region import open_region
 
     told = arguments.no or arguments.yes or arguments.auto
@@ -136,6 +137,8 @@ def _run(arguments: argparse.Namespace) -> Outcome:
         records = _waiting(region)
         with _progress(arguments) as tell:
             problems, checker = check_region(region, progress=tell)
+        if checker and not problems:
+            problems = check_tables(region)
         paths = _paths(checker, {problem.ino for problem in problems})
     found = Outcome(problems, problems, [], checker, records, False, warnings, paths)
     if not (records or problems) or not (ask or arguments.yes or arguments.auto):
@@ -150,12 +153,15 @@ def _run(arguments: argparse.Namespace) -> Outcome:
 
 def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
     from pkernfs.fs.repair import finish_transaction, repair_region
+    from pkernfs.iommu.repair import check_tables, mend_tables
     from pkernfs.region import open_region
 
     with open_region(arguments.region) as region:
         try:
             with _progress(arguments) as tell:
                 done = repair_region(region, progress=tell)
+            if not done.left and check_tables(region):
+                done = done._replace(repairs=done.repairs + mend_tables(region), left=check_tables(region))
         except KeyboardInterrupt:
             finish_transaction(region)
             raise

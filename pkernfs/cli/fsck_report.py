@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pkernfs.cli.words import human, printable
 from pkernfs.format import BLOCK
 from pkernfs.fs.check import INVARIANTS
+from pkernfs.iommu.repair import INVARIANTS as TABLES
 
 if TYPE_CHECKING:
     from pkernfs.cli.fsck import Outcome
@@ -103,7 +104,7 @@ def _object(region: str, outcome: Outcome) -> dict[str, Any]:
 
 
 def _problem(problem: Problem, paths: dict[int, str]) -> dict[str, Any]:
-    return {"checker": problem.code, "invariant": INVARIANTS[problem.code], **_place(problem, paths)}
+    return {"checker": problem.code, "invariant": (INVARIANTS | TABLES)[problem.code], **_place(problem, paths)}
 
 
 def _place(what: Problem | Repair, paths: dict[int, str]) -> dict[str, Any]:

@@ -175,6 +175,18 @@ class Contexts:
                 if words != device.blocked:
                     yield segment << 16 | first + at // device.words, words
 
+    def mend_bitmap(self) -> None:
+        """Mark just those pages as used that tables are in, within a transaction of its own."""
+        used: set[int] = set()
+        for number, _, root in self.tables():
+            if DEVICES[number].root:
+                used |= {root, *(self.context_table(root, bus) for bus in range(BUSES))} - {0}
+            else:
+                used |= set(range(root, root + PAGES_PER_BLOCK))
+        if self.pages.inode.size:
+            self.pages.use_only(used, marked=False)
+            self.finish()
+
     def finish(self) -> None:
         """Put the file's inode and bitmaps into the transaction."""
         self.pages.finish()

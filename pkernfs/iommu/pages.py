@@ -173,8 +173,11 @@ class TablePages:
         for page in pages:
             self._mark(page, 1, False)
 
-    def use_only(self, pages: set[int]) -> int:
-        """Free all pages but these and the bitmaps, and blocks that are wholly free at the end; how many were freed."""
+    def use_only(self, pages: set[int], *, marked: bool = True) -> int:
+        """Free all pages but these and the bitmaps, and blocks that are wholly free at the end; how many were freed.
+
+        ``marked``: they are marked as used already (CorruptError).
+        """
         kept: dict[int, bytearray] = {number: bytearray(PAGE) for number in self._numbers()}
         for page in pages:
             number, bit = divmod(page, BITMAP_PAGES)
@@ -183,9 +186,9 @@ class TablePages:
         for number, raw in kept.items():
             raw[0] |= 1
             was, new = self._bitmap(number), int.from_bytes(raw, "little")
-            if new & ~was:
+            if marked and new & ~was:
                 raise self.bad("tables in pages that are not marked as used")
-            freed += (was ^ new).bit_count()
+            freed += (was & ~new).bit_count()
             self.bitmaps[number] = (self.bitmaps[number][0], new)
         self._trim()
         return freed

@@ -1,0 +1,69 @@
+"""What fsck does about page tables, when all else is sound: makes them say again what the mappings say."""
+
+from __future__ import annotations
+
+from pkernfs.format import ROOT_PGTABLES_INO
+from pkernfs.fs.check import Problem
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.records import Records
+from pkernfs.fs.repair.work import Repair
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu.audit import Audit
+from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.hwpt import Hwpt, domains
+from pkernfs.iommu.replace import replace
+from pkernfs.iommu.stale import Invalidation, add
+from pkernfs.region import Region
+
+CODE = "iommu-tables"
+INVARIANTS = {CODE: "what devices can reach is what the mappings say (pkernfs iommu audit)"}
+MOST = 1 << 16  #: devices of a segment
+
+
+def check_tables(region: Region) -> list[Problem]:
+    """What the audit finds."""
+    fs = Filesystem(Volume(region))
+    inos = {name.decode(errors="backslashreplace"): ino for name, ino in domains(fs)}
+    audit = Audit(fs)
+    for _ in audit.run():
+        pass
+    return [
+        Problem(CODE, f"{found.kind}: {found.text}", inos.get(found.domain or "", ROOT_PGTABLES_INO))
+        for found in audit.problems
+    ]
+
+
+def mend_tables(region: Region) -> list[Repair]:
+    """Rebuild the tables of domains that are not right, and lead their devices, and nobody else, to them."""
+    fs = Filesystem(Volume(region))
+    wrong = {problem.ino for problem in check_tables(region)}
+    done = []
+    for name, ino in list(domains(fs)):
+        if ino in wrong:
+            replace(fs, ino, rebuild=True)
+            text = f"the tables of domain {name.decode(errors='backslashreplace')} were made anew from its mappings"
+            done.append(Repair(CODE, text, ino))
+    if ROOT_PGTABLES_INO in wrong:
+        _lead_devices(fs)
+        text = "devices are led to the domains that they are attached to, and all others are cut off"
+        done.append(Repair(CODE, text, ROOT_PGTABLES_INO))
+    return done
+
+
+def _lead_devices(fs: Filesystem) -> None:
+    volume = fs.volume
+    attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
+    with volume.transaction():
+        Contexts(volume).shut_out(attachments, MOST)
+    with volume.transaction():
+        Contexts(volume).mend_bitmap()
+    for requester, attachment in attachments.items():
+        with volume.transaction():
+            records = Records(volume, ROOT_PGTABLES_INO)
+            contexts = Contexts(volume, records)
+            hwpt = Hwpt(volume, attachment.domain)
+            if contexts.entry(hwpt.record.tables, requester) != hwpt.entry:
+                contexts.store(hwpt.record.tables, requester, hwpt.entry)
+                add(records, Invalidation(attachment.id, requester=requester))
+            contexts.finish()
+            records.finish()

@@ -1,0 +1,78 @@
+"""fsck looks at what devices can reach, and makes it right again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pkernfs.format import BLOCK, MAPPING
+from pkernfs.fs.check import check
+from pkernfs.fs.filesystem import SetAttr
+from pkernfs.fs.records import Records
+from pkernfs.fs.repair import repair_region
+from pkernfs.iommu import views
+from pkernfs.iommu.repair import check_tables, mend_tables
+from tests.core.support import open_fs
+from tests.iommu.space import DEVICE, OTHER, KiB, MiB
+from tests.iommu.test_audit import FAULTS, IOVA, SMALL, prepared, records
+from tests.mount.site import run
+
+#: What the records say wrong themselves is for the checks before.
+OF_RECORDS = {"mapping-of-nothing", "attached-to-no-domain"}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS.keys() - OF_RECORDS))
+def test_a_fault_is_mended(name: str) -> None:
+    fs = prepared()
+    FAULTS[name][1](fs)
+    region = fs.region
+    assert check_tables(region)
+    assert check(fs.volume) == [] or name == "table-marked-as-free"
+    assert mend_tables(region)
+    assert check_tables(region) == []
+    assert mend_tables(region) == []
+    fs = open_fs(region)
+    assert check(fs.volume) == []
+    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB)["offset"] == 65 * KiB
+    assert views.walk(fs, DEVICE, None, IOVA + 3 * MiB)["physical"] is not None
+    assert views.walk(fs, OTHER, None, MiB)["fault"] is None
+
+
+def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
+    """Its memory can be freed then."""
+    fs = prepared()
+    key = IOVA // 4096
+
+    def spoil(found: Records) -> None:
+        value = found.get(key)
+        assert value is not None
+        found.put(key, MAPPING.pack(MAPPING.unpack(value)._replace(reserved=1)))
+
+    records(b"iommu/dom-0", spoil)(fs)
+    region = fs.region
+    assert repair_region(region).left == []
+    assert {problem.text.split(":")[0] for problem in check_tables(region)} == {"foreign"}
+    mend_tables(region)
+    fs = open_fs(region)
+    fs.setattr(fs.resolve(b"guest"), SetAttr(size=0))
+    assert check_tables(region) == []
+    assert views.walk(fs, DEVICE, None, IOVA)["fault"] == "not present at level 3"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    fs = prepared()
+    FAULTS["leaf-to-other-file"][1](fs)
+    path = tmp_path / "region"
+    path.write_bytes(fs.region.view)
+    path.chmod(0o600)
+    found = run("fsck.pkernfs", "-n", "--json", path)
+    assert found.returncode == 4
+    (problem,) = json.loads(found.stdout)["problems"]
+    assert (problem["checker"], problem["path"]) == ("iommu-tables", "/iommu/dom-0")
+    assert problem["text"].startswith("foreign: IOVAs 0x1000000")
+    done = run("fsck.pkernfs", "-y", path)
+    assert (done.returncode, "dom-0 were made anew" in done.stdout) == (1, True)
+    assert run("fsck.pkernfs", "-n", path).returncode == 0
+    assert path.stat().st_size % BLOCK == 0
