@@ -86,10 +86,19 @@ class Records(Tree):
     def attachments(self) -> Iterator[tuple[int, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
         for key, value in self.scan(ATTACHMENT_KEY, STALE_CONTEXT_KEY - 1):
-            attachment = self.decode(ATTACHMENT, key, value)
-            if not 0 < attachment.id <= LAST_DOMAIN_ID:
-                raise self._bad_record(key, f"{attachment}")
-            yield key - ATTACHMENT_KEY, attachment
+            yield key - ATTACHMENT_KEY, self._attachment(key, value)
+
+    def attachment(self, requester: int) -> Attachment | None:
+        """What a device is attached to, as root-pgtables has it.  Raises CorruptError."""
+        key = ATTACHMENT_KEY + requester
+        value = self.get(key)
+        return None if value is None else self._attachment(key, value)
+
+    def _attachment(self, key: int, value: bytes) -> Attachment:
+        attachment = self.decode(ATTACHMENT, key, value)
+        if not 0 < attachment.id <= LAST_DOMAIN_ID:
+            raise self._bad_record(key, f"{attachment}")
+        return attachment
 
     def finish(self) -> Inode:
         """The inode with the changes, which is put into the transaction."""

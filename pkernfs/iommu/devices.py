@@ -18,18 +18,13 @@ from pkernfs.iommu.hwpt import Hwpt, commit, done_before, name_of
 from pkernfs.iommu.stale import Invalidation, add
 
 
-def attachment_of(roots: Records, requester: int) -> Attachment | None:
-    """What a device is attached to."""
-    return roots.record(ATTACHMENT, ATTACHMENT_KEY + requester)
-
-
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
     """Lead a device to a domain; or claim it, when that was deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Hwpt(volume, ino).check_named()
     if done_before(fs, request) is not None:
         return
-    before = attachment_of(Records(volume, ROOT_PGTABLES_INO), requester)
+    before = Records(volume, ROOT_PGTABLES_INO).attachment(requester)
     declared = before and persistent and not before.flags & PERSISTENT
     if before and (before.domain != ino or not (before.flags & DEFERRED or declared)):
         text = f"{pci.text(requester)} is attached to {name_of(fs, before.domain)}: detach it first"
@@ -59,7 +54,7 @@ def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
     volume = fs.volume
     if done_before(fs, request) is not None:
         return
-    if attachment_of(Records(volume, ROOT_PGTABLES_INO), requester) is None:
+    if Records(volume, ROOT_PGTABLES_INO).attachment(requester) is None:
         raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
 
     def change(roots: Records, compact: bool) -> int:
@@ -74,7 +69,7 @@ def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
 def cut_off(contexts: Contexts, requester: int) -> None:
     """Detach a device within the open transaction."""
     roots = contexts.records
-    attachment = attachment_of(roots, requester)
+    attachment = roots.attachment(requester)
     assert attachment is not None
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:

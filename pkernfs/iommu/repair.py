@@ -10,6 +10,7 @@ from pkernfs.fs.repair.work import Repair
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.devices import cut_off
 from pkernfs.iommu.hwpt import Hwpt, domains
 from pkernfs.iommu.replace import replace
 from pkernfs.iommu.stale import Invalidation, add
@@ -57,12 +58,15 @@ def _lead_devices(fs: Filesystem) -> None:
         Contexts(volume).shut_out(attachments, MOST)
     with volume.transaction():
         Contexts(volume).mend_bitmap()
+    known = {ino for _, ino in domains(fs)}
     for requester, attachment in attachments.items():
         with volume.transaction():
             records = Records(volume, ROOT_PGTABLES_INO)
             contexts = Contexts(volume, records)
-            hwpt = Hwpt(volume, attachment.domain)
-            if contexts.entry(hwpt.record.tables, requester) != hwpt.entry:
+            hwpt = Hwpt(volume, attachment.domain) if attachment.domain in known else None
+            if hwpt is None:
+                cut_off(contexts, requester)
+            elif contexts.entry(hwpt.record.tables, requester) != hwpt.entry:
                 contexts.store(hwpt.record.tables, requester, hwpt.entry)
                 add(records, Invalidation(attachment.id, requester=requester))
             contexts.finish()

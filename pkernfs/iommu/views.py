@@ -13,7 +13,6 @@ from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit, file_at
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.devices import attachment_of
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
 from pkernfs.iommu.hwpt import Hwpt, domains, name_of
 from pkernfs.iommu.replace import stale
@@ -155,7 +154,7 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
     steps: list[dict[str, Any]] = []
     fault = None
     if requester is not None:
-        attachment = attachment_of(Records(fs.volume, ROOT_PGTABLES_INO), requester)
+        attachment = Records(fs.volume, ROOT_PGTABLES_INO).attachment(requester)
         if attachment is None:
             raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
         ino = attachment.domain
