@@ -233,7 +233,8 @@ class TablePages:
                     stores.append((at + 8 * first, now[first : last + 1].tobytes()))
         # Ahead of the tables' own words: only we look at the bitmaps.
         self.volume.tx.words[:0] = stores
-        inode = self.filemap.finish()._replace(size=self.inode.size)
+        stamp = self.volume.clock()
+        inode = self.filemap.finish()._replace(size=self.inode.size, mtime=stamp, ctime=stamp)
         self.volume.put_inode(self.ino, inode)
         return inode
 

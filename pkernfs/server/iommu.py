@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from pkernfs.errors import FsError, UsageError
-from pkernfs.format import IOMMU_INO
+from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.iommu import devices, domain, hwpt, ioas, pci, replace, views
@@ -170,6 +170,10 @@ OPERATIONS: dict[str, Callable[[Filesystem, Words], dict[str, Any]]] = {
 }
 
 
+#: Operations that change nothing.
+LOOKING = {"list", "walk"}
+
+
 async def _audit(fs: Filesystem) -> dict[str, Any]:
     """An audit, with other requests in between; again when something changed meanwhile, and at last without them."""
     for _ in range(TRIES):
@@ -201,6 +205,11 @@ def iommu(fs: Filesystem, invalidate: Callable[[int], None], invalidate_name: Ca
     name (also that it is not there) and of the directory; both may block until requests have been answered.
     """
 
+    def drop(inos: set[int]) -> None:
+        for ino in inos:
+            with suppress(FileNotFoundError):  # the kernel does not know it: nothing is cached
+                invalidate(ino)
+
     async def call(request: dict[str, Any]) -> dict[str, Any]:
         op = request.get("op")
         if op == "audit":
@@ -213,10 +222,11 @@ def iommu(fs: Filesystem, invalidate: Callable[[int], None], invalidate_name: Ca
         result = operation(fs, words)
         if name is not None:
             await trio.to_thread.run_sync(invalidate_name, IOMMU_INO, name, abandon_on_cancel=True)
-        if op == "map":
-            # From now on devices change it behind the kernel's back.
-            with suppress(FileNotFoundError):
-                await trio.to_thread.run_sync(invalidate, words.number("file_ino"), abandon_on_cancel=True)
+        if op not in LOOKING:
+            inos = {ROOT_PGTABLES_INO, words.ino}
+            if op == "map":
+                inos.add(words.number("file_ino"))  # from now on devices change it behind the kernel's back
+            await trio.to_thread.run_sync(drop, inos, abandon_on_cancel=True)
         return result
 
     return call

@@ -38,9 +38,6 @@ KILL_PRIV = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME = 1 << 61  #: O_NOATIME
 INO = NOATIME - 1
 FACTS = b"user.pkernfs."
-#: Flags of inodes whose content changes behind the kernel's back: by a guest, by the API of the IOMMU.  So it does of
-#: pinned ones: by devices.
-CHANGING = FLAG_DIRECT | TABLES
 #: Requests that make an inode.
 MAKING = {"mknod", "mkdir", "symlink", "create"}
 #: Requests by which the kernel comes to refer to inodes, or that would fail, or do harm, when they are executed a
@@ -236,13 +233,13 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = inode.atime
         entry.st_ctime_ns = inode.ctime
         entry.entry_timeout = TIMEOUT
-        if inode.flags & CHANGING or is_pinned(inode):
+        if inode.flags & FLAG_DIRECT or is_pinned(inode):
             # Somebody may be storing into the file's memory at any moment.  Attributes that are asked for at every
             # read and an mtime that is never the same make the kernel (AUTO_INVAL_DATA) drop its cached pages.
             entry.attr_timeout = 0
             entry.st_mtime_ns = max(inode.mtime, self.fs.now())
         else:
-            entry.attr_timeout = TIMEOUT
+            entry.attr_timeout = 0 if inode.flags & TABLES else TIMEOUT  # they grow by themselves
             entry.st_mtime_ns = inode.mtime
         return entry
 
@@ -386,14 +383,14 @@ class Operations(pyfuse3.Operations):
         # A file that has blocks of its own may be mapped directly: what the kernel cached is dropped at each open.
         # So it is where a read is to update the access time: the kernel does not tell of reads that it answers itself.
         inode = self.fs.getattr(ino)
-        changing = bool(inode.flags & CHANGING) or is_pinned(inode)
+        changing = bool(inode.flags & FLAG_DIRECT) or is_pinned(inode)
         keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.atime_due(inode)
         # What writes back reads, to complete a page, from files that are open for writing only.
         is_read = not flags & (os.O_NOATIME | os.O_WRONLY)
         handle = ino | (KILL_PRIV if ctx.uid else 0) | (0 if is_read else NOATIME)
         # What writes back looks for no changes but its own: a file that somebody may be storing into past the mount is
-        # read and written past the cache then (and Linux before 6.6 does not map it).
-        direct_io = self.enable_writeback_cache and changing
+        # read and written past the cache then, as page tables always are (and Linux before 6.6 does not map it).
+        direct_io = bool(inode.flags & TABLES) or (self.enable_writeback_cache and changing)
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache, direct_io=direct_io)
 
     @handler

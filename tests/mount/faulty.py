@@ -59,8 +59,8 @@ def commit_late() -> None:
     """Plant late-commit."""
     commit = Journal.commit
 
-    def late(self: Journal, stores: Iterable[tuple[int, bytes]], discards: Iterable[tuple[int, int]]) -> None:
-        commit(self, stores, discards)
+    def late(self: Journal, *what: Iterable[tuple[int, bytes]]) -> None:
+        commit(self, *what)
         region: Region = self.region
         if isinstance(region, LateRegion) and self.sequence <= LATE:
             region.write_back()

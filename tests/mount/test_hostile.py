@@ -93,7 +93,10 @@ def changes(path: Path) -> Iterator[int]:
         return
     yield errno_of(os.chmod, path, 0o755)
     yield errno_of(os.setxattr, path, "user.hostile", b"v")
-    if os.path.isdir(path):
+    if path.name == "iommu":
+        yield errno_of(os.mknod, path / "made")
+        yield errno_of(os.unlink, path / "made")
+    elif os.path.isdir(path):
         yield errno_of(os.mkdir, path / "made")
         yield errno_of(os.rmdir, path / "made")
     else:
