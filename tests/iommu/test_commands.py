@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,3 +249,29 @@ def test_the_container(place: Site) -> None:
     with pytest.raises(FileNotFoundError):
         container.map_dma(GiB, ram, 0, MiB, live_update=True)
     assert container.iova_ranges() == [(0, 0xFEDFFFFF), (0xFEF00000, (1 << 48) - 1)]
+
+
+def test_workers_are_killed_in_the_middle(place: Site) -> None:
+    """Each call that returns was executed, once, whatever was killed meanwhile."""
+    place.expected = re.compile("takes over")
+    container = Container(place.mnt / "iommu/dom-0")
+    iommu(place, "attach", place.mnt / "iommu/dom-0", "00:05.0")
+    rng = random.Random(5)
+    mapped: dict[int, int] = {}
+    for number in range(80):
+        killer = None
+        if number % 8 == 0:
+            wait_for(lambda: place.status()["standby"], "a standby")
+            killer = threading.Thread(target=os.kill, args=(place.status()["worker"], signal.SIGKILL))
+            killer.start()
+        iova = rng.randrange(12) * 2 * MiB
+        if iova in mapped:
+            assert container.unmap_dma(iova, mapped[iova]) == mapped.pop(iova)
+        else:
+            mapped[iova] = rng.choice([4 * KiB, MiB, 2 * MiB])
+            container.map_dma(iova, place.mnt / "guest-ram", rng.randrange(4) * 2 * MiB, mapped[iova])
+        if killer:
+            killer.join()
+    assert {one.iova: one.size for one in container.mappings()} == mapped
+    assert iommu(place, "audit", place.mnt)["problems"] == []
+    assert place.status()["takeovers"] >= 9
