@@ -48,6 +48,7 @@ class Hwpt:
         self.records = Records(volume, ino)
         self.record = self._checked(self.records.record(DOMAIN, DOMAIN_KEY) or UNUSED)
         self.pages = TablePages(volume, ino)
+        self.pages.waiting = self.record.stale
 
     def _checked(self, record: Domain) -> Domain:
         form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3

@@ -31,6 +31,7 @@ class TablePages:
         self.bitmaps: dict[int, tuple[int, int]] = {}  #: by number: as it is in the region, and as it is to be
         self.free_runs: Iterator[tuple[int, int]] | None = None
         self.run = (0, 0)
+        self.waiting = 0  #: pages that tables were in and that hardware may still be looking at, for messages
         self._locate()
 
     def _locate(self) -> None:
@@ -126,7 +127,8 @@ class TablePages:
         first = self.inode.size // PAGE
         end = first + blocks * PAGES_PER_BLOCK
         if self.volume.allocator.free_blocks < blocks:
-            raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables")
+            waiting = f"; {self.waiting} pages wait for pkernfs iommu iotlb-needed --done" if self.waiting else ""
+            raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{waiting}")
         self.filemap.allocate(first, end)
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
