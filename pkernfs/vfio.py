@@ -7,16 +7,18 @@
     container.map_dma(0x100000, "/mnt/pkernfs/guest-ram", size=64 << 20, live_update=True)      which this verifies
 
 Instead of a virtual address a mapping names a file of the same mount.  Raises OSError with VFIO's errno: EEXIST for an
-overlap, EINVAL for what is not aligned or out of range, ENOENT where nothing is mapped, ENOSPC.
+overlap, EINVAL for what is not aligned or out of range, ENOENT where nothing is mapped, ENOSPC, EXDEV.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from typing import Any, Final, NamedTuple
 
-from pkernfs.client import ControlError, control
+from pkernfs.client import control
+from pkernfs.errors import PkernfsError
 from pkernfs.format import PAGE
 
 ACCESS: Final = {(True, True): "rw", (True, False): "ro", (False, True): "wo"}
@@ -43,7 +45,7 @@ class Container:
     def _ask(self, op: str, **words: Any) -> dict[str, Any]:
         try:
             return control(self.path, "iommu", op=op, request=secrets.randbits(63) + 1, **words)
-        except ControlError as error:
+        except PkernfsError as error:
             raise OSError(error.errno, str(error)) from None
 
     def map_dma(
@@ -62,7 +64,7 @@ class Container:
         ``live_update``, VFIO_DMA_MAP_FLAG_LIVE_UPDATE: verify that it is mapped already, and change nothing.
         """
         if os.stat(file).st_dev != os.stat(self.path).st_dev:
-            raise ValueError(f"{os.fspath(file)}: expected a file of the mount that {self.path} is in")
+            raise OSError(errno.EXDEV, f"{os.fspath(file)}: expected a file of the mount that {self.path} is in")
         words = {"file_ino": os.stat(file).st_ino, "access": ACCESS.get((read, write), "")}
         self._ask("map", iova=iova, offset=offset, length=size, live_update=live_update, **words)
 
@@ -73,7 +75,22 @@ class Container:
 
     def _facts(self) -> dict[str, Any]:
         ino = os.stat(self.path).st_ino
-        return next(facts for facts in self._ask("list")["domains"] if facts["ino"] == ino)
+        for facts in self._ask("list")["domains"]:
+            if facts["ino"] == ino:
+                return dict(facts)
+        raise OSError(errno.EINVAL, f"{self.path}: expected a domain, a file in iommu/")
+
+    def iotlb_needed(self) -> tuple[list[dict[str, Any]], int]:
+        """What hardware must forget after changes, as `pkernfs iommu iotlb-needed --json` has it, and the list's token.
+
+        VFIO invalidates itself; here whoever drives the IOMMU does, and then confirms it with ``invalidated``.
+        """
+        found = self._ask("iotlb-needed")
+        return found["stale"], found["token"]
+
+    def invalidated(self, token: int) -> None:
+        """All of the list with this token was invalidated.  Raises OSError(EAGAIN) when there is more by now."""
+        self._ask("iotlb-needed", done=True, token=token)
 
     def mappings(self) -> list[DmaMapping]:
         """All mappings, by IOVA."""

@@ -63,6 +63,7 @@ def _listing(result: dict[str, Any]) -> list[str]:
     for domain in result["domains"]:
         lines += [""] * bool(lines) + [f"{printable(domain['name'] or '(no name)')}: {about(domain)}"]
         lines += [f"  {line}" for line in _domain(domain)]
+    lines += [f"{printable(one['name'])}: {one['text']}" for one in result.get("damaged", ())]
     if not result["domains"]:
         lines.append("no domains")
     if result["stale"]:

@@ -117,7 +117,10 @@ def source(word: str, *, domain: bool = False) -> Source:
     region, path = region_and_path(word)
     if bool(path) != domain:
         raise UsageError(f"{word}: expected {'REGION:/iommu/NAME' if domain else 'MOUNT or REGION'}")
-    mounted = mountpoints_of(os.path.realpath(region))
-    if mounted:
-        return source(os.path.join(mounted[-1], path.lstrip("/")), domain=domain)
+    for mountpoint in reversed(mountpoints_of(os.path.realpath(region))):
+        try:
+            os.stat(mountpoint)
+        except OSError:
+            continue  # its servers were killed: nobody changes the region
+        return source(os.path.join(mountpoint, path.lstrip("/")), domain=domain)
     return Offline(region, path)

@@ -85,6 +85,8 @@ def run(argv: Sequence[str] | None) -> int:
         raise
     if arguments.read_only:
         options = options._replace(readonly=True)
+    if options.remount and options.cold:
+        raise UsageError("-o remount,cold: what a boot is cannot change later", hint="unmount, and mount with -o cold")
     if options.remount:
         remount(arguments.directory, options)
         return 0

@@ -51,7 +51,15 @@ class Orphans(Content):
         hardware may still be looking at the tables in it."""
         if not self.ended and self.lookups[ino] > 0:
             return True
-        return is_pinned(self.volume.inode(ino)) or awaits_hardware(self.volume, ino)
+        return is_pinned(self.volume.inode(ino)) or self.awaits_hardware(ino)
+
+    def awaits_hardware(self, ino: int) -> bool:
+        """Whether hardware may still be looking at the tables in the inode; where that cannot be told: yes."""
+        try:
+            return awaits_hardware(self.volume, ino)
+        except PkernfsError as error:
+            self.complain(error)
+            return True
 
     def orphans(self) -> list[int]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
@@ -75,7 +83,7 @@ class Orphans(Content):
 
     def awaits_forget(self) -> bool:
         """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
-        kept = (is_pinned(self.volume.inode(ino)) or awaits_hardware(self.volume, ino) for ino in self.orphans())
+        kept = (is_pinned(self.volume.inode(ino)) or self.awaits_hardware(ino) for ino in self.orphans())
         return not all(kept)
 
     def list_orphan(self, ino: int) -> None:
@@ -194,7 +202,13 @@ class Orphans(Content):
     def _maps_for_nobody(self, ino: int) -> bool:
         """Whether the inode is a domain without a name that still has mappings."""
         inode = self.volume.inode(ino)
-        return not inode.nlink and has_records(inode) and has_mappings(self.volume, ino)
+        if inode.nlink or not has_records(inode):
+            return False
+        try:
+            return has_mappings(self.volume, ino)
+        except PkernfsError as error:
+            self.complain(error)
+            return False
 
     def _unmap_part(self, ino: int) -> None:
         """Drop some of the records of a domain without a name.  Files that nobody needs any more are freed later."""

@@ -53,6 +53,7 @@ class Volume:
         self.total_pages = self.sb.blocks * BLOCK // PAGE
         self.damage = Damage()
         self.allocator = Allocator(self)
+        self.tables_checked: set[int] = set()  #: domains whose tables were found in pages that are marked as used
         self.asked = 0  #: names the request at work, if it must not be executed twice
         self.unanswered = False
         self.inherited = self.superblock_word("asked")  #: of the server before: names its last request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class Audit:
             self.note("record", -1, str(error))
             return
         for name, ino in list(domains(self.fs)):
-            self.name = name.decode(errors="backslashreplace")
+            self.name = os.fsdecode(name)
             self.device = next((pci.text(of) for of, one in self.attachments.items() if one.domain == ino), None)
             self.domains += 1
             try:

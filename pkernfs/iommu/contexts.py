@@ -52,11 +52,21 @@ class Contexts:
         """The page of a segment's root (or device) table; 0: there is none."""
         return next((page for form, of, page in self.tables() if (form, of) == (number, segment)), 0)
 
+    def _check_used(self) -> None:
+        """Raise CorruptError when a page of a table is marked as free: it could be given away."""
+        for number, _, root in self.tables():
+            self.pages.check_used(root)
+            for bus in range(BUSES) if DEVICES[number].root else ():
+                page = self.context_table(root, bus)
+                if page:
+                    self.pages.check_used(page)
+
     def make_table(self, number: int, segment: int) -> int:
         """The page of a segment's root (or device) table, which is made if there is none.  Raises FsError(ENOSPC)."""
         page = self.table(number, segment)
         if page:
             return page
+        self._check_used()
         device = DEVICES[number]
         if device.root:
             page = self.pages.allocate()
@@ -106,6 +116,7 @@ class Contexts:
             self.pages.words(page, index + 1, words[1:])
             self.pages.words(page, index, words[:1])
             return
+        self._check_used()
         bus = requester >> 8 & 0xFF
         page = self.made[root, bus] = self.pages.allocate()
         entries = array("Q", EMPTY)

@@ -46,7 +46,7 @@ class Editor:
         page = self.pages.page_at(entry & ADDRESS)
         if page < 0:
             raise self.pages.bad(f"an entry {entry:#x} leads out of the file")
-        return page
+        return self.pages.check_used(page)
 
     def _drop(self, page: int) -> None:
         if page in self.given_up:
@@ -213,7 +213,7 @@ def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) ->
         if page in seen:
             raise pages.bad(f"two entries lead to page {page}")
         seen.add(page)
-        yield page
+        yield pages.check_used(page)
         if level > 1:
             for entry in pages.read(page):
                 if entry & form.present and not form.is_leaf(entry, level):

@@ -6,7 +6,9 @@ Each change is one transaction.  ``request`` names it: one that comes again has 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -92,7 +94,15 @@ class Hwpt:
         return attached or any(stale.id == self.record.id for stale in pending(roots))
 
     def editor(self, leaf: int = 0) -> Editor:
-        """For changes of the tables."""
+        """For changes of the tables.
+
+        Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
+        that is looked at once for each domain.
+        """
+        if self.record.root and self.ino not in self.volume.tables_checked:
+            for _ in tables_below(self.form, self.pages, self.record.levels, self.record.root):
+                pass
+            self.volume.tables_checked.add(self.ino)
         return Editor(self.form, self.pages, leaf or self.record.leaf)
 
     def edited(self, editor: Editor, roots: Records) -> None:
@@ -129,7 +139,7 @@ def domains(fs: Filesystem) -> Iterator[tuple[bytes, int]]:
 def name_of(fs: Filesystem, ino: int) -> str:
     """What a domain is called, for messages."""
     found = next((name for name, of in domains(fs) if of == ino), f"inode {ino}".encode())
-    return found.decode(errors="backslashreplace")
+    return os.fsdecode(found)
 
 
 def new_id(volume: Volume, roots: Records) -> int:
@@ -138,8 +148,10 @@ def new_id(volume: Volume, roots: Records) -> int:
     fs_entries = Filesystem(volume).directory(IOMMU_INO).scan(0)
     for entry in fs_entries:
         if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            record = Records(volume, entry.ino).record(DOMAIN, DOMAIN_KEY)
-            used.add(record.id if record else 0)
+            # Of one that is damaged only the ids count that devices and caches have of it.
+            with suppress(CorruptError):
+                record = Records(volume, entry.ino).record(DOMAIN, DOMAIN_KEY)
+                used.add(record.id if record else 0)
     for number in range(1, LAST_DOMAIN_ID + 1):
         if number not in used:
             return number

@@ -9,8 +9,8 @@ import errno
 import stat
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import ACCESS_NAMES, INODE_SIZE, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.errors import FsError
+from pkernfs.format import ACCESS_NAMES, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import TABLES, Records, pin
@@ -136,7 +136,7 @@ def check_mapped(hwpt: Hwpt, first: int, mapping: Mapping) -> None:
     if at < end:
         raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")
     for text in differences(hwpt, first * PAGE, end * PAGE):
-        raise CorruptError(f"domain {hwpt.ino}", hwpt.ino * INODE_SIZE, text, ino=hwpt.ino)
+        raise hwpt.pages.bad(text)
 
 
 def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) -> int:
@@ -153,10 +153,22 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
         raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
     unmapped = 0
     # As many at once as any journal holds.
-    for cut in [*starts[BATCH::BATCH], end]:
+    cuts = [*starts[BATCH::BATCH], end]
+    if len(cuts) > 1:
+        commit(fs, 0, lambda roots, compact: _make_splits_possible(fs, ino))
+    for cut in cuts:
         unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, request if cut == end else 0)
         first = cut
     return unmapped
+
+
+def _make_splits_possible(fs: Filesystem, ino: int) -> int:
+    """Have the pages that splitting leaves at both ends takes, so that the first and the last part do not fail."""
+    hwpt = Hwpt(fs.volume, ino)
+    if not hwpt.pages.has_free(2 * hwpt.record.levels):
+        hwpt.pages.grow()
+        hwpt.save()
+    return 0
 
 
 def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: int) -> int:

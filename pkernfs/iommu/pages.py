@@ -39,18 +39,21 @@ class TablePages:
         end = 0
         for extent in extents:
             if extent.start != end:
-                raise self.bad(f"no memory at page {end}")
+                raise self._bad_inode(f"no memory at page {end}")
             end += extent.length
         if end * PAGE != self.inode.size:
-            raise self.bad(f"a size of {self.inode.size}, with {end} pages of memory")
+            raise self._bad_inode(f"a size of {self.inode.size}, with {end} pages of memory")
         self.starts = [extent.start for extent in extents]
         self.extents = extents
         self.by_region = sorted(extents, key=lambda extent: extent.page)
         self.region_starts = [extent.page for extent in self.by_region]
 
     def bad(self, found: str) -> CorruptError:
-        """An error of this file."""
-        return CorruptError(f"the page tables of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+        """An error in the tables.  They can be made anew: it does not say that the inode is damaged."""
+        return CorruptError(f"the page tables of inode {self.ino}", self.ino * INODE_SIZE, found)
+
+    def _bad_inode(self, found: str) -> CorruptError:
+        return CorruptError(f"inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
 
     # -- where they are -------------------------------------------------------------------------------------------
 
@@ -157,8 +160,21 @@ class TablePages:
         return page
 
     def use_new_blocks(self) -> None:
-        """Let ``allocate`` give pages of blocks only that the file grows by from now on."""
+        """Let ``allocate`` give pages of blocks only that the file grows by from now on; mark those of bitmaps."""
         self.free_runs, self.run = iter(()), (0, 0)
+        for number in self._numbers():
+            now = self._bitmap(number)
+            self.bitmaps[number] = (self.bitmaps[number][0], now | 1)
+
+    def check_used(self, page: int) -> int:
+        """A page that a table is in; raises CorruptError when it is marked as free, so that it could be given away."""
+        if not self.in_use(page):
+            raise self.bad(f"page {page} is a table, and is marked as free")
+        return page
+
+    def has_free(self, count: int) -> bool:
+        """Whether ``count`` pages are free without growing."""
+        return self.inode.size // PAGE - len(self._numbers()) - self.used_count() >= count
 
     def allocate_block(self) -> int:
         """The first of 512 pages that are one block."""

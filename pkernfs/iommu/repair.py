@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+from pkernfs.errors import PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.check import Problem
 from pkernfs.fs.filesystem import Filesystem
@@ -24,7 +27,7 @@ MOST = 1 << 16  #: devices of a segment
 def check_tables(region: Region) -> list[Problem]:
     """What the audit finds."""
     fs = Filesystem(Volume(region))
-    inos = {name.decode(errors="backslashreplace"): ino for name, ino in domains(fs)}
+    inos = {os.fsdecode(name): ino for name, ino in domains(fs)}
     audit = Audit(fs)
     for _ in audit.run():
         pass
@@ -41,11 +44,17 @@ def mend_tables(region: Region) -> list[Repair]:
     done = []
     for name, ino in list(domains(fs)):
         if ino in wrong:
-            replace(fs, ino, rebuild=True)
-            text = f"the tables of domain {name.decode(errors='backslashreplace')} were made anew from its mappings"
+            try:
+                replace(fs, ino, rebuild=True)
+            except PkernfsError:
+                continue  # what is wrong is found again, and reported as left
+            text = f"the tables of domain {os.fsdecode(name)!r} were made anew from its mappings"
             done.append(Repair(CODE, text, ino))
     if ROOT_PGTABLES_INO in wrong:
-        _lead_devices(fs)
+        try:
+            _lead_devices(fs)
+        except PkernfsError:
+            return done
         text = "devices are led to the domains that they are attached to, and all others are cut off"
         done.append(Repair(CODE, text, ROOT_PGTABLES_INO))
     return done

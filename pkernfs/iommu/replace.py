@@ -6,9 +6,9 @@ import errno
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, ROOT_PGTABLES_INO
+from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records, awaits_hardware
+from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
@@ -44,24 +44,25 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
         hwpt.check_named()
         if leaf:
             hwpt.record = hwpt.record._replace(leaf=leaf)
+        if rebuild:
+            volume.tables_checked.add(ino)
+            hwpt.pages.use_new_blocks()
         hwpt.prepare(roots)
         old = hwpt.record
-        if rebuild:
-            hwpt.pages.use_new_blocks()
-        else:
-            given_up = sum(1 for _ in tables_below(hwpt.form, hwpt.pages, old.levels, old.root))
+        given_up = 0 if rebuild else sum(1 for _ in tables_below(hwpt.form, hwpt.pages, old.levels, old.root))
         editor = hwpt.editor()
         root = editor.build(old.levels, 0, list(expected(hwpt)))
         before, after = Tables(hwpt, _refuse(hwpt)), Tables(hwpt, _refuse(hwpt))
         after.root = root
         translations = list(after.pieces())
+        waiting = old.stale + given_up
         if rebuild:
-            given_up = hwpt.pages.used_count() - editor.made - old.stale
+            waiting = max(hwpt.pages.used_count() - editor.made, 0)
         else:
             for found in filter(None, compare(before.pieces(), iter(translations))):
                 _refuse(hwpt)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
         compared[0] = 0 if rebuild else len(translations)
-        hwpt.record = old._replace(root=root, stale=old.stale + given_up)
+        hwpt.record = old._replace(root=root, stale=waiting)
         _switch(hwpt, roots, rebuild)
         hwpt.save()
         return given_up << 32 | editor.made
@@ -88,7 +89,7 @@ def _switch(hwpt: Hwpt, roots: Records, rebuild: bool) -> None:
 
 def _refuse(hwpt: Hwpt) -> Note:
     def note(kind: str, iova: int, text: str) -> None:
-        raise CorruptError(f"domain {hwpt.ino}", hwpt.ino * INODE_SIZE, f"IOVA {iova:#x}: {text}", ino=hwpt.ino)
+        raise hwpt.pages.bad(f"IOVA {iova:#x}: {text}")
 
     return note
 
@@ -104,7 +105,7 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
     ``listed``: the generation of the list that was worked through, 0: not known.  Raises FsError(EAGAIN) when more has
     come since.
     """
-    removed = [ino for ino in fs.orphans() if awaits_hardware(fs.volume, ino)]
+    removed = [ino for ino in fs.orphans() if fs.awaits_hardware(ino)]
 
     def change(roots: Records, compact: bool) -> int:
         if listed not in (0, generation(roots)):
@@ -112,10 +113,15 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
         clear(roots)
         freed = 0
         for _, ino in domains(fs):
-            hwpt = Hwpt(fs.volume, ino)
-            if hwpt.record.stale:
+            try:
+                hwpt = Hwpt(fs.volume, ino)
+                if not hwpt.record.stale:
+                    continue
                 freed += hwpt.sweep()
-                hwpt.save()
+            except CorruptError as error:
+                fs.complain(error)  # its pages go on waiting
+                continue
+            hwpt.save()
         return freed
 
     freed = commit(fs, request, change)

@@ -72,7 +72,7 @@ class Tables:
         """Leaves whose entries go up by the size of their pages."""
         form, size = self.form, span(level)
         entry = entries[low]
-        for at in (low, high - 1):
+        for at in sorted({low, high - 1}):
             if form.odd_bits(entries[at], level):
                 text = f"leaf {entries[at]:#x} of level {level} has bits {form.odd_bits(entries[at], level):#x} wrong"
                 self.note("reserved-bits", base + at * size, text)

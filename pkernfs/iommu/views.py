@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 from typing import Any
 
-from pkernfs.errors import FsError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
@@ -60,7 +61,7 @@ def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
         seen.add(directory)
         for entry in fs.directory(directory).scan(0):
             if entry.ino in inos:
-                found.setdefault(entry.ino, (path + entry.name).decode(errors="backslashreplace"))
+                found.setdefault(entry.ino, os.fsdecode(path + entry.name))
             if stat.S_ISDIR(entry.mode):
                 todo.append((entry.ino, path + entry.name + b"/"))
     return found
@@ -109,13 +110,21 @@ def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | No
 def list_all(fs: Filesystem) -> dict[str, Any]:
     """Everything."""
     contexts = Contexts(fs.volume)
-    found = sorted(domains(fs))
-    inos = {mapping.ino for _, ino in found for _, mapping in Records(fs.volume, ino).mappings()}
+    found: dict[str, int] = {}
+    damaged = []
+    inos: set[int] = set()
+    for name, ino in sorted(domains(fs)):
+        try:
+            inos |= {mapping.ino for _, mapping in Hwpt(fs.volume, ino).records.mappings()}
+            found[os.fsdecode(name)] = ino
+        except CorruptError as error:
+            damaged.append({"name": os.fsdecode(name), "ino": ino, "text": str(error)})
     names = paths(fs, inos)
     return {
         "phys_base": fs.volume.sb.phys_base,
         "roots": [_root_facts(contexts, *table) for table in contexts.tables()],
-        "domains": [domain_facts(fs, ino, name.decode(errors="backslashreplace"), names) for name, ino in found],
+        "domains": [domain_facts(fs, ino, name, names) for name, ino in found.items()],
+        "damaged": damaged,
         "stale": stale_facts(fs),
     }
 

@@ -109,7 +109,7 @@ def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
     )
     facts = {**done._asdict(), "ino": file_ino, "offset": offset, "access": access}
     facts["entries"] = facts.pop("stored")
-    return {**facts, "stale": _stale(fs, words.ino)}
+    return {**facts, "stale": [] if words.flag("live_update") else _stale(fs, words.ino)}
 
 
 def _unmap(fs: Filesystem, words: Words) -> dict[str, Any]:

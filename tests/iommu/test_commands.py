@@ -209,6 +209,10 @@ def test_the_same_of_a_region_that_is_not_mounted(place: Site) -> None:
     for verb in ("list", "audit", "root"):
         assert iommu(place, verb, place.region) == online[verb]
     assert iommu(place, "walk", place.region, "00:05.0", "4M") == online["walk"]
+    # Nor when there is a mount whose servers were killed.
+    place.mount()
+    place.crash()
+    assert iommu(place, "audit", place.region) == online["audit"]
 
 
 def test_an_audit_that_finds_something(place: Site) -> None:

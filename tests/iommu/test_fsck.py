@@ -73,6 +73,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert (problem["checker"], problem["path"]) == ("iommu-tables", "/iommu/dom-0")
     assert problem["text"].startswith("foreign: IOVAs 0x1000000")
     done = run("fsck.pkernfs", "-y", path)
-    assert (done.returncode, "dom-0 were made anew" in done.stdout) == (1, True)
+    assert (done.returncode, "were made anew" in done.stdout) == (1, True)
     assert run("fsck.pkernfs", "-n", path).returncode == 0
     assert path.stat().st_size % BLOCK == 0
