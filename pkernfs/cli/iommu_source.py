@@ -119,7 +119,7 @@ def source(word: str, *, domain: bool = False) -> Source:
         raise UsageError(f"{word}: expected {'REGION:/iommu/NAME' if domain else 'MOUNT or REGION'}")
     for mountpoint in reversed(mountpoints_of(os.path.realpath(region))):
         try:
-            os.stat(mountpoint)
+            os.statvfs(mountpoint)  # not stat: the kernel may know the answer to that
         except OSError:
             continue  # its servers were killed: nobody changes the region
         return source(os.path.join(mountpoint, path.lstrip("/")), domain=domain)
