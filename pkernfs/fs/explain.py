@@ -117,6 +117,8 @@ def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
         if at + JOURNAL_RECORD.size > end or offset < at:
             break
         record = JOURNAL_RECORD.unpack(fs.region.read(at, JOURNAL_RECORD.size))
+        if record.kind not in RECORD_KINDS:
+            break
         after = at + JOURNAL_RECORD.size + (0 if record.kind == DISCARD else record.length)
         if offset < after:
             return {

@@ -81,6 +81,14 @@ def test_records_of_the_journal(fs: Filesystem) -> None:
     assert any(record["offset"] <= ino * 256 < record["offset"] + record["length"] for record in found)
 
 
+def test_a_journal_record_of_no_kind(fs: Filesystem) -> None:
+    """A crash in the middle of storing a body leaves anything: nothing is made of it."""
+    mkfile(fs, b"f")
+    at = fs.volume.journal.body_at
+    fs.region.store_word(at + 8, 160 << 32 | 8)
+    assert explain(fs, at)["structure"] == "journal body, not in use"
+
+
 def test_trees_and_attributes(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f")
     for n in range(20):
