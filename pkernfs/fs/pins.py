@@ -12,6 +12,7 @@ from pkernfs.format import FLAG_IOMMU_DOMAIN_PGTABLES, IOMMU_INO, PAGE, Inode, M
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.records import TABLES, Records
+from pkernfs.fs.volume import Volume
 
 
 class Pin(NamedTuple):
@@ -23,15 +24,20 @@ class Pin(NamedTuple):
     mapping: Mapping
 
 
-def domains(fs: Orphans) -> Iterator[tuple[str | None, int]]:
-    """(name, inode) of all domains; without a name those that are about to be freed.  Raises CorruptError."""
-    volume = fs.volume
+def named_domains(volume: Volume) -> Iterator[tuple[bytes, int]]:
+    """(name, inode) of the domains in iommu/.  Raises CorruptError."""
     directory = Directory(volume, IOMMU_INO, volume.inode(IOMMU_INO))
     for entry in list(directory.scan()):
         if directory.target(entry).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            yield os.fsdecode(entry.name), entry.ino
+            yield entry.name, entry.ino
+
+
+def domains(fs: Orphans) -> Iterator[tuple[str | None, int]]:
+    """(name, inode) of all domains; without a name those that are about to be freed.  Raises CorruptError."""
+    for name, ino in named_domains(fs.volume):
+        yield os.fsdecode(name), ino
     for ino in fs.orphans():
-        if volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+        if fs.volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             yield None, ino
 
 

@@ -159,14 +159,13 @@ def drop_records(volume: Volume, ino: int) -> None:
     records.finish()
 
 
-def is_stale(volume: Volume, number: int) -> bool:
-    """Whether hardware may have cached something of a domain id."""
-    records = Records(volume, ROOT_PGTABLES_INO)
+def is_stale(roots: Records, number: int) -> bool:
+    """Whether hardware may have cached something of a domain id.  ``roots``: the records of root-pgtables."""
     first = STALE_IOTLB_KEY + (number << IOVA_PAGE_BITS)
-    if next(records.scan(first, first + LAST_MAPPING), None):
+    if next(roots.scan(first, first + LAST_MAPPING), None):
         return True
-    contexts = records.scan(STALE_CONTEXT_KEY, STALE_IOTLB_KEY - 1)
-    return any(records.decode(STALE, key, value).id == number for key, value in contexts)
+    contexts = roots.scan(STALE_CONTEXT_KEY, STALE_IOTLB_KEY - 1)
+    return any(roots.decode(STALE, key, value).id == number for key, value in contexts)
 
 
 def awaits_hardware(volume: Volume, ino: int) -> bool:
@@ -174,9 +173,9 @@ def awaits_hardware(volume: Volume, ino: int) -> bool:
     if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
         return False
     record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
-    return record is not None and is_stale(volume, record.id)
+    return record is not None and is_stale(Records(volume, ROOT_PGTABLES_INO), record.id)
 
 
-def is_attached(volume: Volume, ino: int) -> bool:
-    """Whether a device is attached to domain ``ino``."""
-    return any(attachment.domain == ino for _, attachment in Records(volume, ROOT_PGTABLES_INO).attachments())
+def is_attached(roots: Records, ino: int) -> bool:
+    """Whether a device is attached to domain ``ino``.  ``roots``: the records of root-pgtables."""
+    return any(attachment.domain == ino for _, attachment in roots.attachments())

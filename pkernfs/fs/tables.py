@@ -21,7 +21,7 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.filemap import FileMap
-from pkernfs.fs.records import TABLES, is_attached
+from pkernfs.fs.records import TABLES, Records, is_attached
 from pkernfs.fs.volume import Volume
 
 
@@ -46,7 +46,7 @@ def check_places(above: Inode, *others: Inode) -> None:
 
 def check_unused(volume: Volume, ino: int, inode: Inode) -> None:
     """Raise FsError(EBUSY) when the inode is a domain and a device is attached to it."""
-    if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES and is_attached(volume, ino):
+    if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES and is_attached(Records(volume, ROOT_PGTABLES_INO), ino):
         raise FsError(errno.EBUSY, f"inode {ino}: a device is attached to the domain: detach it first")
 
 

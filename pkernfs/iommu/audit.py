@@ -20,11 +20,12 @@ from pkernfs.format import (
     Attachment,
 )
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pins import named_domains
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import BUSES, Contexts
 from pkernfs.iommu.formats import ADDRESS, DEVICES
-from pkernfs.iommu.hwpt import Hwpt, domains
+from pkernfs.iommu.hwpt import Hwpt
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.translations import Difference, Tables, compare, expected
 
@@ -79,7 +80,7 @@ class Audit:
         except PkernfsError as error:
             self.note("record", -1, str(error))
             return
-        for name, ino in list(domains(self.fs)):
+        for name, ino in named_domains(self.volume):
             self.name = os.fsdecode(name)
             self.device = next((pci.text(of) for of, one in self.attachments.items() if one.domain == ino), None)
             self.domains += 1

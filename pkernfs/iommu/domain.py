@@ -9,9 +9,10 @@ from pkernfs.errors import FsError
 from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
+from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.iommu.formats import BY_NAME
-from pkernfs.iommu.hwpt import Hwpt, domains, done_before, executed
+from pkernfs.iommu.hwpt import Hwpt, done_before, executed
 
 
 def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, request: int = 0) -> int:
@@ -38,7 +39,7 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> None:
     if done_before(fs, request) is not None:
         return
     Hwpt(fs.volume, ino)
-    name = next((name for name, of in domains(fs) if of == ino), None)
+    name = next((name for name, of in named_domains(fs.volume) if of == ino), None)
     if name is None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
     fs.unlink(IOMMU_INO, name, also=lambda: executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0))

@@ -195,13 +195,9 @@ class Editor:
 
     def _give_up(self, level: int, page: int, base: int) -> None:
         """Give up a table and all tables below it."""
-        self._drop(page)
+        for table in tables_below(self.form, self.pages, level, page):
+            self._drop(table)
         self._touch(base, base + ENTRIES * span(level))
-        if level > 1:
-            for entry in self.pages.read(page):
-                if entry & self.form.present and not self.form.is_leaf(entry, level):
-                    # Its IOVAs are touched already.
-                    self._give_up(level - 1, self._child(entry), base)
 
 
 def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) -> Iterator[int]:

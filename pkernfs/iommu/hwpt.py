@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 from pkernfs.errors import CorruptError, FsError
@@ -16,7 +16,6 @@ from pkernfs.format import (
     DOMAIN_KEY,
     FLAG_IOMMU_DOMAIN_PGTABLES,
     INODE_SIZE,
-    IOMMU_INO,
     LAST_DOMAIN_ID,
     PAGE,
     REQUEST,
@@ -28,7 +27,8 @@ from pkernfs.format import (
     Request,
 )
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
+from pkernfs.fs.pins import named_domains
+from pkernfs.fs.records import Records, is_attached, is_stale
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.contexts import EMPTY
 from pkernfs.iommu.edit import Editor, tables_below
@@ -90,8 +90,7 @@ class Hwpt:
 
     def is_hot(self, roots: Records) -> bool:
         """Whether hardware may be looking at the tables, or has cached what they say."""
-        attached = any(attachment.domain == self.ino for _, attachment in roots.attachments())
-        return attached or any(stale.id == self.record.id for stale in pending(roots))
+        return is_attached(roots, self.ino) or is_stale(roots, self.record.id)
 
     def editor(self, leaf: int = 0) -> Editor:
         """For changes of the tables.
@@ -126,32 +125,23 @@ class Hwpt:
         self.records.finish()
 
 
-# -- all domains ----------------------------------------------------------------------------------------------------
-
-
-def domains(fs: Filesystem) -> Iterator[tuple[bytes, int]]:
-    """(name, inode) of all domains."""
-    for entry in fs.directory(IOMMU_INO).scan(0):
-        if fs.getattr(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            yield entry.name, entry.ino
+# -- all of them ----------------------------------------------------------------------------------------------------
 
 
 def name_of(fs: Filesystem, ino: int) -> str:
     """What a domain is called, for messages."""
-    found = next((name for name, of in domains(fs) if of == ino), f"inode {ino}".encode())
+    found = next((name for name, of in named_domains(fs.volume) if of == ino), f"inode {ino}".encode())
     return os.fsdecode(found)
 
 
 def new_id(volume: Volume, roots: Records) -> int:
     """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
     used = {stale.id for stale in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
-    fs_entries = Filesystem(volume).directory(IOMMU_INO).scan(0)
-    for entry in fs_entries:
-        if volume.inode(entry.ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            # Of one that is damaged only the ids count that devices and caches have of it.
-            with suppress(CorruptError):
-                record = Records(volume, entry.ino).record(DOMAIN, DOMAIN_KEY)
-                used.add(record.id if record else 0)
+    for _, ino in named_domains(volume):
+        # Of one that is damaged only the ids count that devices and caches have of it.
+        with suppress(CorruptError):
+            record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
+            used.add(record.id if record else 0)
     for number in range(1, LAST_DOMAIN_ID + 1):
         if number not in used:
             return number

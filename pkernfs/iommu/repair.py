@@ -8,13 +8,14 @@ from pkernfs.errors import PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.check import Problem
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.fs.repair.work import Repair
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import cut_off
-from pkernfs.iommu.hwpt import Hwpt, domains
+from pkernfs.iommu.hwpt import Hwpt
 from pkernfs.iommu.replace import replace
 from pkernfs.iommu.stale import Invalidation, add
 from pkernfs.region import Region
@@ -27,7 +28,7 @@ MOST = 1 << 16  #: devices of a segment
 def check_tables(region: Region) -> list[Problem]:
     """What the audit finds."""
     fs = Filesystem(Volume(region))
-    inos = {os.fsdecode(name): ino for name, ino in domains(fs)}
+    inos = {os.fsdecode(name): ino for name, ino in named_domains(fs.volume)}
     audit = Audit(fs)
     for _ in audit.run():
         pass
@@ -42,7 +43,7 @@ def mend_tables(region: Region) -> list[Repair]:
     fs = Filesystem(Volume(region))
     wrong = {problem.ino for problem in check_tables(region)}
     done = []
-    for name, ino in list(domains(fs)):
+    for name, ino in named_domains(fs.volume):
         if ino in wrong:
             try:
                 replace(fs, ino, rebuild=True)
@@ -67,7 +68,7 @@ def _lead_devices(fs: Filesystem) -> None:
         Contexts(volume).shut_out(attachments, MOST)
     with volume.transaction():
         Contexts(volume).mend_bitmap()
-    known = {ino for _, ino in domains(fs)}
+    known = {ino for _, ino in named_domains(fs.volume)}
     for requester, attachment in attachments.items():
         with volume.transaction():
             records = Records(volume, ROOT_PGTABLES_INO)

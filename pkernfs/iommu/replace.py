@@ -8,11 +8,12 @@ from typing import NamedTuple
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
-from pkernfs.iommu.hwpt import Hwpt, commit, domains
+from pkernfs.iommu.hwpt import Hwpt, commit
 from pkernfs.iommu.stale import Invalidation, add, clear, generation, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 
@@ -112,7 +113,7 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
             raise FsError(errno.EAGAIN, "more has become stale since that was listed: list it again")
         clear(roots)
         freed = 0
-        for _, ino in domains(fs):
+        for _, ino in named_domains(fs.volume):
             try:
                 hwpt = Hwpt(fs.volume, ino)
                 if not hwpt.record.stale:

@@ -10,12 +10,13 @@ from typing import Any
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit, file_at
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
-from pkernfs.iommu.hwpt import Hwpt, domains, name_of
+from pkernfs.iommu.hwpt import Hwpt, name_of
 from pkernfs.iommu.replace import stale
 from pkernfs.iommu.stale import generation
 
@@ -113,7 +114,7 @@ def list_all(fs: Filesystem) -> dict[str, Any]:
     found: dict[str, int] = {}
     damaged = []
     inos: set[int] = set()
-    for name, ino in sorted(domains(fs)):
+    for name, ino in sorted(named_domains(fs.volume)):
         try:
             inos |= {mapping.ino for _, mapping in Hwpt(fs.volume, ino).records.mappings()}
             found[os.fsdecode(name)] = ino

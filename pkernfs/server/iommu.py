@@ -14,6 +14,7 @@ from pkernfs.errors import FsError, UsageError
 from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
+from pkernfs.fs.pins import named_domains
 from pkernfs.iommu import devices, domain, hwpt, ioas, pci, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.server.control import Verb
@@ -195,7 +196,7 @@ def _name(fs: Filesystem, op: Any, words: Words) -> bytes | None:
     """The name in iommu/ that an operation makes or removes."""
     if op == "create":
         return words.file_name
-    return next((name for name, ino in hwpt.domains(fs) if op == "destroy" and ino == words.ino), None)
+    return next((name for name, ino in named_domains(fs.volume) if op == "destroy" and ino == words.ino), None)
 
 
 def iommu(fs: Filesystem, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]) -> Verb:

@@ -14,8 +14,8 @@ from pkernfs.format import GiB, KiB, MiB
 from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
+from pkernfs.fs.pins import named_domains
 from pkernfs.iommu import devices, domain, ioas, pci, replace, views
-from pkernfs.iommu.hwpt import domains
 from pkernfs.iommu.inherit import inherit
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn
@@ -124,7 +124,7 @@ class Hardware:
 def seen(fs: Filesystem) -> dict[str, Any]:
     """What a user can see of it."""
     facts = views.list_all(fs)
-    sizes = {name: fs.getattr(fs.resolve(b"iommu/" + name)).size for name, _ in domains(fs)}
+    sizes = {name: fs.getattr(fs.resolve(b"iommu/" + name)).size for name, _ in named_domains(fs.volume)}
     pins = {ino: fs.getattr(ino).iommu for ino in [*fs.orphans(), fs.resolve(b"guest"), fs.resolve(b"small")]}
     return {"facts": facts, "sizes": sizes, "pins": pins}
 
