@@ -19,6 +19,14 @@ from pkernfs.errors import RegionError
 CONNECTIONS = 32  #: more at once are refused
 
 
+def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Up to ``size`` bytes, and up to ``most`` descriptors that came along; no program that is run inherits those."""
+    data, fds, _, _ = socket.recv_fds(connection, size, most)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return data, fds
+
+
 def _places(uid: int) -> list[str]:
     """Where the directory of a user may be, the usual place first."""
     if uid == 0:

@@ -89,13 +89,14 @@ def _take_over(mount: str, report: int) -> None:
     from pkernfs.server.child import FDS_MAX
     from pkernfs.server.daemon import let_go_of_terminal
     from pkernfs.server.succession import taken
+    from pkernfs.sockets import receive_fds
 
     os.setsid()
     os.chdir("/")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(keeper_address(mount))
         connection.sendall(b'{"verb": "hand-over"}\n')
-        data, fds, _, _ = socket.recv_fds(connection, 1 << 16, FDS_MAX)
+        data, fds = receive_fds(connection, 1 << 16, FDS_MAX)
         keeper = taken(connection, data, fds)
         connection.sendall(b"+")
     os.write(report, b"+")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError
+from pkernfs.sockets import receive_fds
 
 PROTOCOL = 1  #: version of the messages between a keeper and its workers
 MESSAGE_MAX = 1 << 16
@@ -46,9 +47,7 @@ def send(connection: socket.socket, message: dict[str, Any], fds: Sequence[int] 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """The next message, with its descriptors; {} at the end."""
-    data, fds, _, _ = socket.recv_fds(connection, MESSAGE_MAX, FDS_MAX)
-    for fd in fds:
-        os.set_inheritable(fd, False)
+    data, fds = receive_fds(connection, MESSAGE_MAX, FDS_MAX)
     message: dict[str, Any] = json.loads(data) if data else {}
     return message, fds
 

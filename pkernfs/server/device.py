@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from pkernfs.errors import RegionError
 from pkernfs.layout import i32, layout, u16, u32, u64
 from pkernfs.server.options import MountOptions
+from pkernfs.sockets import receive_fds
 
 #: Flags of mount(2); statvfs(3) has the same values.
 MS_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "sync": 16, "dirsync": 128, "noatime": 1024}
@@ -217,6 +218,5 @@ def _fusermount(source: str, mountpoint: str, options: MountOptions) -> Device:
             raise _failed(mountpoint, "fusermount3 is not installed") from None
         if done.returncode:
             raise _failed(mountpoint, " ".join(done.stderr.decode(errors="replace").split()))
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-    os.set_inheritable(fds[0], False)
+        _, fds = receive_fds(ours, 1, 1)
     return Device(fds[0])

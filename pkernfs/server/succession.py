@@ -38,8 +38,6 @@ def taken(connection: socket.socket, data: bytes, fds: list[int]) -> Keeper:
     reply = json.loads(data)
     if "error" in reply:
         raise RegionError(reply["error"])
-    for fd in fds:
-        os.set_inheritable(fd, False)
     state = State.from_json(reply["result"])
     start_logging(state.options)
     return adopt(state, fds)

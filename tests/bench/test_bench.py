@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -73,23 +73,24 @@ def mount_all(systems: list[System], lay_out: Callable[[System], None] | None = 
             lay_out(system)
 
 
-@pytest.mark.skipif(bool(fio.missing()), reason="found no fio")
-def test_reads_and_writes(systems: list[System], rounds: range, report: Report) -> None:
+def run_jobs(jobs: Sequence[fio.Job], systems: list[System], rounds: range, report: Report) -> None:
+    """Measure each job with every system in turn, in each round."""
     mount_all(systems, fio.lay_out)
     for _ in rounds:
-        for job in fio.JOBS:
+        for job in jobs:
             for system in systems:
                 report.add(job.label, job.unit, system.name, fio.measure(system, job))
+
+
+@pytest.mark.skipif(bool(fio.missing()), reason="found no fio")
+def test_reads_and_writes(systems: list[System], rounds: range, report: Report) -> None:
+    run_jobs(fio.JOBS, systems, rounds, report)
 
 
 @pytest.mark.skipif(bool(fio.missing()), reason="found no fio")
 @pytest.mark.parametrize("systems", [(PkernfsWriteback,)], indirect=True, ids=["writeback"])
 def test_writeback(systems: list[System], rounds: range, report: Report) -> None:
-    mount_all(systems, fio.lay_out)
-    for _ in rounds:
-        for job in fio.WRITEBACK_JOBS:
-            for system in systems:
-                report.add(job.label, job.unit, system.name, fio.measure(system, job))
+    run_jobs(fio.WRITEBACK_JOBS, systems, rounds, report)
 
 
 def test_metadata(systems: list[System], rounds: range, report: Report) -> None:

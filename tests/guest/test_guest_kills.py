@@ -20,6 +20,7 @@ from live_update import MODES, LiveUpdate, Report
 from pkernfs.client import ask_keeper
 from pkernfs.qemu.console import CHUNKS, parse
 from tests.mount.site import Site, run, wait_for
+from tests.mount.site import site as made_site
 
 pytestmark = [
     pytest.mark.guest,
@@ -80,13 +81,10 @@ class Sync(threading.Thread):
 @pytest.fixture
 def site(images: Path) -> Iterator[Site]:
     """A mounted region; after the test it is unmounted, checked and deleted."""
-    made = Site(size="512M")
-    made.expected = TAKEOVER
-    try:
+    with made_site(size="512M") as made:
+        made.expected = TAKEOVER
         made.mount()
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
