@@ -11,12 +11,30 @@ import glob
 import os
 import socket
 import stat
+import struct
 import tempfile
 from contextlib import suppress
+from typing import Protocol
 
-from pkernfs.errors import RegionError
+from pkernfs.errors import FsError, RegionError
+
+
+class Peer(Protocol):
+    """A socket, of the standard library or of trio."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
+        """As socket.socket has it."""
+
 
 CONNECTIONS = 32  #: more at once are refused
+
+
+def check_owner(connection: Peer) -> None:
+    """Raise FsError(EPERM) when the other end belongs neither to root nor to the user of this process."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in (0, os.getuid()):
+        raise FsError(errno.EPERM, f"user {uid} does not own this mount")
 
 
 def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
 
 from pkernfs.errors import FsError, PkernfsError
-from pkernfs.sockets import CONNECTIONS
+from pkernfs.sockets import CONNECTIONS, check_owner
 
 log = logging.getLogger("pkernfs")
 
@@ -50,10 +48,10 @@ class ControlSocket:
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         """Answer line by line.  Raises TooSlowError, BrokenResourceError."""
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", credentials)
-        if uid not in (0, os.getuid()):
-            return await _send(stream, _error(FsError(errno.EPERM, f"user {uid} does not own this mount")))
+        try:
+            check_owner(stream.socket)
+        except FsError as refusal:
+            return await _send(stream, _error(refusal))
         if self.connections > CONNECTIONS:
             return await _send(stream, _error(FsError(errno.EAGAIN, f"{CONNECTIONS} connections are open")))
         buffer = bytearray()

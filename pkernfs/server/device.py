@@ -190,14 +190,20 @@ def _mount(source: str, mountpoint: str, options: MountOptions) -> Device:
     data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
     if allows_others(options):
         data += ",allow_other"
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.mount(
-        os.fsencode(source), os.fsencode(mountpoint), b"fuse.pkernfs", ctypes.c_ulong(flags), data.encode()
-    )
-    if done:
+    try:
+        mount2(source, mountpoint, "fuse.pkernfs", flags, data)
+    except OSError as error:
         os.close(fd)
-        raise _failed(mountpoint, os.strerror(ctypes.get_errno()))
+        raise _failed(mountpoint, error.strerror or str(error)) from None
     return Device(fd)
+
+
+def mount2(source: str, target: str, fstype: str, flags: int, data: str) -> None:
+    """mount(2).  Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode()):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _fusermount(source: str, mountpoint: str, options: MountOptions) -> Device:

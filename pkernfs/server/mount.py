@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -16,7 +15,7 @@ from pkernfs.fs.lookups import lookups_size
 from pkernfs.mounts import FSTYPE, mount_at
 from pkernfs.region import open_region
 from pkernfs.server.child import worker_command
-from pkernfs.server.device import MS_FLAGS
+from pkernfs.server.device import MS_FLAGS, mount2
 from pkernfs.server.keeper import Keeper
 from pkernfs.server.options import MountOptions
 from pkernfs.server.state import Descriptors, State
@@ -71,9 +70,10 @@ def remount(path: str, options: MountOptions) -> None:
     for word in ("ro", *options.kernel) if options.readonly else options.kernel:
         positive = word if word in MS_FLAGS else "no" + word
         flags = flags | MS_FLAGS[word] if word in MS_FLAGS else flags & ~MS_FLAGS.get(positive, 0)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"none", os.fsencode(real), None, ctypes.c_ulong(flags), None):
-        raise RegionError(f"{path}: the kernel refuses the new flags: {os.strerror(ctypes.get_errno())}")
+    try:
+        mount2("none", real, "", flags, "")
+    except OSError as error:
+        raise RegionError(f"{path}: the kernel refuses the new flags: {error.strerror}") from None
 
 
 def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[int, str], None]) -> None:

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError
-from pkernfs.sockets import CONNECTIONS
+from pkernfs.sockets import CONNECTIONS, check_owner
 
 log = logging.getLogger("pkernfs")
 
@@ -89,11 +87,11 @@ class Orders:
 
     def _converse(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _, uid, _ = struct.unpack("3i", credentials)
         order = Order({"verb": ""}, connection)
-        if uid not in (0, os.getuid()):
-            return order.refuse(PkernfsError(f"user {uid} does not own this mount"))
+        try:
+            check_owner(connection)
+        except PkernfsError as error:
+            return order.refuse(error)
         line = b""
         with suppress(OSError):
             while not line.endswith(b"\n") and len(line) < LINE_MAX and (chunk := connection.recv(LINE_MAX)):
