@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import (
     ACCESS_NAMES,
     BLOCK,
@@ -219,14 +218,3 @@ def audit(fs: Filesystem) -> dict[str, Any]:
     for _ in one.run():
         pass
     return one.facts()
-
-
-def file_at(fs: Filesystem, hwpt: Hwpt, iova: int) -> tuple[int, int, int] | None:
-    """(inode, offset, access) of what a domain's mappings say of an IOVA."""
-    page, skip = divmod(iova, PAGE)
-    for at, mapping in hwpt.records.mappings(page, page):
-        inode = fs.getattr(mapping.ino)
-        if not stat.S_ISREG(inode.mode):
-            raise FsError(22, f"inode {mapping.ino} is not a regular file")
-        return mapping.ino, (mapping.start + page - at) * PAGE + skip, mapping.access
-    return None

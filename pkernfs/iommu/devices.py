@@ -74,9 +74,14 @@ def cut_off(contexts: Contexts, requester: int) -> None:
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:
             contexts.block(number, requester)
+    forget(roots, requester, attachment.id)
+
+
+def forget(roots: Records, requester: int, number: int) -> None:
+    """Drop the attachment of a device that is blocked to domain id ``number``, which hardware may have cached."""
     roots.delete(ATTACHMENT_KEY + requester)
-    add(roots, Invalidation(attachment.id, requester=requester))
-    add(roots, Invalidation(attachment.id))
+    add(roots, Invalidation(number, requester=requester))
+    add(roots, Invalidation(number))
 
 
 def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int:

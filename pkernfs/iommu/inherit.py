@@ -11,8 +11,8 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.devices import forget
 from pkernfs.iommu.replace import forgotten
-from pkernfs.iommu.stale import Invalidation, add
 
 log = logging.getLogger("pkernfs")
 
@@ -67,10 +67,10 @@ def _forget(fs: Filesystem, ids: dict[int, int]) -> None:
             with fs.volume.transaction():
                 records = Records(fs.volume, ROOT_PGTABLES_INO)
                 for requester, number in ids.items():
-                    records.delete(ATTACHMENT_KEY + requester)
                     if noting:
-                        add(records, Invalidation(number, requester=requester))
-                        add(records, Invalidation(number))
+                        forget(records, requester, number)
+                    else:
+                        records.delete(ATTACHMENT_KEY + requester)
                 records.finish()
         except FsError as error:
             if error.errno != errno.ENOSPC or not noting:

@@ -12,7 +12,7 @@ from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.fs.repair.work import Repair
 from pkernfs.fs.volume import Volume
-from pkernfs.iommu.audit import Audit
+from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import cut_off
 from pkernfs.iommu.hwpt import Hwpt
@@ -29,12 +29,9 @@ def check_tables(region: Region) -> list[Problem]:
     """What the audit finds."""
     fs = Filesystem(Volume(region))
     inos = {os.fsdecode(name): ino for name, ino in named_domains(fs.volume)}
-    audit = Audit(fs)
-    for _ in audit.run():
-        pass
     return [
-        Problem(CODE, f"{found.kind}: {found.text}", inos.get(found.domain or "", ROOT_PGTABLES_INO))
-        for found in audit.problems
+        Problem(CODE, f"{found['kind']}: {found['text']}", inos.get(found["domain"] or "", ROOT_PGTABLES_INO))
+        for found in audit(fs)["problems"]
     ]
 
 

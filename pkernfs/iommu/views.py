@@ -13,7 +13,7 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
-from pkernfs.iommu.audit import audit, file_at
+from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
 from pkernfs.iommu.hwpt import Hwpt, name_of
@@ -180,7 +180,7 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
             fault = fault or f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
     if fault is None:
         fault = _walk_tables(hwpt, iova, steps, result)
-    wanted = file_at(fs, hwpt, iova) if 0 <= iova < hwpt.aperture else None
+    wanted = file_at(hwpt, iova) if 0 <= iova < hwpt.aperture else None
     return {
         "device": None if requester is None else pci.text(requester),
         "domain": name_of(fs, ino),
@@ -192,6 +192,14 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
         "file": paths(fs, {wanted[0]}).get(wanted[0]) if wanted else None,
         "offset": wanted[1] if wanted else None,
     }
+
+
+def file_at(hwpt: Hwpt, iova: int) -> tuple[int, int] | None:
+    """(inode, offset) of what a domain's mappings say of an IOVA."""
+    page, skip = divmod(iova, PAGE)
+    for at, mapping in hwpt.records.mappings(page, page):
+        return mapping.ino, (mapping.start + page - at) * PAGE + skip
+    return None
 
 
 def _step(level: str | int, table: int, index: int, entry: int, means: str, *, size: int = 8) -> dict[str, Any]:
