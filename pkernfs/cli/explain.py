@@ -79,7 +79,7 @@ def parse(word: str, unit: str | None) -> tuple[int, str]:
 
 def _explain(fs: Filesystem, number: int, unit: str) -> dict[str, Any]:
     from pkernfs.format import BLOCK, PAGE
-    from pkernfs.fs.explain import explain
+    from pkernfs.fsck.explain import explain
 
     sb = fs.volume.sb
     step, base = {"block": (BLOCK, 0), "page": (PAGE, 0), "offset": (1, 0), "physical": (1, sb.phys_base)}[unit]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.cli.words import Parser, add_version
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check import Checker, Problem, Progress
-    from pkernfs.fs.repair import Repair
+    from pkernfs.fsck.check import Checker, Problem, Progress
+    from pkernfs.fsck.repair import Repair
     from pkernfs.region import FileRegion
 
 DESCRIPTION = """\
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> Outcome:
     """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
     from pkernfs.errors import RegionBusyError
-    from pkernfs.fs.check import check_region
-    from pkernfs.iommu.repair import check_tables
+    from pkernfs.fsck.check import check_region
+    from pkernfs.fsck.tables import check_tables
     from pkernfs.region import open_region
 
     told = arguments.no or arguments.yes or arguments.auto
@@ -152,8 +152,8 @@ def _run(arguments: argparse.Namespace) -> Outcome:
 
 
 def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
-    from pkernfs.fs.repair import finish_transaction, repair_region
-    from pkernfs.iommu.repair import check_tables, mend_tables
+    from pkernfs.fsck.repair import finish_transaction, repair_region
+    from pkernfs.fsck.tables import check_tables, mend_tables
     from pkernfs.region import open_region
 
     with open_region(arguments.region) as region:
@@ -167,7 +167,7 @@ def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
             raise
         concerned = {problem.ino for problem in (*done.found, *done.left)} | {repair.ino for repair in done.repairs}
         paths = found.paths | _paths(done.checker, concerned)
-    # A region that could not be opened has shown one problem only, until its frame was mended.
+    # A region that could not be opened has shown one problem only, until its metadata was mended.
     problems = found.problems if found.checker else found.problems + done.found
     return found._replace(
         problems=problems,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pkernfs.cli.words import human, printable
 from pkernfs.format import BLOCK
-from pkernfs.fs.check import INVARIANTS
-from pkernfs.iommu.repair import INVARIANTS as TABLES
+from pkernfs.fsck.check import INVARIANTS
+from pkernfs.fsck.tables import INVARIANTS as TABLES
 
 if TYPE_CHECKING:
     from pkernfs.cli.fsck import Outcome
-    from pkernfs.fs.check import Checker, Problem
-    from pkernfs.fs.repair import Repair
+    from pkernfs.fsck.check import Checker, Problem
+    from pkernfs.fsck.repair import Repair
 
 
 def report(arguments: argparse.Namespace, outcome: Outcome) -> None:

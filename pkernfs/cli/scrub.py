@@ -79,8 +79,8 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, An
     from pkernfs.cli.offline import keep_quiet
     from pkernfs.errors import CorruptError, FormatError
     from pkernfs.fs.filesystem import Filesystem
-    from pkernfs.fs.repair.frame import find_copy
-    from pkernfs.fs.scrub import Damage, scrub_all
+    from pkernfs.fsck.repair.metadata import find_copy
+    from pkernfs.fsck.scrub import Damage, scrub_all
     from pkernfs.region import open_region
 
     keep_quiet()

@@ -12,7 +12,7 @@ import trio
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.quota import get_quota, set_quota
-from pkernfs.fs.scrub import scrub_step
+from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.control import Verb
 from pkernfs.server.iommu import iommu
 from pkernfs.server.operations import Operations

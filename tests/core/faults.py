@@ -440,7 +440,7 @@ CHECKSUMS: dict[str, tuple[str, Callable[[Filesystem], int]]] = {
 }
 
 FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
-    # the frame
+    # metadata
     "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
     "superblock-copies-differ": ("superblock", lambda fs: set_superblock(fs, fs.volume.sb.journal_offset, label=b"x")),
     "superblock-damaged": ("superblock", lambda fs: flip(fs, 60)),

@@ -27,12 +27,12 @@ from pkernfs.format import (
     Inode,
     Mapping,
 )
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pages import read_inode, seal_inode
 from pkernfs.fs.records import Records, pin
+from pkernfs.fsck.check import check
 from pkernfs.region import MemoryRegion, Region
 
 MiB = 1 << 20

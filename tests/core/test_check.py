@@ -12,13 +12,13 @@ import pytest
 
 from pkernfs import format as f
 from pkernfs.errors import FormatError
-from pkernfs.fs import check as check_package
-from pkernfs.fs.check import INVARIANTS, Checker, check, check_region
-from pkernfs.fs.check.ledger import MAX_PROBLEMS
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pages import seal_page
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck import check as check_package
+from pkernfs.fsck.check import INVARIANTS, Checker, check, check_region
+from pkernfs.fsck.check.ledger import MAX_PROBLEMS
 from pkernfs.region import MemoryRegion
 from tests.core.faults import DOUBLE, FAULTS, flip, inode_of, orphan_files
 from tests.core.images import CowRegion, cast

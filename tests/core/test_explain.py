@@ -9,10 +9,10 @@ import pytest
 from pkernfs.cli.main import run
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
-from pkernfs.fs.explain import explain
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.paths import paths_of
-from pkernfs.fs.scrub import Damage, scrub_all, scrub_step
+from pkernfs.fsck.explain import explain
+from pkernfs.fsck.scrub import Damage, scrub_all, scrub_step
 from pkernfs.region import MemoryRegion, open_region
 from tests.core.faults import leak_blocks, set_block
 from tests.core.support import ME, ROOT, MiB, map_file, mkdir, mkdomain, mkfile, open_fs

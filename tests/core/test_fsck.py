@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.cli.fsck import main
-from pkernfs.fs.check import INVARIANTS
+from pkernfs.fsck.check import INVARIANTS
 from pkernfs.region import open_region, read_superblock
 from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode, sparse_file
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from pkernfs.cli.fsck import main
-from pkernfs.fs.check import check
-from pkernfs.fs.check.order import PASSES
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import check
+from pkernfs.fsck.check.passes import PASSES
 from pkernfs.region import MemoryRegion, Region
 from tests.core.faults import FAULTS
 from tests.core.images import cast

@@ -13,10 +13,10 @@ import pytest
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.fs import volume
-from pkernfs.fs.check import check_region
 from pkernfs.fs.facts import region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.repair import repair_region
+from pkernfs.fsck.check import check_region
+from pkernfs.fsck.repair import repair_region
 from tests.core.faults import (
     flip,
     share_page,

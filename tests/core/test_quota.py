@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INODE_SIZE, PAGE, Quota
 from pkernfs.fs.charge import quota_of, with_quota
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.quota import Use, get_quota, set_quota
 from pkernfs.fs.rename import RENAME_EXCHANGE
-from pkernfs.fs.repair import repair_region
+from pkernfs.fsck.check import check
+from pkernfs.fsck.repair import repair_region
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import (
     ME,

@@ -13,13 +13,13 @@ import pytest
 from pkernfs import format as f
 from pkernfs.cli.fsck import main
 from pkernfs.errors import CorruptError, FormatError
-from pkernfs.fs.check import check, check_region
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_inode
 from pkernfs.fs.records import Records
-from pkernfs.fs.repair import Outcome, repair_region
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import check, check_region
+from pkernfs.fsck.repair import Outcome, repair_region
 from pkernfs.region import MemoryRegion, RecordingRegion, Region
 from tests.core.faults import (
     CHECKSUMS,

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from pkernfs.format import BLOCK, PAGE, GiB
-from pkernfs.fs.check import Checker
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import Checker
 from pkernfs.region import Region, open_region
 from tests.core.faults import drop_name, flip, inode_of, leak_blocks
 from tests.core.support import ME, ROOT, MiB, assert_sound, mkdir, mkfile, new_fs, open_fs, patch_inode, sparse_file

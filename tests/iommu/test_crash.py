@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pkernfs.format import GiB, KiB, MiB
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pins import named_domains
+from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, ioas, pci, replace, views
 from pkernfs.iommu.inherit import inherit
 from pkernfs.region import MemoryRegion

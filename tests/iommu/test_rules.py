@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, ioas, replace, views
 from pkernfs.iommu.inherit import inherit
 from tests.core.support import ME, ROOT, mkdir

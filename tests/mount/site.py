@@ -20,8 +20,8 @@ from typing import Any
 
 from pkernfs.client import ask_keeper
 from pkernfs.format import JOURNAL_HEADER, MiB
-from pkernfs.fs.check import Problem, check
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import Problem, check
 from pkernfs.mounts import mount_at
 from pkernfs.region import open_region
 

@@ -216,7 +216,7 @@ def test_a_mount_without_allow_other_serves_its_owner_only(unmounted: Site, user
 
 USER_MOUNT = """
 import os, sys
-import pyfuse3, trio, pkernfs.cli.fsck, pkernfs.cli.mkfs, pkernfs.cli.mount, pkernfs.fs.mkfs, pkernfs.fs.scrub
+import pyfuse3, trio, pkernfs.cli.fsck, pkernfs.cli.mkfs, pkernfs.cli.mount, pkernfs.fs.mkfs, pkernfs.fsck.scrub
 import pkernfs.server.bdi, pkernfs.server.control, pkernfs.server.daemon, pkernfs.server.loop, pkernfs.server.mount
 import pkernfs.server.operations, pkernfs.server.options, pkernfs.server.verbs, logging.handlers, syslog
 import encodings.ascii, encodings.idna

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
 from pkernfs.fs.records import TABLES, Records
+from pkernfs.fsck.check import check
 from pkernfs.region import Region
 from tests.core.support import ME, ROOT, mkdir, open_fs, remove_all
 

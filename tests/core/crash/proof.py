@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import PAGE
-from pkernfs.fs.check import check
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fsck.check import check
 from pkernfs.region import FLUSH, Region, Store
 from tests.core.crash.look import State, assert_works, look, metadata_key, mixed
 from tests.core.crash.operations import OPERATIONS, Operation, Run, setattr_

@@ -19,17 +19,17 @@ from pkernfs.cli import explain as cli_explain
 from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.fs.check import check_region
-from pkernfs.fs.check.ledger import MAX_PROBLEMS
 from pkernfs.fs.directory import Entry
-from pkernfs.fs.explain import explain
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.records import Records
 from pkernfs.fs.rename import RENAME_EXCHANGE
-from pkernfs.fs.repair import repair_region
-from pkernfs.fs.scrub import scrub_step
+from pkernfs.fsck.check import check_region
+from pkernfs.fsck.check.ledger import MAX_PROBLEMS
+from pkernfs.fsck.explain import explain
+from pkernfs.fsck.repair import repair_region
+from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.operations import Operations
 from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, judged
 from tests.core.support import ME, ROOT, SEED, UUID, set_clock

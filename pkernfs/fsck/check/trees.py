@@ -25,8 +25,8 @@ from pkernfs.fs.node import Node
 from pkernfs.fs.records import LAST_MAPPING
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
-    from pkernfs.fs.check.ledger import Ledger
+    from pkernfs.fsck.check.checker import Checker
+    from pkernfs.fsck.check.ledger import Ledger
 
 KEY_END = 1 << 64
 

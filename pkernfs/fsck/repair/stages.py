@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pkernfs.fs.check import Checker, Problem, Progress
-from pkernfs.fs.check.order import PASSES
-from pkernfs.fs.repair.content import contents, lost
-from pkernfs.fs.repair.frame import mend_frame
-from pkernfs.fs.repair.inodes import bad_inodes, fields, free_slots, orphans
-from pkernfs.fs.repair.iommu import bitmaps, domain_ids, records
-from pkernfs.fs.repair.quotas import projects
-from pkernfs.fs.repair.seals import seals
-from pkernfs.fs.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
-from pkernfs.fs.repair.work import Repair, Work
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import Checker, Problem, Progress
+from pkernfs.fsck.check.passes import PASSES
+from pkernfs.fsck.repair.content import contents, lost
+from pkernfs.fsck.repair.inodes import bad_inodes, fields, free_slots, orphans
+from pkernfs.fsck.repair.iommu import bitmaps, domain_ids, records
+from pkernfs.fsck.repair.metadata import mend_metadata
+from pkernfs.fsck.repair.quotas import projects
+from pkernfs.fsck.repair.seals import seals
+from pkernfs.fsck.repair.space import block_kinds, leaks, page_kinds, slab_headers, slots
+from pkernfs.fsck.repair.work import Repair, Work
 from pkernfs.region import Region
 
 MAX_ROUNDS = 40  #: a round makes one step's changes; damage that is not gone after so many stays
@@ -55,7 +55,7 @@ def repair_region(region: Region, progress: Callable[[Progress], None] | None = 
 
     ``progress`` is called with what is done now.  Raises FormatError when no superblock can be used.
     """
-    repairs, records = mend_frame(region)
+    repairs, records = mend_metadata(region)
     found: list[Problem] = []
     done: list[Repair] = []
     seen: set[tuple[tuple[Problem, ...], tuple[Repair, ...]]] = set()

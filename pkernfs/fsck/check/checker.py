@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import FIRST_FREE_SLOT, INODES_PER_PAGE, Attachment, Inode, Mapping
-from pkernfs.fs.check.inodes import RESERVED, plausible
-from pkernfs.fs.check.ledger import Ledger, Problem, Tally
-from pkernfs.fs.check.order import EACH_INODE, PASSES
-from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.inodes import RESERVED, plausible
+from pkernfs.fsck.check.ledger import Ledger, Problem, Tally
+from pkernfs.fsck.check.passes import EACH_INODE, PASSES
+from pkernfs.fsck.check.trees import Salvage
 
 STEP = 1000
 

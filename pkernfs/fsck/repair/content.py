@@ -26,13 +26,13 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs.btree import Tree
-from pkernfs.fs.check.inodes import PLACES, in_its_place
-from pkernfs.fs.check.trees import Salvage
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
-from pkernfs.fs.repair.work import BATCH, Work
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.inodes import PLACES, in_its_place
+from pkernfs.fsck.check.trees import Salvage
+from pkernfs.fsck.repair.work import BATCH, Work
 
 LOST_FOUND = b"lost+found"
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pkernfs.fs.check.attributes import attributes
-from pkernfs.fs.check.directories import entries, names
-from pkernfs.fs.check.extents import extents
-from pkernfs.fs.check.frame import block_table, journal, reserved_inodes, slab_headers, superblocks
-from pkernfs.fs.check.inodes import flags, link_counts, mode, no_content, no_pins, pages, parent, size, symlink
-from pkernfs.fs.check.iommu import attachments, mappings, records, tables
-from pkernfs.fs.check.orphans import lost_inodes, orphans, says_listed
-from pkernfs.fs.check.quotas import quota_form, quotas
-from pkernfs.fs.check.space import leaks
+from pkernfs.fsck.check.attributes import attributes
+from pkernfs.fsck.check.directories import entries, names
+from pkernfs.fsck.check.extents import extents
+from pkernfs.fsck.check.inodes import flags, link_counts, mode, no_content, no_pins, pages, parent, size, symlink
+from pkernfs.fsck.check.iommu import attachments, mappings, records, tables
+from pkernfs.fsck.check.metadata import block_table, journal, reserved_inodes, slab_headers, superblocks
+from pkernfs.fsck.check.orphans import lost_inodes, orphans, says_listed
+from pkernfs.fsck.check.quotas import quota_form, quotas
+from pkernfs.fsck.check.space import leaks
 
 if TYPE_CHECKING:
     from pkernfs.format import Inode
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 #: Once each.  Later ones use what earlier ones found.
 PASSES: tuple[Callable[[Checker], None], ...] = (
@@ -62,7 +62,7 @@ EACH_INODE: tuple[Callable[[Checker, int, Inode], None], ...] = (
 
 #: What must hold, in the order of the checks: the name that a Problem gives, and the statement.
 INVARIANTS: dict[str, str] = {
-    # the frame
+    # metadata
     "superblock": "both copies of the superblock are sound and equal",
     "journal": "the journal's header is sound, and no transaction waits to be applied",
     "block-table": "the pages of the block table are sound and name known kinds",

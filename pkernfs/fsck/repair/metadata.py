@@ -31,8 +31,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, seal_page
-from pkernfs.fs.repair.work import Repair, batches
 from pkernfs.fs.slab import Slab
+from pkernfs.fsck.repair.work import Repair, batches
 from pkernfs.region import Region, check_superblock
 
 
@@ -148,7 +148,7 @@ def finish_transaction(region: Region) -> None:
     region.flush()
 
 
-def mend_frame(region: Region) -> tuple[list[Repair], int]:
+def mend_metadata(region: Region) -> tuple[list[Repair], int]:
     """Make it possible to open the volume; the repairs, and the number of records of the journal that were replayed.
 
     Raises FormatError when no superblock can be used.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pkernfs.errors import PkernfsError
 from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE
 from pkernfs.fs.records import Records
-from pkernfs.fs.repair.work import Work, batches
+from pkernfs.fsck.repair.work import Work, batches
 
 
 def records(work: Work) -> None:

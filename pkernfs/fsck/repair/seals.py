@@ -28,17 +28,17 @@ from pkernfs.format import (
     Inode,
     name_key,
 )
-from pkernfs.fs.check import Checker
-from pkernfs.fs.check.inodes import in_its_place, may_be_named
-from pkernfs.fs.check.iommu import record
-from pkernfs.fs.check.trees import Fits, is_attribute, is_entry, is_extent, is_record
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import has_extents, raw_inode
-from pkernfs.fs.repair.content import inline_extents
-from pkernfs.fs.repair.inodes import is_root_of
-from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.xattrs import Xattrs
+from pkernfs.fsck.check import Checker
+from pkernfs.fsck.check.inodes import in_its_place, may_be_named
+from pkernfs.fsck.check.iommu import record
+from pkernfs.fsck.check.trees import Fits, is_attribute, is_entry, is_extent, is_record
+from pkernfs.fsck.repair.content import inline_extents
+from pkernfs.fsck.repair.inodes import is_root_of
+from pkernfs.fsck.repair.work import Work, batches
 
 
 def seals(work: Work) -> None:

@@ -42,13 +42,13 @@ from pkernfs.format import (
     Inode,
     Mapping,
 )
-from pkernfs.fs.check.trees import is_record, items, keep
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.records import TABLES
+from pkernfs.fsck.check.trees import is_record, items, keep
 from pkernfs.layout import Layout
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 IDS = range(1, 0xFFFF)
 IOVA_PAGES = 1 << IOVA_PAGE_BITS

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Inode
-from pkernfs.fs.check.trees import is_extent, items, keep
 from pkernfs.fs.pages import has_extents
+from pkernfs.fsck.check.trees import is_extent, items, keep
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def extents(checker: Checker, ino: int, inode: Inode) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pkernfs.format import BLOCK, BLOCK_DATA, PAGE, PAGE_FREE, PAGE_INODES, PAGES_PER_BLOCK
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
-    from pkernfs.fs.check.ledger import Ledger
+    from pkernfs.fsck.check.checker import Checker
+    from pkernfs.fsck.check.ledger import Ledger
 
 
 def leaks(checker: Checker) -> None:

@@ -16,12 +16,12 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     Inode,
 )
-from pkernfs.fs.check.inodes import PLACES
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
+from pkernfs.fsck.check.inodes import PLACES
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def says_listed(checker: Checker, ino: int, inode: Inode) -> None:

@@ -23,7 +23,7 @@ from pkernfs.fs.pages import SIZE_LIMITS, has_extents
 from pkernfs.fs.records import TABLES
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 TYPES = {*SIZE_LIMITS, stat.S_IFDIR}
 

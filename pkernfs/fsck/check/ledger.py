@@ -29,7 +29,7 @@ from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.trees import Unsealed
+    from pkernfs.fsck.check.trees import Unsealed
 
 MAX_PROBLEMS = 10_000  #: more are not collected
 

@@ -21,13 +21,13 @@ from pkernfs.format import (
     TABLE_FANOUT,
     TABLE_MAGIC,
 )
-from pkernfs.fs.check.inodes import RESERVED
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.pages import check_page
+from pkernfs.fsck.check.inodes import RESERVED
 from pkernfs.region import check_superblock
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def superblocks(checker: Checker) -> None:

@@ -9,7 +9,7 @@ from pkernfs.format import QUOTA, ROOT_INO, Inode
 from pkernfs.fs.charge import cost, has_quota, quota_of, with_quota, without_quota
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def quota_form(checker: Checker, ino: int, inode: Inode) -> None:

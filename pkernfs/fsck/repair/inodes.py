@@ -15,11 +15,11 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     Inode,
 )
-from pkernfs.fs.check.inodes import RESERVED
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import raw_inode, read_inode
-from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.inodes import RESERVED
+from pkernfs.fsck.repair.work import Work, batches
 
 
 def empty_slot(volume: Volume, ino: int) -> Inode:

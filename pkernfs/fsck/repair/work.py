@@ -7,8 +7,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check import Checker
     from pkernfs.fs.volume import Volume
+    from pkernfs.fsck.check import Checker
 
 #: Pages or inodes that one transaction changes at most: less than the smallest journal holds, with its headers.
 BATCH = 100

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import PAGE, PAGE_XATTR, Inode, checksum
-from pkernfs.fs.check.trees import hashed, is_attribute, items, keep
 from pkernfs.fs.xattrs import Attribute, Xattrs
+from pkernfs.fsck.check.trees import hashed, is_attribute, items, keep
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def attributes(checker: Checker, ino: int, inode: Inode) -> None:

@@ -23,12 +23,12 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
 )
-from pkernfs.fs.check.inodes import plausible
 from pkernfs.fs.pages import check_page, raw_inode, read_inode
-from pkernfs.fs.repair.frame import is_slab
-from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.inodes import plausible
+from pkernfs.fsck.repair.metadata import is_slab
+from pkernfs.fsck.repair.work import Work, batches
 
 
 def block_kinds(work: Work) -> None:

@@ -2,7 +2,7 @@
 
     check(volume) -> [Problem, ...]
 
-``order`` is the list of what is looked at, with a statement of each invariant.  ``checker`` is the state of one check,
+``passes`` is the list of what is looked at, with a statement of each invariant.  ``checker`` is the state of one check,
 ``ledger`` says who owns which memory, ``trees`` walks; the other modules hold the checks, by subject, each a function
 that notes what does not hold.  Nothing is written and no damage raises; where a structure cannot be read,
 ``Ledger.incomplete`` keeps the last passes from taking what is below it for lost.
@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.format import BLOCK, SUPERBLOCK, geometry
-from pkernfs.fs.check.checker import Checker, Progress
-from pkernfs.fs.check.ledger import Problem
-from pkernfs.fs.check.order import INVARIANTS
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.checker import Checker, Progress
+from pkernfs.fsck.check.ledger import Problem
+from pkernfs.fsck.check.passes import INVARIANTS
 from pkernfs.region import Region, check_superblock
 
 

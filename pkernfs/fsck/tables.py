@@ -6,12 +6,12 @@ import os
 
 from pkernfs.errors import PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO
-from pkernfs.fs.check import Problem
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
-from pkernfs.fs.repair.work import Repair
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import Problem
+from pkernfs.fsck.repair.work import Repair
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import cut_off

@@ -35,12 +35,12 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.btree import Tree
-from pkernfs.fs.check import Checker
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.paths import paths_of
 from pkernfs.fs.records import TABLES
 from pkernfs.fs.xattrs import Xattrs
+from pkernfs.fsck.check import Checker
 
 RECORD_KINDS = {STORE: "store", DISCARD: "discard", WORDS: "words"}
 

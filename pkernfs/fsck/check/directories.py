@@ -16,13 +16,13 @@ from pkernfs.format import (
     Dirent,
     Inode,
 )
-from pkernfs.fs.check.inodes import in_its_place, may_be_named, may_stand_in
-from pkernfs.fs.check.quotas import project
-from pkernfs.fs.check.trees import hashed, is_entry, items, keep
 from pkernfs.fs.directory import Directory, Entry
+from pkernfs.fsck.check.inodes import in_its_place, may_be_named, may_stand_in
+from pkernfs.fsck.check.quotas import project
+from pkernfs.fsck.check.trees import hashed, is_entry, items, keep
 
 if TYPE_CHECKING:
-    from pkernfs.fs.check.checker import Checker
+    from pkernfs.fsck.check.checker import Checker
 
 
 def names(checker: Checker) -> None:

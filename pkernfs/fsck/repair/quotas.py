@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pkernfs.errors import PkernfsError
 from pkernfs.format import ORPHANS_INO, ROOT_INO
 from pkernfs.fs.directory import Directory
-from pkernfs.fs.repair.work import Work, batches
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.repair.work import Work, batches
 
 
 def projects(work: Work) -> None:
