@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs.errors import PkernfsError, UsageError
-from pkernfs.mounts import FSTYPE, Mount, mounts
+from pkernfs.mountinfo import FSTYPE, Mount, mounts
 from pkernfs.sockets import find
 
 #: Seconds in which another server takes the place of one that is gone.

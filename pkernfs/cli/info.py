@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Find out what the target is and print its facts.  Raises PkernfsError."""
     from pkernfs.client import control, mount_of
-    from pkernfs.mounts import mountpoints_of
+    from pkernfs.mountinfo import mountpoints_of
 
     target = arguments.target
     real = os.path.realpath(target)

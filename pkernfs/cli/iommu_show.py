@@ -154,7 +154,7 @@ def _find(where: list[str]) -> Callable[[int], Facts]:
 
 def only_mount() -> str:
     """The mountpoint of the one pkernfs that is mounted.  Raises UsageError."""
-    from pkernfs.mounts import FSTYPE, mounts
+    from pkernfs.mountinfo import FSTYPE, mounts
 
     found = sorted({mount.mountpoint for mount in mounts() if mount.fstype == FSTYPE})
     if len(found) != 1:

@@ -106,7 +106,7 @@ def source(word: str, *, domain: bool = False) -> Source:
     Raises UsageError, PkernfsError.
     """
     from pkernfs.client import mount_of
-    from pkernfs.mounts import mountpoints_of
+    from pkernfs.mountinfo import mountpoints_of
 
     what = "a domain" if domain else "a path"
     if mount_of(word) is not None:

@@ -74,8 +74,9 @@ def run(argv: Sequence[str] | None) -> int:
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
     from pkernfs.server.logs import start_logging
-    from pkernfs.server.mount import check_mountpoint, mount, remount
+    from pkernfs.server.mountpoint import check_mountpoint, remount
     from pkernfs.server.options import parse_options
+    from pkernfs.server.start import mount
     from pkernfs.server.succession import resumed
 
     try:

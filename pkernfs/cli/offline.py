@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.mounts import FSTYPE, mountpoints_of, mounts
+from pkernfs.mountinfo import FSTYPE, mountpoints_of, mounts
 from pkernfs.region import lock_holder, open_region
 
 T = TypeVar("T")

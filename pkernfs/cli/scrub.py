@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Scrub, and name the files that are concerned.  Raises PkernfsError."""
     from pkernfs.cli.progress import bar
     from pkernfs.client import mount_of
-    from pkernfs.mounts import mountpoints_of
+    from pkernfs.mountinfo import mountpoints_of
 
     target = arguments.target
     mounted = mountpoints_of(os.path.realpath(target))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
 from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, PAGE, MiB
-from pkernfs.mounts import mountpoints_of, mounts
+from pkernfs.mountinfo import mountpoints_of, mounts
 from pkernfs.region.base import Region
 
 LOCK_WAIT = 10.0  #: seconds

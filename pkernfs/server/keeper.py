@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.mounts import mount_at
+from pkernfs.mountinfo import mount_at
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import Device, mount_device

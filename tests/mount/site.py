@@ -22,7 +22,7 @@ from pkernfs.client import ask_keeper
 from pkernfs.format import JOURNAL_HEADER, MiB
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Problem, check
-from pkernfs.mounts import mount_at
+from pkernfs.mountinfo import mount_at
 from pkernfs.region import open_region
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
-from pkernfs import client, mounts
+from pkernfs import client, mountinfo
 from pkernfs.cli import iommu_show
 from pkernfs.cli.iommu import VERBS
 from pkernfs.cli.iommu_invalidate import commands, covering
@@ -220,11 +220,11 @@ def test_walk(site: Site, dom: Path) -> None:
 
 def test_the_only_mount(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """`walk DEVICE IOVA` asks the one mount, and none where there are two."""
-    here = [mount for mount in mounts.mounts() if mount.mountpoint == str(site.mnt)]
-    monkeypatch.setattr(mounts, "mounts", lambda: iter(here))
+    here = [mount for mount in mountinfo.mounts() if mount.mountpoint == str(site.mnt)]
+    monkeypatch.setattr(mountinfo, "mounts", lambda: iter(here))
     assert iommu_show.only_mount() == str(site.mnt)
     for wrong in ([], [*here, here[0]._replace(mountpoint="/other")]):
-        monkeypatch.setattr(mounts, "mounts", lambda wrong=wrong: iter(wrong))
+        monkeypatch.setattr(mountinfo, "mounts", lambda wrong=wrong: iter(wrong))
         with pytest.raises(UsageError, match="expected MOUNT DEVICE IOVA"):
             iommu_show.only_mount()
 

@@ -1,4 +1,4 @@
-"""Mounting: from a region and a directory to a keeper that sees to it that the mount is served."""
+"""The directory of a mount: whether one can be made there, and the kernel's flags of one that is there."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 
 from pkernfs.client import control
 from pkernfs.errors import RegionBusyError, RegionError
-from pkernfs.fs.lookups import lookups_size
-from pkernfs.mounts import FSTYPE, mount_at
-from pkernfs.region import open_region
-from pkernfs.server.child import worker_command
+from pkernfs.mountinfo import FSTYPE, mount_at
 from pkernfs.server.device import MS_FLAGS, mount2
-from pkernfs.server.keeper import Keeper
 from pkernfs.server.options import MountOptions
-from pkernfs.server.state import Descriptors, State
-from pkernfs.server.stats import make_stats
 
 MS_REMOUNT = 32
 
@@ -74,21 +67,3 @@ def remount(path: str, options: MountOptions) -> None:
         mount2("none", real, "", flags, "")
     except OSError as error:
         raise RegionError(f"{path}: the kernel refuses the new flags: {error.strerror}") from None
-
-
-def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[int, str], None]) -> None:
-    """Mount and keep the mount until its end.
-
-    ``ready`` is called once the mount is usable, with the number of records that recovery replayed, and a warning or
-    "".  Raises PkernfsError, before anything is mounted.
-    """
-    with open_region(region, readonly=options.readonly) as opened:
-        # Only its lock, and where it is, are for the keeper.
-        region, size, region_fd = opened.path, opened.size, os.dup(opened.fd)
-    references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
-    os.truncate(references, lookups_size(size))
-    state = State(region, mountpoint, options, worker_command())
-    keeper = Keeper(state, Descriptors(region_fd, references, make_stats(), -1, -1, -1))
-    said = keeper.start()
-    ready(said["opened"], said["warning"])
-    keeper.keep()

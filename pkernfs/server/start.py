@@ -1,0 +1,32 @@
+"""The start of a mount: from a region and a directory to a keeper that sees to it that the mount is served."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from pkernfs.fs.lookups import lookups_size
+from pkernfs.region import open_region
+from pkernfs.server.child import worker_command
+from pkernfs.server.keeper import Keeper
+from pkernfs.server.options import MountOptions
+from pkernfs.server.state import Descriptors, State
+from pkernfs.server.stats import make_stats
+
+
+def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[int, str], None]) -> None:
+    """Mount and keep the mount until its end.
+
+    ``ready`` is called once the mount is usable, with the number of records that recovery replayed, and a warning or
+    "".  Raises PkernfsError, before anything is mounted.
+    """
+    with open_region(region, readonly=options.readonly) as opened:
+        # Only its lock, and where it is, are for the keeper.
+        region, size, region_fd = opened.path, opened.size, os.dup(opened.fd)
+    references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
+    os.truncate(references, lookups_size(size))
+    state = State(region, mountpoint, options, worker_command())
+    keeper = Keeper(state, Descriptors(region_fd, references, make_stats(), -1, -1, -1))
+    said = keeper.start()
+    ready(said["opened"], said["warning"])
+    keeper.keep()
