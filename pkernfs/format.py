@@ -79,9 +79,15 @@ from crc32c import crc32c
 
 from pkernfs.layout import bytes16, bytes64, bytes120, i64, layout, u8, u16, u32, u64
 
+# What numbers are of.  "Page" alone would say nothing: five things are counted in units of 4 KiB.
 Ino = NewType("Ino", int)  #: inode number: region offset / 256
 BlockNo = NewType("BlockNo", int)  #: region offset / 2 MiB
-PageNo = NewType("PageNo", int)  #: region offset / 4 KiB
+PageNo = NewType("PageNo", int)  #: page of the region: region offset / 4 KiB
+FilePage = NewType("FilePage", int)  #: page of a file: file offset / 4 KiB
+TablePage = NewType("TablePage", int)  #: page of a file of page tables: file offset / 4 KiB
+IovaPage = NewType("IovaPage", int)  #: IOVA / 4 KiB
+Iova = NewType("Iova", int)  #: address that a device uses, bytes
+PhysAddr = NewType("PhysAddr", int)  #: physical address, bytes: phys_base + region offset
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB

@@ -13,7 +13,6 @@ from pkernfs.format import (
     BLOCK_KINDS,
     BLOCK_SLAB,
     FIRST_FREE_SLOT,
-    INODE_SIZE,
     INODES_PER_PAGE,
     PAGE,
     PAGE_DATA,
@@ -28,6 +27,7 @@ from pkernfs.format import (
     TABLE_MAGIC,
     Inode,
 )
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.pages import check_page, seal_page
 from pkernfs.fs.slab import ALL_SLOTS, Slab
 
@@ -295,7 +295,7 @@ class Allocator:
             block, index = divmod(page, PAGES_PER_BLOCK)
             slab = touched[block] = self.slab(block)
             if slab.kinds[index] != PAGE_INODES or not slab.slots[index] >> slot & 1:
-                raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "it was freed twice", ino=ino)
+                raise corrupt_inode(ino, "it was freed twice")
             self.volume.change(slab)
             slab.slots[index] &= ~(1 << slot)
             slab.inodes -= 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INLINE_SIZE, INODE_SIZE, PAGE, QUOTA, ROOT_INO, Inode, Quota
+from pkernfs.fs.damage import corrupt_inode
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Transaction, Volume
@@ -58,7 +59,7 @@ def chain(volume: Volume, tx: Transaction | None, ino: int, project: int) -> Ite
             if stat.S_ISDIR(before.mode) and has_quota(before):
                 # It is the directory's own record that is wrong.
                 ino, project = project, before.project
-            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, f"{project:#x} as its project", ino=ino)
+            raise corrupt_inode(ino, f"{project:#x} as its project")
         seen.add(project)
         ino = project
         if inode.project == project:

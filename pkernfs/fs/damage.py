@@ -7,10 +7,16 @@ import logging
 from typing import Any
 
 from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import INODE_SIZE
 
 log = logging.getLogger("pkernfs")
 
 MAX_LOGGED = 1000  #: findings that are logged and told; a region that is damaged all over is not worth more lines
+
+
+def corrupt_inode(ino: int, found: str, what: str = "") -> CorruptError:
+    """Inode ``ino`` is damaged, or what belongs to it and is called ``what``; no change is made to it from then on."""
+    return CorruptError(what or f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
 
 
 class Damage:

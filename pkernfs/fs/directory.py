@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import DIRENT, INODE_SIZE, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
+from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.damage import corrupt_inode
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
@@ -37,7 +38,7 @@ class Directory:
         self.entries = 0  #: added minus removed
 
     def _bad(self, found: str) -> CorruptError:
-        return CorruptError(f"directory {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+        return corrupt_inode(self.ino, found, f"directory {self.ino}")
 
     def _entry(self, key: int, value: bytes) -> Entry:
         if len(value) <= DIRENT.size:
@@ -88,7 +89,7 @@ class Directory:
                 raise self._bad(f"{entry.name!r} names directory {ino:#x}, which is in {inode.parent:#x}")
             found = f"parent {inode.parent:#x}, its name is in {self.ino:#x}"
         if found:
-            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+            raise corrupt_inode(ino, found)
         return inode
 
     def _is_stranger(self, ino: int, inode: Inode) -> bool:

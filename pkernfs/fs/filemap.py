@@ -21,7 +21,6 @@ from pkernfs.format import (
     FLAG_IOMMU_ROOT_PGTABLES,
     INLINE_EXTENTS,
     INLINE_SIZE,
-    INODE_SIZE,
     MAX_FILE_SIZE,
     PAGE,
     PAGE_DATA,
@@ -32,6 +31,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.charge import check_room
+from pkernfs.fs.damage import corrupt_inode
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
@@ -73,7 +73,7 @@ class FileMap:
         return extents
 
     def _bad(self, found: str) -> CorruptError:
-        return CorruptError(f"the extents of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+        return corrupt_inode(self.ino, found, f"the extents of inode {self.ino}")
 
     def _check(self, extent: Extent) -> None:
         if extent.start + extent.length > MAX_FILE_SIZE // PAGE or not self.volume.allocator.is_data(*extent):

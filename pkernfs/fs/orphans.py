@@ -12,8 +12,9 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import INODE_SIZE, ORPHANS_INO, PAGE, Inode
+from pkernfs.format import ORPHANS_INO, PAGE, Inode
 from pkernfs.fs.content import Content
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
@@ -75,7 +76,7 @@ class Orphans(Content):
         return found
 
     def _bad_list(self, found: str) -> CorruptError:
-        return CorruptError("the list of orphans", ORPHANS_INO * INODE_SIZE, found, ino=ORPHANS_INO)
+        return corrupt_inode(ORPHANS_INO, found, "the list of orphans")
 
     def _linked(self, ino: int) -> Inode:
         """The inode that a link of the list names."""
@@ -153,7 +154,7 @@ class Orphans(Content):
         volume = self.volume
         if stat.S_ISDIR(inode.mode) and inode.root:
             found = "a directory without a name that has entries"
-            raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+            raise corrupt_inode(ino, found)
         if has_records(inode):
             drop_records(volume, ino)
             inode = volume.inode(ino)

@@ -18,6 +18,7 @@ from pkernfs.format import (
     PageHeader,
     checksum,
 )
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.region import Region
 
 _CHECKSUM = struct.Struct("<I")
@@ -85,7 +86,7 @@ def read_inode(region: Region, ino: int) -> Inode:
     if inode.mode or inode.checksum:
         crc = checksum(bytes(4) + raw[INODE_CHECKED_AT + 4 :], ino & 0xFFFFFFFF)
         if crc != inode.checksum:
-            raise CorruptError(f"inode {ino}", offset, f"checksum {inode.checksum:#x}, expected {crc:#x}", ino=ino)
+            raise corrupt_inode(ino, f"checksum {inode.checksum:#x}, expected {crc:#x}")
     return inode
 
 
@@ -105,7 +106,7 @@ def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
         found = f"a count of {inode.pages} pages, the region has {total_pages}"
     else:
         return
-    raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+    raise corrupt_inode(ino, found)
 
 
 def seal_inode(ino: int, inode: Inode) -> bytes:
@@ -113,7 +114,7 @@ def seal_inode(ino: int, inode: Inode) -> bytes:
     try:
         raw = INODE.pack(inode)
     except struct.error:
-        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, "counts that do not add up", ino=ino) from None
+        raise corrupt_inode(ino, "counts that do not add up") from None
     behind = raw[INODE_CHECKED_AT + 4 :]
     crc = checksum(behind, checksum(NO_CHECKSUM, ino & 0xFFFFFFFF))
     return raw[:INODE_CHECKED_AT] + _CHECKSUM.pack(crc) + behind

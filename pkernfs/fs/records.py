@@ -15,7 +15,6 @@ from pkernfs.format import (
     DOMAIN_KEY,
     FLAG_IOMMU_DOMAIN_PGTABLES,
     FLAG_IOMMU_ROOT_PGTABLES,
-    INODE_SIZE,
     IOVA_PAGE_BITS,
     LAST_DOMAIN_ID,
     MAPPING,
@@ -30,6 +29,7 @@ from pkernfs.format import (
     Mapping,
 )
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.layout import Layout
 
@@ -53,7 +53,7 @@ class Records(Tree):
         super().__init__(volume, ino, inode.iommu)
 
     def _bad_record(self, key: int, found: str) -> CorruptError:
-        return CorruptError(f"record {key:#x} of inode {self.owner}", self.owner * INODE_SIZE, found, ino=self.owner)
+        return corrupt_inode(self.owner, found, f"record {key:#x} of inode {self.owner}")
 
     def decode(self, layout: Layout[R], key: int, value: bytes) -> R:
         """A value as the record that it should be.  Raises CorruptError."""
@@ -114,7 +114,7 @@ def pin(volume: Volume, ino: int, count: int) -> None:
     inode = volume.inode(ino)
     if inode.flags & TABLES or inode.iommu + count < 0:
         found = "page tables that are mapped" if inode.flags & TABLES else "fewer pins than mappings"
-        raise CorruptError(f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
+        raise corrupt_inode(ino, found)
     volume.put_inode(ino, inode._replace(iommu=inode.iommu + count))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import stat
 
-from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, NAME_MAX, ROOT_INO, Inode
+from pkernfs.errors import FsError
+from pkernfs.format import NAME_MAX, ROOT_INO, Inode
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.names import Names
 from pkernfs.fs.tables import check_places, check_unused
@@ -107,7 +108,7 @@ class Renames(Names):
             at, inode = inode.parent, self.volume.inode_named_by(at, inode.parent)
         if at != ROOT_INO:
             found = "its parents do not end at the root"
-            raise CorruptError(f"inode {place}", place * INODE_SIZE, found, ino=place)
+            raise corrupt_inode(place, found)
 
     def _check_replaceable(self, new: Entry, moved: Inode) -> None:
         inode = self.volume.inode(new.ino)

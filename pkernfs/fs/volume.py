@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.charge import charge
-from pkernfs.fs.damage import Damage
+from pkernfs.fs.damage import Damage, corrupt_inode
 from pkernfs.fs.journal import ASKED, Journal
 from pkernfs.fs.pages import Page, check_inode, read_inode, seal_inode
 from pkernfs.region import Region, read_superblock
@@ -150,7 +150,7 @@ class Volume:
             return self.inode(ino)
         except FsError:
             found = f"it names inode {ino:#x}, which is free"
-            raise CorruptError(f"inode {owner}", owner * INODE_SIZE, found, ino=owner) from None
+            raise corrupt_inode(owner, found) from None
 
     def put_inode(self, ino: int, inode: Inode) -> None:
         """Change an inode within the open transaction.  Raises FsError(EROFS) when it was found damaged."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     EXTENT_VALUE,
-    INODE_SIZE,
     KEY_SLOTS,
     NAME_MAX,
     PAGE,
@@ -25,6 +24,7 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.damage import corrupt_inode
 
 if TYPE_CHECKING:
     from pkernfs.fs.volume import Volume
@@ -56,7 +56,7 @@ class Xattrs:
         self.value_pages = 0  #: added minus given back
 
     def _bad(self, found: str) -> CorruptError:
-        return CorruptError(f"the attributes of inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+        return corrupt_inode(self.ino, found, f"the attributes of inode {self.ino}")
 
     def _attribute(self, key: int, item: bytes) -> Attribute:
         if len(item) < XATTR_HEAD.size:

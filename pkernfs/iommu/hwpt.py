@@ -15,7 +15,6 @@ from pkernfs.format import (
     DOMAIN,
     DOMAIN_KEY,
     FLAG_IOMMU_DOMAIN_PGTABLES,
-    INODE_SIZE,
     LAST_DOMAIN_ID,
     PAGE,
     REQUEST,
@@ -26,6 +25,7 @@ from pkernfs.format import (
     Domain,
     Request,
 )
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records, is_attached, is_stale
@@ -55,7 +55,7 @@ class Hwpt:
     def _checked(self, record: Domain) -> Domain:
         form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3
         if not form or record.id > LAST_DOMAIN_ID:
-            raise CorruptError(f"domain {self.ino}", self.ino * INODE_SIZE, f"{record}", ino=self.ino)
+            raise corrupt_inode(self.ino, f"{record}", f"domain {self.ino}")
         return record
 
     def check_named(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.formats import ENTRIES
@@ -53,7 +54,7 @@ class TablePages:
         return CorruptError(f"the page tables of inode {self.ino}", self.ino * INODE_SIZE, found)
 
     def _bad_inode(self, found: str) -> CorruptError:
-        return CorruptError(f"inode {self.ino}", self.ino * INODE_SIZE, found, ino=self.ino)
+        return corrupt_inode(self.ino, found)
 
     # -- where they are -------------------------------------------------------------------------------------------
 

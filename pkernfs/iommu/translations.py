@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError
-from pkernfs.format import INODE_SIZE, PAGE, GiB, Mapping
+from pkernfs.format import PAGE, GiB, Mapping
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.records import LAST_MAPPING
 from pkernfs.fs.volume import Volume
@@ -100,7 +100,7 @@ def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | No
         page, run = filemap.find(at)
         if not page:
             found = f"no memory at {at * PAGE:#x}, which is mapped to IOVA {iova:#x}"
-            raise CorruptError(f"inode {mapping.ino}", mapping.ino * INODE_SIZE, found, ino=mapping.ino)
+            raise corrupt_inode(mapping.ino, found)
         run = min(run, end - at)
         # Extents are in one piece of the file each; two of them can go on in memory.
         yield Piece(iova, volume.sb.phys_base + page * PAGE, run * PAGE, mapping.access)
