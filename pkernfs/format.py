@@ -157,6 +157,8 @@ FLAG_IOMMU_DIR: Final = 4
 FLAG_IOMMU_ROOT_PGTABLES: Final = 8
 FLAG_IOMMU_DOMAIN_PGTABLES: Final = 16
 FLAG_DIRECT: Final = 32  #: the file's memory is mapped directly from the region: its blocks do not move
+#: The content is page tables, which hardware reads: only the API of the IOMMU changes it.
+GUARDED: Final = FLAG_IOMMU_ROOT_PGTABLES | FLAG_IOMMU_DOMAIN_PGTABLES
 FLAG_NAMES: Final = {
     FLAG_FILE: "file",
     FLAG_DIR: "dir",

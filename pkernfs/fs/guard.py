@@ -1,0 +1,92 @@
+"""What the filesystem asks before it touches what hardware may be using.
+
+fs does not know the hardware.  It knows pins: how many users beyond the mount a file's pages have.  And it knows that
+the content of some inodes, those with a flag of GUARDED, is not its own: somebody else keeps it, and records beside it
+that pin other files.  Whoever that is registers a Guard where the filesystem is opened, and fs asks it.
+
+All questions that begin with ``may`` raise FsError when the answer is no, but for ``may_free``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkernfs.format import GUARDED, Ino, Inode
+from pkernfs.fs.volume import Transaction, Volume
+
+
+def pins(inode: Inode) -> int:
+    """How many pins a file has: what they cover is not freed, and does not move."""
+    return 0 if inode.flags & GUARDED else inode.iommu
+
+
+def has_records(inode: Inode) -> bool:
+    """Whether the guard keeps records in this inode, which go before it."""
+    return inode.iommu > 0 and bool(inode.flags & GUARDED)
+
+
+class Guard:
+    """Allows everything: for a region in which nothing is pinned or guarded, as mkfs makes it.
+
+    Asked about names: all directories.  Asked about content and freeing: inodes with a flag of GUARDED, and files with
+    pins (``may_cut``) only.
+    """
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def flags_of_new(self, directory: Inode, mode: int) -> int:
+        """Flags, beside the filesystem's own, of an inode that is made in a directory.  Raises FsError(EPERM)."""
+        return 0
+
+    def may_link(self, inode: Inode, directory: Inode) -> None:
+        """May the inode get another name, in this directory?"""
+
+    def may_move(self, source: Inode, target: Inode) -> None:
+        """May a name move from one directory to another?"""
+
+    def may_unlink(self, ino: Ino, inode: Inode) -> None:
+        """May the last name of a guarded inode go?"""
+
+    # -- content --------------------------------------------------------------------------------------------------
+
+    def may_open(self, inode: Inode, flags: int) -> None:
+        """May any inode be opened with the flags of open(2), or a file be made in this directory and opened so?"""
+
+    def may_write(self, ino: Ino) -> None:
+        """May a user write to a guarded inode?"""
+
+    def may_map(self, ino: Ino) -> None:
+        """May the memory of a guarded inode be mapped past the mount?"""
+
+    def may_resize(self, ino: Ino, inode: Inode, size: int) -> None:
+        """May a user give a guarded inode this size?"""
+
+    def resized(self, tx: Transaction, ino: Ino, inode: Inode) -> None:
+        """A guarded inode has grown, in this transaction."""
+
+    def may_cut(self, ino: Ino, inode: Inode, end: int) -> None:
+        """May the pages of a file from page ``end`` on be freed, though it has pins?"""
+
+    def describe_pins(self, ino: Ino) -> list[dict[str, Any]]:
+        """What pins a file, for ``pkernfs info --json``."""
+        return []
+
+    # -- freeing --------------------------------------------------------------------------------------------------
+
+    def may_free(self, ino: Ino, inode: Inode) -> bool:
+        """Whether a guarded inode without a name may be freed: hardware is done with it.  Raises CorruptError."""
+        return True
+
+    def is_pinning(self, ino: Ino) -> bool:
+        """Whether the records of a guarded inode still pin files.  Raises CorruptError."""
+        return False
+
+    def unpin(self, tx: Transaction, ino: Ino, most: int) -> list[Ino]:
+        """Drop up to ``most`` of the pins that a guarded inode holds; the files that have none any more."""
+        return []
+
+    def drop_records(self, tx: Transaction, ino: Ino) -> None:
+        """Drop what records are left in a guarded inode that pins nothing any more."""
