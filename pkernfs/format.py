@@ -48,7 +48,7 @@ tables in pages of their own, which hardware reads.  Page n * BITMAP_PAGES of su
 from there on (bit i of the little-endian number: page i is in use), bit 0 for the bitmap itself.  What the tables are
 to say stands in trees of records:
 
-    a domain        key = IOVA / 4096, value = Mapping; key = DOMAIN_KEY, value = Domain
+    a domain        key = IOVA / 4096, value = Mapping; key = DOMAIN_KEY, value = DomainRecord
     root-pgtables   key = ATTACHMENT_KEY + requester, value = Attachment
                     key = ROOT_TABLE_KEY + table format << 16 + PCI segment, value = RootTable
                     key = STALE_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = Stale
@@ -359,7 +359,7 @@ class Mapping(NamedTuple):
 MAPPING = layout(Mapping, size=32)
 
 
-class Domain(NamedTuple):
+class DomainRecord(NamedTuple):
     """What a domain's tables are.  A domain without it has not been used yet."""
 
     tables: u8  #: TABLES_*
@@ -371,7 +371,7 @@ class Domain(NamedTuple):
     stale: u64  #: pages of the file that tables were in, and that hardware may still be looking at
 
 
-DOMAIN = layout(Domain, size=24)
+DOMAIN = layout(DomainRecord, size=24)
 
 
 class Attachment(NamedTuple):

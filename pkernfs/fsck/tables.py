@@ -15,7 +15,7 @@ from pkernfs.fsck.repair.work import Repair
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import cut_off
-from pkernfs.iommu.hwpt import Hwpt
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.replace import replace
 from pkernfs.iommu.stale import Invalidation, add
 from pkernfs.region import Region
@@ -70,11 +70,11 @@ def _lead_devices(fs: Filesystem) -> None:
         with volume.transaction():
             records = Records(volume, ROOT_PGTABLES_INO)
             contexts = Contexts(volume, records)
-            hwpt = Hwpt(volume, attachment.domain) if attachment.domain in known else None
-            if hwpt is None:
+            domain = Domain(volume, attachment.domain) if attachment.domain in known else None
+            if domain is None:
                 cut_off(contexts, requester)
-            elif contexts.entry(hwpt.record.tables, requester) != hwpt.entry:
-                contexts.store(hwpt.record.tables, requester, hwpt.entry)
+            elif contexts.entry(domain.record.tables, requester) != domain.entry:
+                contexts.store(domain.record.tables, requester, domain.entry)
                 add(records, Invalidation(attachment.id, requester=requester))
             contexts.finish()
             records.finish()

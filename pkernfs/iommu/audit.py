@@ -23,8 +23,8 @@ from pkernfs.fs.pins import named_domains
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import BUSES, Contexts
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, DEVICES
-from pkernfs.iommu.hwpt import Hwpt
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.translations import Difference, Tables, compare, expected
 
@@ -72,7 +72,7 @@ class Audit:
 
     def run(self) -> Iterator[None]:
         """All of it, in steps of some milliseconds.  Between them nothing may change."""
-        hwpts: dict[int, Hwpt] = {}
+        domains: dict[int, Domain] = {}
         try:
             contexts = Contexts(self.volume)
             self.attachments = dict(contexts.records.attachments())
@@ -84,24 +84,24 @@ class Audit:
             self.device = next((pci.text(of) for of, one in self.attachments.items() if one.domain == ino), None)
             self.domains += 1
             try:
-                hwpts[ino] = Hwpt(self.volume, ino)
-                yield from self._domain(hwpts[ino])
+                domains[ino] = Domain(self.volume, ino)
+                yield from self._domain(domains[ino])
             except PkernfsError as error:
                 self.note("record", -1, str(error))
         self.name = None
         try:
-            self._devices(contexts, hwpts)
+            self._devices(contexts, domains)
         except PkernfsError as error:
             self.note("context", -1, str(error))
         yield
 
     # -- one domain -----------------------------------------------------------------------------------------------
 
-    def _domain(self, hwpt: Hwpt) -> Iterator[None]:
-        tables = Tables(hwpt, self.note)
-        self.mappings += sum(1 for _ in hwpt.records.mappings())
+    def _domain(self, domain: Domain) -> Iterator[None]:
+        tables = Tables(domain, self.note)
+        self.mappings += sum(1 for _ in domain.records.mappings())
         actual = tables.pieces()
-        wanted = expected(hwpt)
+        wanted = expected(domain)
 
         def counted() -> Iterator[Any]:
             for piece in actual:
@@ -113,7 +113,7 @@ class Audit:
                 self._differs(found)
             yield
         self.tables += len(tables.seen)
-        self._pages(hwpt.pages, tables.seen, hwpt.record.stale)
+        self._pages(domain.pages, tables.seen, domain.record.stale)
         yield
 
     def _differs(self, found: Difference) -> None:
@@ -147,7 +147,7 @@ class Audit:
 
     # -- devices --------------------------------------------------------------------------------------------------
 
-    def _devices(self, contexts: Contexts, hwpts: dict[int, Hwpt]) -> None:
+    def _devices(self, contexts: Contexts, domains: dict[int, Domain]) -> None:
         seen = set()
         for number, _, page in contexts.tables():
             if DEVICES[number].root:
@@ -160,7 +160,7 @@ class Audit:
                 entries.setdefault(requester, []).append((number, words))
         for requester in sorted(entries.keys() | self.attachments.keys()):
             self.device = pci.text(requester)
-            self._device(requester, entries.get(requester, []), hwpts)
+            self._device(requester, entries.get(requester, []), domains)
         self.device = None
         if contexts.pages.inode.size:
             self._pages(contexts.pages, seen, 0)
@@ -175,10 +175,10 @@ class Audit:
             if page:
                 yield page
 
-    def _device(self, requester: int, entries: list[tuple[int, tuple[int, ...]]], hwpts: dict[int, Hwpt]) -> None:
+    def _device(self, requester: int, entries: list[tuple[int, tuple[int, ...]]], domains: dict[int, Domain]) -> None:
         attachment = self.attachments.get(requester)
-        hwpt = hwpts.get(attachment.domain) if attachment else None
-        if attachment and hwpt is None:
+        domain = domains.get(attachment.domain) if attachment else None
+        if attachment and domain is None:
             self.note("attachment", -1, f"{self.device} is attached to inode {attachment.domain}, which is no domain")
         elif attachment and not entries:
             self.note("attachment", -1, f"{self.device} is attached, and has no entry")
@@ -186,8 +186,10 @@ class Audit:
             text = f"the entry of {self.device}, {' '.join(f'{word:#x}' for word in words)}"
             if attachment is None:
                 self.note("context", -1, f"{text}: it is not attached")
-            elif hwpt and (number != hwpt.record.tables or words != hwpt.entry or attachment.id != hwpt.record.id):
-                wanted = " ".join(f"{word:#x}" for word in hwpt.entry)
+            elif domain and (
+                number != domain.record.tables or words != domain.entry or attachment.id != domain.record.id
+            ):
+                wanted = " ".join(f"{word:#x}" for word in domain.entry)
                 self.note("context", -1, f"{text}: expected {wanted}, which lead to its domain")
 
     def facts(self) -> dict[str, Any]:

@@ -13,15 +13,16 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.domain import Domain, name_of
 from pkernfs.iommu.formats import BY_NAME, DEVICES, FORMATS
-from pkernfs.iommu.hwpt import Hwpt, commit, done_before, name_of
+from pkernfs.iommu.requests import commit, done_before
 from pkernfs.iommu.stale import Invalidation, add
 
 
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
     """Lead a device to a domain; or claim it, when that was deferred since the last mount, or declare it persistent."""
     volume = fs.volume
-    Hwpt(volume, ino).check_named()
+    Domain(volume, ino).check_named()
     if done_before(fs, request) is not None:
         return
     before = Records(volume, ROOT_PGTABLES_INO).attachment(requester)
@@ -31,19 +32,19 @@ def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False
         raise FsError(errno.EBUSY, text)
 
     def change(roots: Records, compact: bool) -> int:
-        hwpt = Hwpt(volume, ino)
-        hwpt.prepare(roots)
-        number = hwpt.record.tables
+        domain = Domain(volume, ino)
+        domain.prepare(roots)
+        number = domain.record.tables
         contexts = Contexts(volume, roots)
-        if contexts.entry(number, requester) != hwpt.entry:
-            contexts.store(number, requester, hwpt.entry)
+        if contexts.entry(number, requester) != domain.entry:
+            contexts.store(number, requester, domain.entry)
             if before or not DEVICES[number].root:
                 # It had another entry, or one that lets nothing pass, which hardware may have cached.
-                add(roots, Invalidation(hwpt.record.id, requester=requester))
+                add(roots, Invalidation(domain.record.id, requester=requester))
             contexts.finish()
         flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
-        roots.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, hwpt.record.id, flags)))
-        hwpt.save()
+        roots.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags)))
+        domain.save()
         return 0
 
     commit(fs, request, change)

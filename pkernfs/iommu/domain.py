@@ -1,18 +1,154 @@
-"""Making and removing domains."""
+"""Domains.  A domain is what iommufd has two objects for, IOAS + HWPT: a file in iommu/ with the records of an address
+space, which say what each IOVA translates to, and with the page tables that say the same to hardware.
+
+Each change is one transaction.  ``request`` names it: one that comes again has been done already (see ``requests``).
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import stat
+from contextlib import suppress
 
-from pkernfs.errors import FsError
-from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
+from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import (
+    DOMAIN,
+    DOMAIN_KEY,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
+    IOMMU_INO,
+    LAST_DOMAIN_ID,
+    PAGE,
+    ROOT_PGTABLES_INO,
+    TABLES_VTD,
+    DomainRecord,
+)
+from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pins import named_domains
-from pkernfs.fs.records import Records
-from pkernfs.iommu.formats import BY_NAME
-from pkernfs.iommu.hwpt import Hwpt, done_before, executed
+from pkernfs.fs.records import Records, is_attached, is_stale
+from pkernfs.fs.volume import Volume
+from pkernfs.iommu.contexts import EMPTY
+from pkernfs.iommu.edit import Editor, tables_below
+from pkernfs.iommu.formats import BY_NAME, ENTRY_OF, FORMATS, TableFormat
+from pkernfs.iommu.pages import TablePages
+from pkernfs.iommu.requests import done_before, executed
+from pkernfs.iommu.stale import Invalidation, add, pending
+
+UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, stale=0)
+
+
+class Domain:
+    """One domain: its records, and its tables.  Changes need the open transaction, and end with ``save``."""
+
+    def __init__(self, volume: Volume, ino: int) -> None:
+        if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            raise FsError(errno.EINVAL, f"inode {ino}: expected a domain, a file in iommu/")
+        self.volume = volume
+        self.ino = ino
+        self.records = Records(volume, ino)
+        self.record = self._checked(self.records.record(DOMAIN, DOMAIN_KEY) or UNUSED)
+        self.pages = TablePages(volume, ino)
+        self.pages.waiting = self.record.stale
+
+    def _checked(self, record: DomainRecord) -> DomainRecord:
+        form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3
+        if not form or record.id > LAST_DOMAIN_ID:
+            raise corrupt_inode(self.ino, f"{record}", f"domain {self.ino}")
+        return record
+
+    def check_named(self) -> None:
+        """Raise FsError(ENOENT) for a domain that was removed and is only still open: it is not to be used any more."""
+        if not self.volume.inode(self.ino).nlink:
+            raise FsError(errno.ENOENT, f"inode {self.ino}: the domain was removed")
+
+    @property
+    def form(self) -> TableFormat:
+        """The format of its tables."""
+        return FORMATS[self.record.tables]
+
+    @property
+    def aperture(self) -> int:
+        """IOVAs are below this."""
+        return PAGE << 9 * self.record.levels
+
+    @property
+    def entry(self) -> tuple[int, ...]:
+        """The words that lead a device to this domain."""
+        record = self.record
+        return ENTRY_OF[record.tables](self.pages.physical(record.root), record.levels, record.id)
+
+    def prepare(self, roots: Records) -> None:
+        """See to it that there are an id and a root table."""
+        if not self.record.id:
+            self.record = self.record._replace(id=new_id(self.volume, roots))
+        if not self.record.root:
+            page = self.pages.allocate()
+            self.pages.store(page, EMPTY)
+            self.record = self.record._replace(root=page)
+
+    def is_hot(self, roots: Records) -> bool:
+        """Whether hardware may be looking at the tables, or has cached what they say."""
+        return is_attached(roots, self.ino) or is_stale(roots, self.record.id)
+
+    def editor(self, leaf: int = 0) -> Editor:
+        """For changes of the tables.
+
+        Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
+        that is looked at once for each domain.
+        """
+        if self.record.root and self.ino not in self.volume.tables_checked:
+            for _ in tables_below(self.form, self.pages, self.record.levels, self.record.root):
+                pass
+            self.volume.tables_checked.add(self.ino)
+        return Editor(self.form, self.pages, leaf or self.record.leaf)
+
+    def edited(self, editor: Editor, roots: Records) -> None:
+        """Account for what an editor has given up."""
+        self.record = self.record._replace(stale=self.record.stale + len(editor.given_up))
+        if editor.end and self.is_hot(roots):
+            add(roots, Invalidation(self.record.id, iova=editor.first, length=editor.end - editor.first))
+
+    def sweep(self) -> int:
+        """Free the pages that tables were in: hardware has forgotten them.  How many."""
+        tables: set[int] = set()
+        if self.record.root:
+            tables.update(tables_below(self.form, self.pages, self.record.levels, self.record.root))
+        self.record = self.record._replace(stale=0)
+        return self.pages.use_only(tables)
+
+    def save(self) -> None:
+        """Put everything into the transaction."""
+        self.pages.finish()
+        self.records.put(DOMAIN_KEY, DOMAIN.pack(self.record))
+        self.records.finish()
+
+
+# -- all of them ----------------------------------------------------------------------------------------------------
+
+
+def name_of(fs: Filesystem, ino: int) -> str:
+    """What a domain is called, for messages."""
+    found = next((name for name, of in named_domains(fs.volume) if of == ino), f"inode {ino}".encode())
+    return os.fsdecode(found)
+
+
+def new_id(volume: Volume, roots: Records) -> int:
+    """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
+    used = {stale.id for stale in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
+    for _, ino in named_domains(volume):
+        # Of one that is damaged only the ids count that devices and caches have of it.
+        with suppress(CorruptError):
+            record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
+            used.add(record.id if record else 0)
+    for number in range(1, LAST_DOMAIN_ID + 1):
+        if number not in used:
+            return number
+    raise FsError(errno.ENOSPC, f"{LAST_DOMAIN_ID} domain ids are in use")
+
+
+# -- making and removing them -----------------------------------------------------------------------------------------
 
 
 def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, request: int = 0) -> int:
@@ -24,11 +160,11 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
         return again
 
     def furnish(ino: int) -> None:
-        hwpt = Hwpt(fs.volume, ino)
-        hwpt.record = hwpt.record._replace(tables=BY_NAME[form].number, levels=levels)
+        domain = Domain(fs.volume, ino)
+        domain.record = domain.record._replace(tables=BY_NAME[form].number, levels=levels)
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
-        hwpt.prepare(roots)
-        hwpt.save()
+        domain.prepare(roots)
+        domain.save()
         executed(roots, request, ino)
 
     return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, furnish=furnish)
@@ -38,7 +174,7 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> None:
     """Remove a domain that no device is attached to, and all its mappings."""
     if done_before(fs, request) is not None:
         return
-    Hwpt(fs.volume, ino)
+    Domain(fs.volume, ino)
     name = next((name for name, of in named_domains(fs.volume) if of == ino), None)
     if name is None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")

@@ -100,14 +100,14 @@ class DeviceFormat(NamedTuple):
     root: bool  #: whether a root table leads to one such table for each bus
 
 
-def vtd_context(tables: int, levels: int, domain: int) -> tuple[int, ...]:
+def vtd_context(tables: int, levels: int, domain_id: int) -> tuple[int, ...]:
     """A context entry: translation type 0 (untranslated requests through second-level tables), faults reported."""
-    return (tables | 1, domain << 8 | levels - 2)
+    return (tables | 1, domain_id << 8 | levels - 2)
 
 
-def amd_device(tables: int, levels: int, domain: int) -> tuple[int, ...]:
+def amd_device(tables: int, levels: int, domain_id: int) -> tuple[int, ...]:
     """A device table entry: V, TV, mode = levels, IR, IW; interrupts are not remapped."""
-    return (tables | 3 | levels << 9 | 3 << 61, domain, 0, 0)
+    return (tables | 3 | levels << 9 | 3 << 61, domain_id, 0, 0)
 
 
 DEVICES: Final = {

@@ -6,13 +6,14 @@ import errno
 import logging
 
 from pkernfs.errors import FsError
-from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, REQUEST_KEY, ROOT_PGTABLES_INO
+from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import forget
 from pkernfs.iommu.replace import forgotten
+from pkernfs.iommu.requests import recorded
 
 log = logging.getLogger("pkernfs")
 
@@ -39,12 +40,12 @@ def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
     gone = sorted(attachments.keys() - kept.keys())
     for at in range(0, len(gone), BATCH):
         _forget(fs, {requester: attachments[requester].id for requester in gone[at : at + BATCH]})
-    requests = [key for key, _ in Records(volume, ROOT_PGTABLES_INO).scan(REQUEST_KEY)]
+    answered = recorded(Records(volume, ROOT_PGTABLES_INO))
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
-    if claimed or requests:
+    if claimed or answered:
         with volume.transaction():
             records = Records(volume, ROOT_PGTABLES_INO)
-            for key in requests:  # nobody waits for their answers any more
+            for key in answered:
                 records.delete(key)
             for requester, one in claimed.items():
                 deferred = ATTACHMENT.pack(one._replace(flags=PERSISTENT | DEFERRED))

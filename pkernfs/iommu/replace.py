@@ -11,9 +11,10 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pins import named_domains
 from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
-from pkernfs.iommu.hwpt import Hwpt, commit
+from pkernfs.iommu.requests import commit
 from pkernfs.iommu.stale import Invalidation, add, clear, generation, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 
@@ -41,56 +42,56 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
     compared = [0]
 
     def change(roots: Records, compact: bool) -> int:
-        hwpt = Hwpt(volume, ino)
-        hwpt.check_named()
+        domain = Domain(volume, ino)
+        domain.check_named()
         if leaf:
-            hwpt.record = hwpt.record._replace(leaf=leaf)
+            domain.record = domain.record._replace(leaf=leaf)
         if rebuild:
             volume.tables_checked.add(ino)
-            hwpt.pages.use_new_blocks()
-        hwpt.prepare(roots)
-        old = hwpt.record
-        given_up = 0 if rebuild else sum(1 for _ in tables_below(hwpt.form, hwpt.pages, old.levels, old.root))
-        editor = hwpt.editor()
-        root = editor.build(old.levels, 0, list(expected(hwpt)))
-        before, after = Tables(hwpt, _refuse(hwpt)), Tables(hwpt, _refuse(hwpt))
+            domain.pages.use_new_blocks()
+        domain.prepare(roots)
+        old = domain.record
+        given_up = 0 if rebuild else sum(1 for _ in tables_below(domain.form, domain.pages, old.levels, old.root))
+        editor = domain.editor()
+        root = editor.build(old.levels, 0, list(expected(domain)))
+        before, after = Tables(domain, _refuse(domain)), Tables(domain, _refuse(domain))
         after.root = root
         translations = list(after.pieces())
         waiting = old.stale + given_up
         if rebuild:
-            waiting = max(hwpt.pages.used_count() - editor.made, 0)
+            waiting = max(domain.pages.used_count() - editor.made, 0)
         else:
             for found in filter(None, compare(before.pieces(), iter(translations))):
-                _refuse(hwpt)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
+                _refuse(domain)("", found.iova, f"the tables lead to {found.left}, the mappings to {found.right}")
         compared[0] = 0 if rebuild else len(translations)
-        hwpt.record = old._replace(root=root, stale=waiting)
-        _switch(hwpt, roots, rebuild)
-        hwpt.save()
+        domain.record = old._replace(root=root, stale=waiting)
+        _switch(domain, roots, rebuild)
+        domain.save()
         return given_up << 32 | editor.made
 
     before, after = divmod(commit(fs, request, change), 1 << 32)
     return Replaced(before, after, compared[0])
 
 
-def _switch(hwpt: Hwpt, roots: Records, rebuild: bool) -> None:
+def _switch(domain: Domain, roots: Records, rebuild: bool) -> None:
     """Lead the devices of a domain to its tables, within the open transaction; all of each entry is stored if asked."""
-    contexts = Contexts(hwpt.volume, roots)
-    hot = hwpt.is_hot(roots)
+    contexts = Contexts(domain.volume, roots)
+    hot = domain.is_hot(roots)
     for requester, attachment in list(roots.attachments()):
-        if attachment.domain == hwpt.ino:
+        if attachment.domain == domain.ino:
             if rebuild:
-                contexts.store(hwpt.record.tables, requester, hwpt.entry)
+                contexts.store(domain.record.tables, requester, domain.entry)
             else:
-                contexts.lead(hwpt.record.tables, requester, hwpt.entry[0])
-            add(roots, Invalidation(hwpt.record.id, requester=requester))
+                contexts.lead(domain.record.tables, requester, domain.entry[0])
+            add(roots, Invalidation(domain.record.id, requester=requester))
     if hot:
-        add(roots, Invalidation(hwpt.record.id))
+        add(roots, Invalidation(domain.record.id))
     contexts.finish()
 
 
-def _refuse(hwpt: Hwpt) -> Note:
+def _refuse(domain: Domain) -> Note:
     def note(kind: str, iova: int, text: str) -> None:
-        raise hwpt.pages.bad(f"IOVA {iova:#x}: {text}")
+        raise domain.pages.bad(f"IOVA {iova:#x}: {text}")
 
     return note
 
@@ -115,14 +116,14 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
         freed = 0
         for _, ino in named_domains(fs.volume):
             try:
-                hwpt = Hwpt(fs.volume, ino)
-                if not hwpt.record.stale:
+                domain = Domain(fs.volume, ino)
+                if not domain.record.stale:
                     continue
-                freed += hwpt.sweep()
+                freed += domain.sweep()
             except CorruptError as error:
                 fs.complain(error)  # its pages go on waiting
                 continue
-            hwpt.save()
+            domain.save()
         return freed
 
     freed = commit(fs, request, change)

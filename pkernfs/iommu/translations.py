@@ -11,9 +11,9 @@ from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.records import LAST_MAPPING
 from pkernfs.fs.volume import Volume
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import Piece
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
-from pkernfs.iommu.hwpt import Hwpt
 
 PORTION = GiB  #: no more than this is looked at without a look at anything else
 
@@ -27,11 +27,11 @@ class Tables:
     ``seen``: the pages that tables are in.
     """
 
-    def __init__(self, hwpt: Hwpt, note: Note) -> None:
-        self.form = hwpt.form
-        self.pages = hwpt.pages
-        self.levels = hwpt.record.levels
-        self.root = hwpt.record.root
+    def __init__(self, domain: Domain, note: Note) -> None:
+        self.form = domain.form
+        self.pages = domain.pages
+        self.levels = domain.record.levels
+        self.root = domain.record.root
         self.note = note
         self.seen: set[int] = set()
 
@@ -132,13 +132,13 @@ def joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
         yield last
 
 
-def expected(hwpt: Hwpt, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
+def expected(domain: Domain, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
     """What the mappings say for IOVAs [first, end), by ascending IOVA.  Raises CorruptError."""
 
     def each() -> Iterator[Piece]:
         last = min(end // PAGE - 1, LAST_MAPPING)
-        for at, mapping in hwpt.records.mappings(first // PAGE, last):
-            for piece in pieces_of(hwpt.volume, at * PAGE, mapping):
+        for at, mapping in domain.records.mappings(first // PAGE, last):
+            for piece in pieces_of(domain.volume, at * PAGE, mapping):
                 yield from clipped(piece, first, end)
 
     return joined(each())
@@ -188,11 +188,11 @@ def _rest(piece: Piece | None, first: int) -> Piece | None:
     return next(clipped(piece, first, 1 << 64), None)
 
 
-def differences(hwpt: Hwpt, first: int, end: int) -> Iterator[str]:
+def differences(domain: Domain, first: int, end: int) -> Iterator[str]:
     """What is wrong with the tables for IOVAs [first, end), in words."""
     notes: list[str] = []
-    tables = Tables(hwpt, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
+    tables = Tables(domain, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
     actual = (part for piece in tables.pieces(first, end) for part in clipped(piece, first, end))
-    for found in filter(None, compare(expected(hwpt, first, end), actual)):
+    for found in filter(None, compare(expected(domain, first, end), actual)):
         yield f"IOVA {found.iova:#x} leads to {found.right}, expected {found.left}"
     yield from notes

@@ -15,8 +15,8 @@ from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.domain import Domain, name_of
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
-from pkernfs.iommu.hwpt import Hwpt, name_of
 from pkernfs.iommu.replace import stale
 from pkernfs.iommu.stale import generation
 
@@ -70,23 +70,23 @@ def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
 
 def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | None = None) -> dict[str, Any]:
     """One domain, with its mappings and devices."""
-    hwpt = Hwpt(fs.volume, ino)
-    record = hwpt.record
-    mappings = list(hwpt.records.mappings())
+    domain = Domain(fs.volume, ino)
+    record = domain.record
+    mappings = list(domain.records.mappings())
     if names is None:
         names = paths(fs, {mapping.ino for _, mapping in mappings})
-    used = hwpt.pages.used_count() if hwpt.pages.inode.size else 0
+    used = domain.pages.used_count() if domain.pages.inode.size else 0
     return {
         "name": name,
         "ino": ino,
-        "format": hwpt.form.name,
+        "format": domain.form.name,
         "levels": record.levels,
-        "aperture": hwpt.aperture,
-        "reserved": [(one.start, one.stop - 1) for one in hwpt.form.reserved if one.start < hwpt.aperture],
+        "aperture": domain.aperture,
+        "reserved": [(one.start, one.stop - 1) for one in domain.form.reserved if one.start < domain.aperture],
         "id": record.id,
         "leaf": span(record.leaf),
-        "root": hwpt.pages.physical(record.root) if record.root else None,
-        "size": hwpt.pages.inode.size,
+        "root": domain.pages.physical(record.root) if record.root else None,
+        "size": domain.pages.inode.size,
         "tables": used - record.stale,
         "stale": record.stale,
         "mappings": [
@@ -116,7 +116,7 @@ def list_all(fs: Filesystem) -> dict[str, Any]:
     inos: set[int] = set()
     for name, ino in sorted(named_domains(fs.volume)):
         try:
-            inos |= {mapping.ino for _, mapping in Hwpt(fs.volume, ino).records.mappings()}
+            inos |= {mapping.ino for _, mapping in Domain(fs.volume, ino).records.mappings()}
             found[os.fsdecode(name)] = ino
         except CorruptError as error:
             damaged.append({"name": os.fsdecode(name), "ino": ino, "text": str(error)})
@@ -169,18 +169,18 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
             raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
         ino = attachment.domain
     assert ino is not None
-    hwpt = Hwpt(fs.volume, ino)
+    domain = Domain(fs.volume, ino)
     if requester is not None:
-        fault = _walk_device(fs, hwpt, requester, steps)
-    if not 0 <= iova < hwpt.aperture:
-        fault = fault or f"the IOVA is beyond the {hwpt.aperture.bit_length() - 1} bits of the tables"
+        fault = _walk_device(fs, domain, requester, steps)
+    if not 0 <= iova < domain.aperture:
+        fault = fault or f"the IOVA is beyond the {domain.aperture.bit_length() - 1} bits of the tables"
     result = {"physical": None, "page_size": None, "access": ""}
-    for reserved in hwpt.form.reserved:
+    for reserved in domain.form.reserved:
         if iova in reserved:
             fault = fault or f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
     if fault is None:
-        fault = _walk_tables(hwpt, iova, steps, result)
-    wanted = file_at(hwpt, iova) if 0 <= iova < hwpt.aperture else None
+        fault = _walk_tables(domain, iova, steps, result)
+    wanted = file_at(domain, iova) if 0 <= iova < domain.aperture else None
     return {
         "device": None if requester is None else pci.text(requester),
         "domain": name_of(fs, ino),
@@ -194,10 +194,10 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
     }
 
 
-def file_at(hwpt: Hwpt, iova: int) -> tuple[int, int] | None:
+def file_at(domain: Domain, iova: int) -> tuple[int, int] | None:
     """(inode, offset) of what a domain's mappings say of an IOVA."""
     page, skip = divmod(iova, PAGE)
-    for at, mapping in hwpt.records.mappings(page, page):
+    for at, mapping in domain.records.mappings(page, page):
         return mapping.ino, (mapping.start + page - at) * PAGE + skip
     return None
 
@@ -207,10 +207,10 @@ def _step(level: str | int, table: int, index: int, entry: int, means: str, *, s
     return {"level": level, "table": table, "index": index, "address": address, "entry": entry, "means": means}
 
 
-def _walk_device(fs: Filesystem, hwpt: Hwpt, requester: int, steps: list[dict[str, Any]]) -> str | None:
+def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[dict[str, Any]]) -> str | None:
     """The steps to the domain's tables; why it ends there, or None."""
     contexts = Contexts(fs.volume)
-    number = hwpt.record.tables
+    number = domain.record.tables
     device = DEVICES[number]
     bus = requester >> 8 & 0xFF
     top = contexts.table(number, requester >> 16)
@@ -227,20 +227,20 @@ def _walk_device(fs: Filesystem, hwpt: Hwpt, requester: int, steps: list[dict[st
         table, index = contexts.pages.physical(page), requester & 0xFF
     words = contexts.entry(number, requester)
     blocked = words == device.blocked
-    means = "blocked" if blocked else f"domain id {hwpt.record.id}, {hwpt.record.levels} levels"
+    means = "blocked" if blocked else f"domain id {domain.record.id}, {domain.record.levels} levels"
     level = "context" if device.root else "device"
     steps.append(_step(level, table, index, words[0], means, size=8 * device.words))
     if blocked:
         return f"{pci.text(requester)} is blocked"
-    return None if words == hwpt.entry else "the entry does not lead to the domain: see pkernfs iommu audit"
+    return None if words == domain.entry else "the entry does not lead to the domain: see pkernfs iommu audit"
 
 
-def _walk_tables(hwpt: Hwpt, iova: int, steps: list[dict[str, Any]], result: dict[str, Any]) -> str | None:
-    form, pages = hwpt.form, hwpt.pages
-    page = hwpt.record.root
+def _walk_tables(domain: Domain, iova: int, steps: list[dict[str, Any]], result: dict[str, Any]) -> str | None:
+    form, pages = domain.form, domain.pages
+    page = domain.record.root
     if not page:
         return "nothing was ever mapped"
-    for level in range(hwpt.record.levels, 0, -1):
+    for level in range(domain.record.levels, 0, -1):
         index = iova // span(level) % 512
         entry = pages.read(page)[index]
         here = pages.physical(page)

@@ -15,7 +15,7 @@ from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pins import named_domains
-from pkernfs.iommu import devices, domain, hwpt, ioas, pci, replace, views
+from pkernfs.iommu import devices, domain, mapping, pci, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.server.control import Verb
 
@@ -90,14 +90,14 @@ def _destroy(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 
 def _stale(fs: Filesystem, ino: int) -> list[dict[str, Any]]:
-    return views.stale_facts(fs, hwpt.Hwpt(fs.volume, ino).record.id)
+    return views.stale_facts(fs, domain.Domain(fs.volume, ino).record.id)
 
 
 def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
     file_ino = words.number("file_ino", end=1 << 60)
     offset = words.number("offset", 0)
     access = words.text("access", "rw")
-    done = ioas.map_file(
+    done = mapping.map_file(
         fs,
         words.ino,
         words.number("iova"),
@@ -115,14 +115,14 @@ def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 def _unmap(fs: Filesystem, words: Words) -> dict[str, Any]:
     iova, length = words.number("iova"), words.number("length")
-    unmapped = ioas.unmap(fs, words.ino, iova, length, words.name)
+    unmapped = mapping.unmap(fs, words.ino, iova, length, words.name)
     return {"iova": iova, "length": length, "unmapped": unmapped, "stale": _stale(fs, words.ino)}
 
 
 def _attach(fs: Filesystem, words: Words) -> dict[str, Any]:
     devices.attach(fs, words.ino, words.device, persistent=words.flag("persistent"), request=words.name)
     attachment = views.attachments_of(fs)[words.device]
-    return views.device_facts(words.device, attachment, hwpt.name_of(fs, attachment.domain))
+    return views.device_facts(words.device, attachment, domain.name_of(fs, attachment.domain))
 
 
 def _detach(fs: Filesystem, words: Words) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.records import Records
-from pkernfs.iommu import domain, ioas, replace, views
+from pkernfs.iommu import domain, mapping, replace, views
 from pkernfs.region import Region
 from tests.bench.report import Report, machine
 
@@ -81,10 +81,10 @@ def measure_guest(report: Report) -> None:
         entries = GUEST // (PAGE << 9 * (leaf - 1))
         assert DOMAIN.unpack(Records(fs.volume, ino).get(DOMAIN_KEY) or b"").leaf == leaf
         calls: dict[str, Callable[[], object]] = {
-            "map": lambda fs=fs, ino=ino, guest=guest: ioas.map_file(fs, ino, 4 * GiB, guest),  # type: ignore[misc]
+            "map": lambda fs=fs, ino=ino, guest=guest: mapping.map_file(fs, ino, 4 * GiB, guest),  # type: ignore[misc]
             "audit": lambda fs=fs: views.audit(fs),  # type: ignore[misc]
             "replace": lambda fs=fs, ino=ino: replace.replace(fs, ino),  # type: ignore[misc]
-            "unmap": lambda fs=fs, ino=ino: ioas.unmap(fs, ino, 4 * GiB, GUEST),  # type: ignore[misc]
+            "unmap": lambda fs=fs, ino=ino: mapping.unmap(fs, ino, 4 * GiB, GUEST),  # type: ignore[misc]
         }
         for name, call in calls.items():
             report.add(f"{name} 64 GiB", "million entries/s", LEAVES[leaf], entries / seconds(call) / 1e6)
@@ -108,11 +108,11 @@ def measure_terabyte(report: Report) -> None:
     for leaf in (2, 3):
         fs, guest = filesystem(TiB)
         ino = new_domain(fs, leaf)
-        took = seconds(lambda fs=fs, ino=ino, guest=guest: ioas.map_file(fs, ino, TiB, guest))  # type: ignore[misc]
+        took = seconds(lambda fs=fs, ino=ino, guest=guest: mapping.map_file(fs, ino, TiB, guest))  # type: ignore[misc]
         report.add("map 1 TiB", "ms", LEAVES[leaf], 1e3 * took)
 
         def check(fs: Filesystem = fs, ino: int = ino, guest: int = guest) -> None:
-            ioas.map_file(fs, ino, TiB, guest, live_update=True)
+            mapping.map_file(fs, ino, TiB, guest, live_update=True)
 
         report.add("find 1 TiB there again", "ms", LEAVES[leaf], 1e3 * seconds(check))
 

@@ -15,7 +15,7 @@ def domain(fs: Filesystem) -> int:
     ino = mkdomain(fs)
     file = mkfile(fs, b"ram", b"R" * 5 * f.PAGE)
     map_file(fs, ino, 0x100, file, 1, 3)
-    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)))
+    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)))
     attach(fs, 0x28, ino)
     for key, value in (
         (f.STALE_CONTEXT_KEY + 0x30, f.STALE.pack(f.Stale(0, 1))),
@@ -54,7 +54,7 @@ def bad_record(ino: int | None = None, key: int = 0x200, value: bytes = b"") -> 
 
 
 def bad_domain(**fields: int) -> Callable[[Filesystem], object]:
-    fine = f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)
+    fine = f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)
     return bad_record(key=f.DOMAIN_KEY, value=f.DOMAIN.pack(fine._replace(**fields)))
 
 
@@ -84,7 +84,7 @@ def orphan_of_mapping(fs: Filesystem) -> None:
 
 def same_id(fs: Filesystem) -> None:
     domain(fs)
-    put(fs, mkdomain(fs, b"dom-1", 0), f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_AMD, 3, 1, 0, 1, 0, 0)))
+    put(fs, mkdomain(fs, b"dom-1", 0), f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_AMD, 3, 1, 0, 1, 0, 0)))
 
 
 def tables_with_a_hole(fs: Filesystem) -> None:
@@ -93,7 +93,7 @@ def tables_with_a_hole(fs: Filesystem) -> None:
     extent = f.EXTENT.unpack(fs.getattr(ino).inline)
     inline = f.EXTENT.pack(extent._replace(start=f.PAGES_PER_BLOCK))
     patch_inode(fs, ino, size=2 * f.BLOCK, inline=inline + bytes(f.INLINE_SIZE - len(inline)))
-    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.Domain(f.TABLES_VTD, 4, 3, 0, 1, 0, 0)))
+    put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 0, 0)))
 
 
 def clear_bit(fs: Filesystem) -> None:

@@ -10,10 +10,10 @@ import pytest
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import Records
-from pkernfs.iommu import devices, ioas, replace, views
+from pkernfs.iommu import devices, mapping, replace, views
 from pkernfs.iommu.audit import KINDS
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.hwpt import Hwpt
+from pkernfs.iommu.domain import Domain
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
 IOVA = 16 * MiB
@@ -25,9 +25,9 @@ def prepared() -> Filesystem:
     fs = make()
     ino, other = guest(fs), guest(fs, b"other", 4 * MiB)
     dom = new(fs)
-    ioas.map_file(fs, dom, IOVA, ino)
-    ioas.map_file(fs, dom, SMALL + 4 * KiB, other, 64 * KiB, 64 * KiB, "ro")
-    ioas.map_file(fs, new(fs, b"dom-1"), 0, other)
+    mapping.map_file(fs, dom, IOVA, ino)
+    mapping.map_file(fs, dom, SMALL + 4 * KiB, other, 64 * KiB, 64 * KiB, "ro")
+    mapping.map_file(fs, new(fs, b"dom-1"), 0, other)
     devices.attach(fs, dom, DEVICE)
     devices.attach(fs, fs.resolve(b"iommu/dom-1"), OTHER)
     assert views.audit(fs)["problems"] == []
@@ -128,7 +128,7 @@ NOT_OF_TABLES = {"context", "attachment", "record", "root-table-marked-as-free",
 
 
 def last_page(fs: Filesystem) -> None:
-    set_bit(max(page for page, _ in Hwpt(fs.volume, fs.resolve(b"iommu/dom-0")).pages.used()) + 100)(fs)
+    set_bit(max(page for page, _ in Domain(fs.volume, fs.resolve(b"iommu/dom-0")).pages.used()) + 100)(fs)
 
 
 FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {

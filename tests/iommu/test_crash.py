@@ -15,7 +15,7 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pins import named_domains
 from pkernfs.fsck.check import check
-from pkernfs.iommu import devices, domain, ioas, pci, replace, views
+from pkernfs.iommu import devices, domain, mapping, pci, replace, views
 from pkernfs.iommu.inherit import inherit
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn
@@ -33,26 +33,26 @@ def dom(fs: Filesystem, name: bytes = b"dom-0") -> int:
     return fs.resolve(b"iommu/" + name)
 
 
-def mapping(iova: int, name: bytes, offset: int, length: int, **more: Any) -> Run:
-    return lambda fs: ioas.map_file(fs, dom(fs), iova, fs.resolve(name), offset, length, **more)
+def maps(iova: int, name: bytes, offset: int, length: int, **more: Any) -> Run:
+    return lambda fs: mapping.map_file(fs, dom(fs), iova, fs.resolve(name), offset, length, **more)
 
 
-def unmapping(iova: int, length: int) -> Run:
-    return lambda fs: ioas.unmap(fs, dom(fs), iova, length)
+def unmaps(iova: int, length: int) -> Run:
+    return lambda fs: mapping.unmap(fs, dom(fs), iova, length)
 
 
 OPERATIONS: dict[str, Run] = {
     "create": lambda fs: domain.create(fs, b"new", "amd", 3, ME),
     "destroy": lambda fs: domain.destroy(fs, dom(fs, b"dom-1")),
-    "map-beside": mapping(64 * KiB, b"small", 0, 16 * KiB),
-    "map-new-tables": mapping(5 * GiB, b"guest", 0, 4 * MiB, access="ro"),
-    "map-scattered": mapping(8 * MiB + 4 * KiB, b"scattered", 0, 0),
-    "map-hole": mapping(8 * MiB, b"hole", 0, 0),
-    "map-merges": mapping(7 * MiB, b"guest", MiB, MiB),
-    "unmap-splits": unmapping(2 * MiB + 64 * KiB, 8 * KiB),
-    "unmap-table": unmapping(0, 64 * KiB),
-    "unmap-all": unmapping(0, 16 * MiB),
-    "unmap-last-of-unlinked": unmapping(GiB, 16 * KiB),
+    "map-beside": maps(64 * KiB, b"small", 0, 16 * KiB),
+    "map-new-tables": maps(5 * GiB, b"guest", 0, 4 * MiB, access="ro"),
+    "map-scattered": maps(8 * MiB + 4 * KiB, b"scattered", 0, 0),
+    "map-hole": maps(8 * MiB, b"hole", 0, 0),
+    "map-merges": maps(7 * MiB, b"guest", MiB, MiB),
+    "unmap-splits": unmaps(2 * MiB + 64 * KiB, 8 * KiB),
+    "unmap-table": unmaps(0, 64 * KiB),
+    "unmap-all": unmaps(0, 16 * MiB),
+    "unmap-last-of-unlinked": unmaps(GiB, 16 * KiB),
     "attach": lambda fs: devices.attach(fs, dom(fs, b"dom-1"), OTHER),
     "attach-new-bus": lambda fs: devices.attach(fs, dom(fs), THIRD, persistent=True),
     "attach-amd": lambda fs: devices.attach(fs, dom(fs, b"amd"), OTHER),
@@ -84,11 +84,11 @@ def image(form: str) -> bytes:
     domain.create(fs, b"amd", "amd", 4, ME)
     devices.attach(fs, dom(fs), DEVICE, persistent=form == "vtd")
     for iova, name, length in ((0, b"small", 64 * KiB), (2 * MiB, b"guest", 4 * MiB), (GiB, b"gone", 16 * KiB)):
-        ioas.map_file(fs, dom(fs), iova, fs.resolve(name), 0, length)
-    ioas.map_file(fs, dom(fs), 6 * MiB, fs.resolve(b"guest"), 0, MiB)
-    ioas.map_file(fs, dom(fs, b"dom-1"), 0, fs.resolve(b"guest"), 0, 0, "ro")
-    ioas.map_file(fs, dom(fs), 3 * GiB, fs.resolve(b"small"), 0, 64 * KiB)
-    ioas.unmap(fs, dom(fs), 3 * GiB, 64 * KiB)
+        mapping.map_file(fs, dom(fs), iova, fs.resolve(name), 0, length)
+    mapping.map_file(fs, dom(fs), 6 * MiB, fs.resolve(b"guest"), 0, MiB)
+    mapping.map_file(fs, dom(fs, b"dom-1"), 0, fs.resolve(b"guest"), 0, 0, "ro")
+    mapping.map_file(fs, dom(fs), 3 * GiB, fs.resolve(b"small"), 0, 64 * KiB)
+    mapping.unmap(fs, dom(fs), 3 * GiB, 64 * KiB)
     fs.unlink(fs.resolve(b""), b"gone")
     assert check(fs.volume) == []
     assert views.audit(fs)["problems"] == []

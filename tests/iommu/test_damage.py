@@ -9,7 +9,7 @@ import pytest
 
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.iommu import devices, domain, ioas, replace, views
+from pkernfs.iommu import devices, domain, mapping, replace, views
 from pkernfs.iommu.inherit import inherit
 from tests.core.support import fails, open_fs
 from tests.iommu.space import BASE, DEVICE, OTHER, THIRD, GiB, KiB, MiB, guest, make, new
@@ -22,7 +22,7 @@ def used() -> Filesystem:
     fs = make()
     ino = guest(fs)
     for name, device in ((b"dom-0", DEVICE), (b"dom-1", OTHER)):
-        ioas.map_file(fs, new(fs, name), IOVA, ino)
+        mapping.map_file(fs, new(fs, name), IOVA, ino)
         devices.attach(fs, fs.resolve(b"iommu/" + name), device, persistent=True)
     replace.replace(fs, fs.resolve(b"iommu/dom-0"), 1)
     return fs
@@ -43,8 +43,8 @@ def spoil_records(fs: Filesystem, ino: int) -> None:
 @pytest.mark.parametrize(
     ("path", "change"),
     [
-        pytest.param(b"iommu/dom-1", lambda fs, dom, ino: ioas.map_file(fs, dom, GiB, ino), id="map"),
-        pytest.param(b"iommu/dom-1", lambda fs, dom, ino: ioas.unmap(fs, dom, IOVA, 4 * KiB), id="unmap"),
+        pytest.param(b"iommu/dom-1", lambda fs, dom, ino: mapping.map_file(fs, dom, GiB, ino), id="map"),
+        pytest.param(b"iommu/dom-1", lambda fs, dom, ino: mapping.unmap(fs, dom, IOVA, 4 * KiB), id="unmap"),
         pytest.param(b"iommu/dom-1", lambda fs, dom, ino: replace.replace(fs, dom), id="replace"),
         pytest.param(b"iommu/root-pgtables", lambda fs, dom, ino: devices.attach(fs, dom, THIRD), id="attach"),
     ],
@@ -71,7 +71,7 @@ def test_tables_are_made_anew_after_damage_was_noticed(word: int) -> None:
     fs.region.store_word(first_word(fs, b"iommu/dom-0"), word)
     fs.region.store_word(views.walk(fs, None, dom, IOVA)["steps"][-1]["address"] - BASE, 0)
     for look in (
-        lambda: ioas.map_file(fs, dom, IOVA, fs.resolve(b"guest"), live_update=True),
+        lambda: mapping.map_file(fs, dom, IOVA, fs.resolve(b"guest"), live_update=True),
         lambda: replace.replace(fs, dom),
     ):
         with pytest.raises(CorruptError) as caught:

@@ -14,7 +14,7 @@ from pkernfs.errors import FsError
 from pkernfs.format import PAGE, GiB, MiB
 from pkernfs.fs.filesystem import SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.iommu import devices, domain, ioas, replace
+from pkernfs.iommu import devices, domain, mapping, replace
 from pkernfs.iommu.audit import Audit
 from pkernfs.region import MemoryRegion
 from tests.core.support import ME, assert_sound, open_fs
@@ -92,7 +92,7 @@ class World:
         new = {first + n: (stamp(ino, offset + n), RIGHTS[access]) for n in range(count)}
         taken = not self.pages.keys().isdisjoint(new)
         with self.refused(errno.EEXIST if taken else 0), self.watching({**self.pages, **new}):
-            ioas.map_file(self.fs, self.ino, first * PAGE, ino, offset * PAGE, count * PAGE, access)
+            mapping.map_file(self.fs, self.ino, first * PAGE, ino, offset * PAGE, count * PAGE, access)
         if not taken:
             self.pages |= new
         self.check(range(first - 2, first + count + 2))
@@ -122,7 +122,7 @@ class World:
         left = {page: found for page, found in self.pages.items() if not first <= page < first + count}
         gone = len(self.pages) - len(left)
         with self.refused(0 if gone else errno.ENOENT), self.watching(left):
-            assert ioas.unmap(self.fs, self.ino, first * PAGE, count * PAGE) == gone * PAGE
+            assert mapping.unmap(self.fs, self.ino, first * PAGE, count * PAGE) == gone * PAGE
         self.pages = left
         self.check(range(first - 2, first + count + 2))
 
@@ -220,7 +220,7 @@ def test_random_mappings(form: str, levels: int) -> None:
         for start in world.windows:
             count = 64 * MiB // PAGE
             if any(start <= page < start + count for page in world.pages):
-                ioas.unmap(world.fs, world.ino, start * PAGE, count * PAGE)
+                mapping.unmap(world.fs, world.ino, start * PAGE, count * PAGE)
     world.pages = {}
     world.finish()
 
@@ -329,19 +329,19 @@ def test_leaves_of_1_gib(form: str) -> None:
     (extent,) = fs.extents(file)
     start = BASE + extent.page * PAGE
     offset = -start % GiB
-    ioas.map_file(fs, ino, 8 * GiB, file, offset, GiB)
+    mapping.map_file(fs, ino, 8 * GiB, file, offset, GiB)
     assert [leaf.length for leaf in hardware.leaves(DEVICE)] == [GiB]
     assert hardware.translate(DEVICE, 8 * GiB + 12345, WRITE) == Translation(start + offset + 12345, GiB, READ | WRITE)
     # One page less, and there is a table for each half of the way down.
-    ioas.unmap(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, PAGE)
+    mapping.unmap(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, PAGE)
     sizes = [leaf.length for leaf in hardware.leaves(DEVICE)]
     assert (sizes.count(BLOCK), sizes.count(PAGE)) == (511, 511)
     # And again as a whole.
-    ioas.map_file(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, file, offset + 5 * BLOCK + PAGE, PAGE)
+    mapping.map_file(fs, ino, 8 * GiB + 5 * BLOCK + PAGE, file, offset + 5 * BLOCK + PAGE, PAGE)
     assert [leaf.length for leaf in hardware.leaves(DEVICE)] == [GiB]
     # Memory that does not lie as the IOVAs do gets smaller ones.
-    ioas.map_file(fs, ino, 16 * GiB + BLOCK, file, offset, BLOCK)
-    ioas.map_file(fs, ino, 24 * GiB + PAGE, file, offset, BLOCK)
+    mapping.map_file(fs, ino, 16 * GiB + BLOCK, file, offset, BLOCK)
+    mapping.map_file(fs, ino, 24 * GiB + PAGE, file, offset, BLOCK)
     sizes = [leaf.length for leaf in hardware.leaves(DEVICE) if leaf.iova >= 16 * GiB]
     assert sizes == [BLOCK, *[PAGE] * 512]
     assert_sound(fs)

@@ -11,7 +11,7 @@ import pytest
 from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fsck.check import check
-from pkernfs.iommu import devices, domain, ioas, replace, views
+from pkernfs.iommu import devices, domain, mapping, replace, views
 from pkernfs.iommu.inherit import inherit
 from tests.core.support import ME, ROOT, mkdir
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
@@ -60,38 +60,38 @@ def refused(fs: Filesystem, number: int, call: Callable[[], Any]) -> str:
 def test_map_refuses(words: dict[str, Any], number: int, rule: str) -> None:
     fs = make()
     file, dom = guest(fs), new(fs)
-    ioas.map_file(fs, dom, 16 * MiB, file)
+    mapping.map_file(fs, dom, 16 * MiB, file)
     words = {"iova": 64 * MiB, **words}
-    assert rule in refused(fs, number, lambda: ioas.map_file(fs, dom, file_ino=file, **words))
+    assert rule in refused(fs, number, lambda: mapping.map_file(fs, dom, file_ino=file, **words))
 
 
 def test_map_refuses_what_is_no_guest_memory() -> None:
     fs = make()
     dom, directory = new(fs), mkdir(fs, b"d")
     tables, file = new(fs, b"dom-1"), guest(fs)
-    assert "page tables" in refused(fs, errno.EPERM, lambda: ioas.map_file(fs, dom, 0, tables))
-    assert "regular file" in refused(fs, errno.EINVAL, lambda: ioas.map_file(fs, dom, 0, directory))
-    assert "domain" in refused(fs, errno.EINVAL, lambda: ioas.map_file(fs, file, 0, directory))
-    refused(fs, errno.ESTALE, lambda: ioas.map_file(fs, dom, 0, directory + 1000))
+    assert "page tables" in refused(fs, errno.EPERM, lambda: mapping.map_file(fs, dom, 0, tables))
+    assert "regular file" in refused(fs, errno.EINVAL, lambda: mapping.map_file(fs, dom, 0, directory))
+    assert "domain" in refused(fs, errno.EINVAL, lambda: mapping.map_file(fs, file, 0, directory))
+    refused(fs, errno.ESTALE, lambda: mapping.map_file(fs, dom, 0, directory + 1000))
 
 
 def test_hypertransport_is_reserved_for_amd_only() -> None:
     fs = make()
     file = guest(fs)
     amd, vtd = new(fs, b"amd", "amd"), new(fs, b"vtd")
-    assert "never reaches" in refused(fs, errno.EINVAL, lambda: ioas.map_file(fs, amd, HT, file))
-    ioas.map_file(fs, vtd, HT, file)
+    assert "never reaches" in refused(fs, errno.EINVAL, lambda: mapping.map_file(fs, amd, HT, file))
+    mapping.map_file(fs, vtd, HT, file)
 
 
 def test_unmap_refuses() -> None:
     fs = make()
     file, dom = guest(fs), new(fs)
-    ioas.map_file(fs, dom, 16 * MiB, file)
-    assert "4 KiB" in refused(fs, errno.EINVAL, lambda: ioas.unmap(fs, dom, 16 * MiB + 1, 4 * KiB))
-    assert "found 0" in refused(fs, errno.EINVAL, lambda: ioas.unmap(fs, dom, 16 * MiB, 0))
-    assert "nothing is mapped" in refused(fs, errno.ENOENT, lambda: ioas.unmap(fs, dom, 24 * MiB, 4 * KiB))
-    assert "4 levels" in refused(fs, errno.EINVAL, lambda: ioas.unmap(fs, dom, 0, (1 << 48) + 4 * KiB))
-    assert ioas.unmap(fs, dom, 0, 1 << 48) == 8 * MiB
+    mapping.map_file(fs, dom, 16 * MiB, file)
+    assert "4 KiB" in refused(fs, errno.EINVAL, lambda: mapping.unmap(fs, dom, 16 * MiB + 1, 4 * KiB))
+    assert "found 0" in refused(fs, errno.EINVAL, lambda: mapping.unmap(fs, dom, 16 * MiB, 0))
+    assert "nothing is mapped" in refused(fs, errno.ENOENT, lambda: mapping.unmap(fs, dom, 24 * MiB, 4 * KiB))
+    assert "4 levels" in refused(fs, errno.EINVAL, lambda: mapping.unmap(fs, dom, 0, (1 << 48) + 4 * KiB))
+    assert mapping.unmap(fs, dom, 0, 1 << 48) == 8 * MiB
 
 
 def test_a_full_region() -> None:
@@ -99,18 +99,18 @@ def test_a_full_region() -> None:
     fs = make(32 * MiB)
     file, dom = guest(fs, size=MiB), new(fs)
     for at in range(1, 165):  # three tables each: of levels 3, 2 and 1
-        ioas.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
+        mapping.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
     filler = guest(fs, b"filler", 2 * MiB)
     while fs.volume.allocator.free_blocks:
         fs.setattr(filler, SetAttr(size=fs.getattr(filler).size + 2 * MiB))
     for at in range(165, 255):
         if views.domain_facts(fs, dom, "")["tables"] + 3 > 511:
             break
-        ioas.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
-    assert "page tables" in refused(fs, errno.ENOSPC, lambda: ioas.map_file(fs, dom, at << 39, file, 0, 4 * KiB))
+        mapping.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
+    assert "page tables" in refused(fs, errno.ENOSPC, lambda: mapping.map_file(fs, dom, at << 39, file, 0, 4 * KiB))
     assert views.audit(fs)["problems"] == []
     fs.setattr(filler, SetAttr(size=0))
-    ioas.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
+    mapping.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
     assert fs.getattr(dom).size == 4 * MiB
     assert views.audit(fs)["problems"] == []
 
@@ -134,7 +134,7 @@ def test_a_domain_that_was_removed_and_is_still_open() -> None:
     fs.remember(dom)
     domain.destroy(fs, dom)
     assert "was removed" in refused(fs, errno.ENOENT, lambda: devices.attach(fs, dom, DEVICE))
-    assert "was removed" in refused(fs, errno.ENOENT, lambda: ioas.map_file(fs, dom, 0, file))
+    assert "was removed" in refused(fs, errno.ENOENT, lambda: mapping.map_file(fs, dom, 0, file))
     fs.forget(dom, 1)
     assert fs.orphans() == []
 
@@ -169,11 +169,11 @@ def test_a_request_that_comes_again_is_not_executed_twice() -> None:
     file = guest(fs)
     dom = domain.create(fs, b"dom-0", "vtd", 4, ME, request=1)
     assert domain.create(fs, b"dom-0", "vtd", 4, ME, request=1) == dom
-    first = ioas.map_file(fs, dom, 0, file, request=2)
-    assert ioas.map_file(fs, dom, 0, file, request=2) == first
+    first = mapping.map_file(fs, dom, 0, file, request=2)
+    assert mapping.map_file(fs, dom, 0, file, request=2) == first
     devices.attach(fs, dom, DEVICE, request=3)
     devices.attach(fs, dom, DEVICE, request=3)
-    assert [ioas.unmap(fs, dom, 0, MiB, request=4) for _ in range(2)] == [MiB, MiB]
+    assert [mapping.unmap(fs, dom, 0, MiB, request=4) for _ in range(2)] == [MiB, MiB]
     devices.detach(fs, DEVICE, request=5)
     devices.detach(fs, DEVICE, request=5)
     assert replace.replace(fs, dom, request=6).before == replace.replace(fs, dom, request=6).before
@@ -186,7 +186,7 @@ def test_a_hole_gets_memory_when_it_is_mapped() -> None:
     fs = make()
     ino, dom = guest(fs, size=0), new(fs)
     fs.write(ino, 6 * MiB, b"end")
-    ioas.map_file(fs, dom, 0, ino)
+    mapping.map_file(fs, dom, 0, ino)
     assert views.audit(fs)["bytes"] == 6 * MiB + 4 * KiB
     assert fs.getattr(ino).pages * 4096 >= 6 * MiB + 4 * KiB
     assert views.walk(fs, None, dom, 5)["physical"] > BASE

@@ -6,7 +6,7 @@ import pytest
 
 from pkernfs.format import PAGE, TiB
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.iommu import domain, ioas, replace, views
+from pkernfs.iommu import domain, mapping, replace, views
 from tests.bench.iommu import SparseRegion, filesystem
 from tests.core.support import ME
 
@@ -38,7 +38,7 @@ def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
     dom = domain.create(fs, b"dom-0", "vtd", 4, ME)
     replace.replace(fs, dom, leaf)
     region.moved = 0
-    ioas.map_file(fs, dom, TiB, guest)
+    mapping.map_file(fs, dom, TiB, guest)
     assert views.domain_facts(fs, dom, "")["tables"] == tables
     budget = (tables + 64) * PAGE
     assert region.moved < 2 * budget
@@ -46,9 +46,9 @@ def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
     fs = Filesystem.open(region)
     opening, region.moved = region.moved, 0
     assert opening < TiB // 2**20  # a byte for each block, and little more
-    ioas.map_file(fs, dom, TiB, guest, live_update=True)
+    mapping.map_file(fs, dom, TiB, guest, live_update=True)
     assert region.moved < budget
     region.moved = 0
-    ioas.unmap(fs, dom, TiB, TiB)
+    mapping.unmap(fs, dom, TiB, TiB)
     assert region.moved < 3 * budget
     assert views.audit(fs)["bytes"] == 0

@@ -11,7 +11,7 @@ import pytest
 
 from pkernfs.format import PAGE, GiB, MiB
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.iommu import devices, domain, ioas, replace
+from pkernfs.iommu import devices, domain, mapping, replace
 from pkernfs.region import open_region
 from tests.core.support import ME, assert_sound, open_fs
 from tests.iommu.stamped import stamp, stamped_file
@@ -43,7 +43,7 @@ def test_what_stays_while_all_else_changes(form: str, folder: Path) -> None:
         ram, other = stamped_file(fs, b"ram", 8 * MiB), stamped_file(fs, b"other", 4 * MiB)
         ino = domain.create(fs, b"dom-0", form, 4, ME)
         devices.attach(fs, ino, DEVICE)
-        ioas.map_file(fs, ino, AT, ram)
+        mapping.map_file(fs, ino, AT, ram)
         # Of each leaf of 2 MiB the first and the last page, and some between; pages 100 to 130 come and go.
         pages = {block * 512 + page for block in range(4) for page in (0, 1, 99, 131, 511)}
         pages |= {page for page in draw.sample(range(2048), 20) if not 100 <= page % 512 <= 130}
@@ -57,14 +57,14 @@ def test_what_stays_while_all_else_changes(form: str, folder: Path) -> None:
                 # Split a large leaf, and merge it again, both while it is walked.
                 hole = draw.randrange(4) * 512 + draw.randrange(100, 120)
                 count = draw.randrange(1, 11)
-                ioas.unmap(fs, ino, AT + hole * PAGE, count * PAGE)
+                mapping.unmap(fs, ino, AT + hole * PAGE, count * PAGE)
                 # Beside it: the same tables, and tables of their own.
                 beside = draw.choice((AT - BLOCK, AT + 8 * MiB, AT - 5 * PAGE, 7 << 40, 0))
-                ioas.map_file(fs, ino, beside, other, 0, 4 * PAGE if beside == AT - 5 * PAGE else BLOCK)
+                mapping.map_file(fs, ino, beside, other, 0, 4 * PAGE if beside == AT - 5 * PAGE else BLOCK)
                 if draw.random() < 0.3:
                     replace.replace(fs, ino, draw.choice((1, 2, 3)))
-                ioas.map_file(fs, ino, AT + hole * PAGE, ram, hole * PAGE, count * PAGE)
-                ioas.unmap(fs, ino, beside, BLOCK if beside != AT - 5 * PAGE else 4 * PAGE)
+                mapping.map_file(fs, ino, AT + hole * PAGE, ram, hole * PAGE, count * PAGE)
+                mapping.unmap(fs, ino, beside, BLOCK if beside != AT - 5 * PAGE else 4 * PAGE)
                 # What was given up may be used again when no walk goes on that can have seen it.
                 watcher.wait(2)
                 replace.forgotten(fs)

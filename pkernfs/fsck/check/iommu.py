@@ -38,7 +38,7 @@ from pkernfs.format import (
     TABLES_VTD,
     WRITE,
     Attachment,
-    Domain,
+    DomainRecord,
     Inode,
     Mapping,
 )
@@ -68,7 +68,7 @@ def _mapping(key: int, mapping: Mapping, _: int) -> bool:
     return fits and 0 < mapping.access <= READ | WRITE and not mapping.reserved
 
 
-def _domain(_: int, domain: Domain, pages: int) -> bool:
+def _domain(_: int, domain: DomainRecord, pages: int) -> bool:
     form = domain.tables in (TABLES_VTD, TABLES_AMD) and 3 <= domain.levels <= 5 and 1 <= domain.leaf <= 3
     return form and not domain.reserved and domain.id in IDS and max(domain.root, domain.stale) <= pages
 
@@ -166,7 +166,7 @@ def records(checker: Checker, ino: int, inode: Inode) -> None:
         if isinstance(found, Mapping):
             end = key + found.length
             checker.mappings.setdefault(found.ino, []).append((ino, key, found))
-        elif isinstance(found, Domain):
+        elif isinstance(found, DomainRecord):
             checker.domain_ids.setdefault(found.id, []).append(ino)
         elif isinstance(found, Attachment):
             checker.attachments.append((key, found))

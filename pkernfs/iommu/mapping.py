@@ -14,7 +14,8 @@ from pkernfs.format import ACCESS_NAMES, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.records import TABLES, Records, pin
-from pkernfs.iommu.hwpt import Hwpt, commit, done_before
+from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.requests import commit, done_before
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
 BATCH = 1000  #: mappings that one transaction takes away
@@ -26,15 +27,15 @@ def hexadecimal(*numbers: int) -> str:
     return " to ".join(f"{number:#x}" for number in numbers)
 
 
-def check_range(hwpt: Hwpt, iova: int, length: int) -> None:
+def check_range(domain: Domain, iova: int, length: int) -> None:
     """Raise FsError(EINVAL), with the rule, for IOVAs that no mapping can have."""
     end = iova + length
     if iova % PAGE or length % PAGE:
         raise FsError(errno.EINVAL, f"IOVA {iova:#x}, length {length:#x}: expected multiples of 4 KiB")
     if not length:
         raise FsError(errno.EINVAL, f"IOVA {iova:#x}: expected a length, found 0")
-    if not 0 <= iova < end <= hwpt.aperture:
-        rule = f"IOVAs of {hwpt.record.levels} levels are below {hwpt.aperture:#x}"
+    if not 0 <= iova < end <= domain.aperture:
+        rule = f"IOVAs of {domain.record.levels} levels are below {domain.aperture:#x}"
         raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, end - 1)}: {rule}")
 
 
@@ -63,8 +64,8 @@ def map_file(
     Holes get memory.  ``live_update``: check that just this is there already, in the tables too, and change nothing.
     """
     volume = fs.volume
-    hwpt = Hwpt(volume, ino)
-    hwpt.check_named()
+    domain = Domain(volume, ino)
+    domain.check_named()
     inode = volume.inode(file_ino)
     if inode.flags & TABLES:
         raise FsError(errno.EPERM, f"inode {file_ino} holds page tables: no device may write to them")
@@ -77,8 +78,8 @@ def map_file(
     if offset % PAGE or offset + length > whole or offset < 0:
         rule = f"expected a multiple of 4 KiB, and up to {whole:#x}, where the file ends"
         raise FsError(errno.EINVAL, f"offset {offset:#x}, length {length:#x}: {rule}")
-    check_range(hwpt, iova, length)
-    for reserved in hwpt.form.reserved:
+    check_range(domain, iova, length)
+    for reserved in domain.form.reserved:
         if iova < reserved.stop and reserved.start < iova + length:
             rule = f"{hexadecimal(reserved.start, reserved.stop - 1)} never reaches the tables"
             raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {rule}")
@@ -90,41 +91,43 @@ def map_file(
         return Mapped(iova, length, again)
     first, last = iova // PAGE, (iova + length) // PAGE - 1
     if live_update:
-        check_mapped(hwpt, first, mapping)
+        check_mapped(domain, first, mapping)
         return Mapped(iova, length, 0)
-    for at, other in hwpt.records.mappings(first, last):
+    for at, other in domain.records.mappings(first, last):
         found = hexadecimal(at * PAGE, (at + other.length) * PAGE - 1)
         raise FsError(errno.EEXIST, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {found} are mapped already")
 
     def change(roots: Records, compact: bool) -> int:
-        hwpt = Hwpt(volume, ino)
+        domain = Domain(volume, ino)
         filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
         filemap.allocate(mapping.start, mapping.start + mapping.length)
         volume.put_inode(file_ino, filemap.finish())
         pin(volume, file_ino, 1)
-        _make_room(hwpt, roots)
-        hwpt.prepare(roots)
-        editor = hwpt.editor()
-        editor.enter(hwpt.record.levels, hwpt.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap))))
-        hwpt.edited(editor, roots)
-        hwpt.records.put(first, MAPPING.pack(mapping))
-        hwpt.save()
+        _make_room(domain, roots)
+        domain.prepare(roots)
+        editor = domain.editor()
+        editor.enter(
+            domain.record.levels, domain.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap)))
+        )
+        domain.edited(editor, roots)
+        domain.records.put(first, MAPPING.pack(mapping))
+        domain.save()
         return editor.stored
 
     return Mapped(iova, length, commit(fs, request, change))
 
 
-def _make_room(hwpt: Hwpt, roots: Records) -> None:
+def _make_room(domain: Domain, roots: Records) -> None:
     """Use pages again that tables were in, when they are many and no hardware is looking at them."""
-    if hwpt.record.stale >= PAGES_PER_BLOCK // 2 and not hwpt.is_hot(roots):
-        hwpt.sweep()
+    if domain.record.stale >= PAGES_PER_BLOCK // 2 and not domain.is_hot(roots):
+        domain.sweep()
 
 
-def check_mapped(hwpt: Hwpt, first: int, mapping: Mapping) -> None:
+def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
     """Raise FsError when pages from ``first`` on do not say what ``mapping`` says: ENOENT, or EEXIST when they say
     something else; CorruptError when the tables do not."""
     at, end = first, first + mapping.length
-    for found, other in hwpt.records.mappings(first, end - 1):
+    for found, other in domain.records.mappings(first, end - 1):
         if found > at:
             break
         same = (other.ino, other.start - found, other.access) == (mapping.ino, mapping.start - first, mapping.access)
@@ -135,20 +138,20 @@ def check_mapped(hwpt: Hwpt, first: int, mapping: Mapping) -> None:
         at = found + other.length
     if at < end:
         raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")
-    for text in differences(hwpt, first * PAGE, end * PAGE):
-        raise hwpt.pages.bad(text)
+    for text in differences(domain, first * PAGE, end * PAGE):
+        raise domain.pages.bad(text)
 
 
 def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) -> int:
     """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
     volume = fs.volume
-    hwpt = Hwpt(volume, ino)
-    check_range(hwpt, iova, length)
+    domain = Domain(volume, ino)
+    check_range(domain, iova, length)
     first, end = iova // PAGE, (iova + length) // PAGE
     again = done_before(fs, request)
     if again is not None:
         return again
-    starts = [at for at, _ in hwpt.records.mappings(first, end - 1)]
+    starts = [at for at, _ in domain.records.mappings(first, end - 1)]
     if not starts:
         raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
     unmapped = 0
@@ -164,10 +167,10 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
 
 def _make_splits_possible(fs: Filesystem, ino: int) -> int:
     """Have the pages that splitting leaves at both ends takes, so that the first and the last part do not fail."""
-    hwpt = Hwpt(fs.volume, ino)
-    if not hwpt.pages.has_free(2 * hwpt.record.levels):
-        hwpt.pages.grow()
-        hwpt.save()
+    domain = Domain(fs.volume, ino)
+    if not domain.pages.has_free(2 * domain.record.levels):
+        domain.pages.grow()
+        domain.save()
     return 0
 
 
@@ -178,24 +181,24 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
     files: set[int] = set()
 
     def change(roots: Records, compact: bool) -> int:
-        hwpt = Hwpt(volume, ino)
-        _make_room(hwpt, roots)
-        editor = hwpt.editor()
-        editor.clear(hwpt.record.levels, hwpt.record.root, first * PAGE, end * PAGE)
-        hwpt.edited(editor, roots)
+        domain = Domain(volume, ino)
+        _make_room(domain, roots)
+        editor = domain.editor()
+        editor.clear(domain.record.levels, domain.record.root, first * PAGE, end * PAGE)
+        domain.edited(editor, roots)
         unmapped = 0
-        for at, mapping in list(hwpt.records.mappings(first, end - 1)):
+        for at, mapping in list(domain.records.mappings(first, end - 1)):
             left, right = max(first - at, 0), max(at + mapping.length - end, 0)
-            hwpt.records.delete(at)
+            domain.records.delete(at)
             if left:
-                hwpt.records.put(at, MAPPING.pack(mapping._replace(length=left)))
+                domain.records.put(at, MAPPING.pack(mapping._replace(length=left)))
             if right:
                 rest = mapping._replace(start=mapping.start + mapping.length - right, length=right)
-                hwpt.records.put(end, MAPPING.pack(rest))
+                domain.records.put(end, MAPPING.pack(rest))
             pin(volume, mapping.ino, bool(left) + bool(right) - 1)
             files.add(mapping.ino)
             unmapped += mapping.length - left - right
-        hwpt.save()
+        domain.save()
         return before + unmapped * PAGE
 
     result = commit(fs, request, change)
