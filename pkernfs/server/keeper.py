@@ -24,11 +24,11 @@ from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.mountinfo import mount_at
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
+from pkernfs.server.commands import Command, Commands
 from pkernfs.server.device import Device, mount_device
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, end_stuck
 from pkernfs.server.memory import dirty_bytes, pinned_bytes
-from pkernfs.server.orders import Order, Orders
 from pkernfs.server.relay import Relay
 from pkernfs.server.standby import Standby, backoff
 from pkernfs.server.state import STORED, Descriptors, State
@@ -65,7 +65,7 @@ class Keeper:
         signal.set_wakeup_fd(self.wakened.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
-        self.orders: Orders | None = None
+        self.commands: Commands | None = None
         if fds.device >= 0:
             self._begin(Device(fds.device))
 
@@ -73,7 +73,7 @@ class Keeper:
         """The mount is there."""
         self.device = device
         self.relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang)
-        self.orders = Orders(socket.socket(fileno=os.dup(self.fds.orders)), self.status, self._wake)
+        self.commands = Commands(socket.socket(fileno=os.dup(self.fds.orders)), self.status, self._wake)
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):
@@ -204,23 +204,23 @@ class Keeper:
         return min(hang, upgrade.probation / 2) if upgrade is not None and upgrade.serving else hang
 
     def _woken(self) -> None:
-        """Signals; orders are looked at in any case."""
+        """Signals; commands are looked at in any case."""
         with suppress(BlockingIOError):
             self._signals(self.wake.recv(100))
 
     def _obey(self) -> None:
-        """Orders."""
-        assert self.orders is not None
-        while (order := self.orders.next()) is not None:
+        """Commands."""
+        assert self.commands is not None
+        while (command := self.commands.next()) is not None:
             try:
-                if order.verb == "hand-over":
-                    self.hand_on(order)
+                if command.verb == "hand-over":
+                    self.hand_on(command)
                 elif self.upgrade is not None:
                     raise RegionError("an upgrade is under way", hint="try again when it is done")
                 else:
-                    self.upgrade = Upgrade(self, order)
+                    self.upgrade = Upgrade(self, command)
             except PkernfsError as error:
-                order.refuse(error)
+                command.refuse(error)
 
     def _signals(self, numbers: bytes) -> None:
         # Of two that wait, the handler of the later one runs first: SIGINT of systemd's ExecStop comes before SIGTERM.
@@ -320,18 +320,18 @@ class Keeper:
 
     # -- other keepers --------------------------------------------------------------------------------------------
 
-    def hand_on(self, order: Order) -> None:
+    def hand_on(self, command: Command) -> None:
         """Give everything to another keeper, which says when it has it.  Raises RegionError."""
         if self.service:
             raise RegionError("systemd started this keeper", hint="systemctl restart its service")
         assert self.worker is not None
-        order.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
-        order.connection.settimeout(HAND_OVER)
+        command.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
+        command.connection.settimeout(HAND_OVER)
         try:
-            said = order.connection.recv(1)
+            said = command.connection.recv(1)
         except OSError:
             said = b""
-        order.done.set()
+        command.done.set()
         if said:
             log.info("another keeper has taken over")
             self.leaving = True

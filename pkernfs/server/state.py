@@ -18,7 +18,7 @@ class Descriptors(NamedTuple):
     references: int  #: memory with the kernel's references to inodes
     stats: int  #: memory with counters
     control: int  #: listens for verbs that the worker answers
-    orders: int  #: listens for verbs that the keeper answers
+    orders: int  #: listens for commands to the keeper; this name, as fd stores of earlier keepers have it
     device: int  #: /dev/fuse
 
 
@@ -37,7 +37,7 @@ class State:
     device: str = ""  #: MAJOR:MINOR of the mount
     init: bytes = b""  #: the kernel's INIT
     control_path: str = ""
-    orders_path: str = ""
+    orders_path: str = ""  #: where commands to the keeper go; this name, as earlier keepers hand it on
     worker: int = 0  #: process id
     worker_since: float = 0.0
     version: str = ""  #: of the worker

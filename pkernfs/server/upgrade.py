@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.server.child import Child
-from pkernfs.server.orders import Order
+from pkernfs.server.commands import Command
 from pkernfs.server.stats import BUGS
 
 if TYPE_CHECKING:
@@ -25,23 +25,23 @@ class UpgradeError(PkernfsError):
 
 
 class Upgrade:
-    """One upgrade.  ``order``: with "command", and "probation" in seconds if that is not the usual time."""
+    """One upgrade.  ``command``: with "command", and "probation" in seconds if that is not the usual time."""
 
-    def __init__(self, keeper: Keeper, order: Order) -> None:
-        command, probation = order.request.get("command"), order.request.get("probation", PROBATION)
-        if not isinstance(command, list) or not command or not all(isinstance(word, str) for word in command):
-            raise UsageError(f'"command": expected a list of words, found {command!r}')
+    def __init__(self, keeper: Keeper, command: Command) -> None:
+        program, probation = command.request.get("command"), command.request.get("probation", PROBATION)
+        if not isinstance(program, list) or not program or not all(isinstance(word, str) for word in program):
+            raise UsageError(f'"command": expected a list of words, found {program!r}')
         if not isinstance(probation, (int, float)) or not 0 <= probation <= 3600:
             raise UsageError(f'"probation": expected seconds, found {probation!r}')
         self.keeper = keeper
-        self.order = order
         self.command = command
+        self.program = program
         self.probation = float(probation)
-        self.worker = Child(command)
+        self.worker = Child(program)
         self.until = 0.0  #: end of the probation; 0.0: it does not serve yet
         self.bugs = 0
         self.before: dict[str, Any] = {}
-        log.info("upgrade: starting %s", " ".join(command))
+        log.info("upgrade: starting %s", " ".join(program))
 
     @property
     def serving(self) -> bool:
@@ -84,14 +84,14 @@ class Upgrade:
             keeper.drain()
             keeper.take_over("an upgrade that failed")
         elif time.monotonic() >= self.until:
-            state.command = self.command
+            state.command = self.program
             stall = state.longest_stall
             state.longest_stall = max(stall, self.before["longest_stall"])
             keeper.upgrade = None
             keeper.standby.kill()
             keeper.tell()
             log.info("upgrade: version %s serves in place of %s", state.version, self.before["version"])
-            self.order.answer(
+            self.command.answer(
                 {"from": self.before["version"], "to": state.version, "worker": state.worker, "longest_stall": stall}
             )
 
@@ -99,4 +99,4 @@ class Upgrade:
         """Tell that the version of before goes on."""
         self.keeper.upgrade = None
         log.error("upgrade: %s: the version of before goes on", why)
-        self.order.refuse(UpgradeError(f"{why}: the version of before goes on"))
+        self.command.refuse(UpgradeError(f"{why}: the version of before goes on"))

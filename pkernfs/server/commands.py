@@ -1,7 +1,7 @@
 """The keeper's own control socket: what can be asked of a mount whatever its worker does.
 
 The same lines as the worker's (control.py), one request a connection.  Threads answer: what only tells is answered
-while the keeper waits for something; what changes something is an Order that waits for the keeper.
+while the keeper waits for something; what changes something is a Command that waits for the keeper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_MAX = 1 << 16
 PATIENCE = 10.0  #: seconds that a client may take to send its line
 
 
-class Order:
+class Command:
     """Something that the keeper is to do.  ``verb`` is one of ORDERS; whoever gave it waits for an answer."""
 
     def __init__(self, request: dict[str, Any], connection: socket.socket) -> None:
@@ -48,8 +48,8 @@ class Order:
             self.done.set()
 
 
-class Orders:
-    """Listens on ``listener``.  ``status`` gives the facts of the mount, ``wake`` is called for each new order."""
+class Commands:
+    """Listens on ``listener``.  ``status`` gives the facts of the mount, ``wake`` is called for each new command."""
 
     VERBS = ("upgrade", "hand-over")
 
@@ -57,12 +57,12 @@ class Orders:
         self.listener = listener
         self.status = status
         self.wake = wake
-        self.waiting: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.connections = threading.Semaphore(CONNECTIONS)
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def next(self) -> Order | None:
-        """The next order, if there is one."""
+    def next(self) -> Command | None:
+        """The next command, if there is one."""
         with suppress(queue.Empty):
             return self.waiting.get_nowait()
         return None
@@ -81,31 +81,31 @@ class Orders:
             try:
                 self._converse(connection)
             except Exception:
-                log.exception("a bug: an order failed")
+                log.exception("a bug: a command failed")
             finally:
                 self.connections.release()
 
     def _converse(self, connection: socket.socket) -> None:
         connection.settimeout(PATIENCE)
-        order = Order({"verb": ""}, connection)
+        command = Command({"verb": ""}, connection)
         try:
             check_owner(connection)
         except PkernfsError as error:
-            return order.refuse(error)
+            return command.refuse(error)
         line = b""
         with suppress(OSError):
             while not line.endswith(b"\n") and len(line) < LINE_MAX and (chunk := connection.recv(LINE_MAX)):
                 line += chunk
         try:
-            order.request = json.loads(line)
-            order.verb = order.request["verb"]
+            command.request = json.loads(line)
+            command.verb = command.request["verb"]
         except (ValueError, TypeError, KeyError, RecursionError):
-            return order.refuse(PkernfsError('expected a JSON object with "verb"'))
-        if order.verb == "status":
-            return order.answer(self.status())
-        if order.verb not in self.VERBS:
-            return order.refuse(PkernfsError(f"verb {order.verb!r}; known are status, {', '.join(self.VERBS)}"))
-        self.waiting.put(order)
+            return command.refuse(PkernfsError('expected a JSON object with "verb"'))
+        if command.verb == "status":
+            return command.answer(self.status())
+        if command.verb not in self.VERBS:
+            return command.refuse(PkernfsError(f"verb {command.verb!r}; known are status, {', '.join(self.VERBS)}"))
+        self.waiting.put(command)
         self.wake()
-        order.done.wait()
+        command.done.wait()
         return None
