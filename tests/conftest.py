@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+
+from tests.namespace import enter_mount_namespace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kills", "kills of the server")
     group.addoption("--kills", type=int, default=30, metavar="N", help="rounds of the long form (30)")
     group.addoption("--kill-seed", type=int, default=1000, metavar="SEED", help="seed of the first of them (1000)")
+
+
+def pytest_configure() -> None:
+    """Keep the tests' mounts to themselves.  Each process of pytest-xdist comes by here; other users mount nothing."""
+    if os.geteuid() == 0:
+        with suppress(PermissionError):  # root of a container that may not mount: what needs no mount is tested
+            enter_mount_namespace()
 
 
 @pytest.hookimpl(wrapper=True)
