@@ -8,7 +8,6 @@ their own nobody copies them; not even a test of another process of pytest-xdist
 from __future__ import annotations
 
 import ctypes
-import os
 
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 MS_REC, MS_SLAVE = 1 << 14, 1 << 19  # linux/mount.h
@@ -17,8 +16,9 @@ MS_REC, MS_SLAVE = 1 << 14, 1 << 19  # linux/mount.h
 def enter_mount_namespace() -> None:
     """Take this thread, and all that it will start, into a mount namespace of their own.
 
-    Nothing that is mounted in it shows in the namespace that we come from.  As a slave, and not private, it follows what
-    is unmounted there: we do not hold other programs' mounts either.  (Python has os.unshare from 3.12 on, and no mount(2).)
+    Nothing that is mounted in it shows in the namespace that we come from.  As a slave, and not private, it follows
+    what is unmounted there: we do not hold the mounts of other programs either.  (Python has os.unshare from 3.12 on,
+    and no mount(2).)
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, ctypes.c_ulong(MS_REC | MS_SLAVE), None):
