@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable
 
 import pkernfs.region.file
+from pkernfs.format import Superblock
 from pkernfs.fs.journal import Journal
 from pkernfs.region.base import Region
 from pkernfs.region.file import MAP_NORESERVE, FileRegion
@@ -59,8 +60,13 @@ def commit_late() -> None:
     """Plant late-commit."""
     commit = Journal.commit
 
-    def late(self: Journal, *what: Iterable[tuple[int, bytes]]) -> None:
-        commit(self, *what)
+    def late(
+        self: Journal,
+        stores: Iterable[tuple[int, bytes]],
+        discards: Iterable[tuple[int, int]],
+        words: Iterable[tuple[int, bytes]] = (),
+    ) -> None:
+        commit(self, stores, discards, words)
         region: Region = self.region
         if isinstance(region, LateRegion) and self.sequence <= LATE:
             region.write_back()
@@ -73,8 +79,8 @@ def shorten_journal() -> None:
     """Plant short-journal."""
     init = Journal.__init__
 
-    def short(self: Journal, *words: object) -> None:
-        init(self, *words)  # type: ignore[arg-type]
+    def short(self: Journal, region: Region, sb: Superblock) -> None:
+        init(self, region, sb)
         self.capacity = SHORT
 
     Journal.__init__ = short  # type: ignore[method-assign]

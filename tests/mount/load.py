@@ -256,7 +256,9 @@ def main() -> None:
     workers_of = {child: worker for worker, child in enumerate(children)}
     while children:
         # Not reaped before it is off the list: a process id that ``end`` may kill is still its own.
-        child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        child = ended.si_pid
         children.remove(child)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         mapping = words[WORDS * workers_of[child] + 1] == NUMBERS["mapped"]

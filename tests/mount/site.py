@@ -98,7 +98,8 @@ def wait_for(condition: Callable[[], object], what: str, timeout: float = PATIEN
 class Site(Mounted):
     """A region below /dev/shm, mounted below /tmp.
 
-    ``expected`` is what the server's log may hold: a pattern of complaints that a test provokes.
+    ``expected`` is what the server's log may hold: a pattern of complaints that a test provokes.  ``said`` is what the
+    last ``mount`` printed on standard error.
     """
 
     def __init__(self, region: Path | None = None, size: str | None = "64M", options: str = "") -> None:
@@ -108,6 +109,7 @@ class Site(Mounted):
         self.shm = Path(tempfile.mkdtemp(prefix="pkernfs-test-", dir="/dev/shm"))
         self.options = options
         self.expected: re.Pattern[str] | None = None
+        self.said = ""
         self.server_log = self.tmp / "server.log"
         super().__init__(region or self.shm / "region", self.tmp / "mnt", self.tmp / "commands.log")
         self.mountpoint.mkdir()
@@ -123,11 +125,11 @@ class Site(Mounted):
         """Make the region, whose path may be any bytes."""
         self.run_ok("mkfs.pkernfs", "--size", size, self.region)
 
-    def mount(self, options: str = "") -> Result:
-        """Mount, or fail; the command's result."""
+    def mount(self, options: str = "") -> None:
+        """Mount, or fail."""
         result = self.try_mount(options)
         assert result.returncode == 0, result
-        return result
+        self.said = result.stderr
 
     def try_mount(self, options: str = "") -> Result:
         """Mount with options; the command's result, whatever it is."""
@@ -178,6 +180,10 @@ class Site(Mounted):
         """What `pkernfs status` tells."""
         status: dict[str, Any] = ask_keeper(str(self.mnt), "status")
         return status
+
+    def wait_for_takeovers(self, number: int) -> None:
+        """Wait until this many workers have taken over."""
+        wait_for(lambda: self.status()["takeovers"] == number, f"takeover {number}")
 
     def crash(self) -> None:
         """kill -9 all servers: the mountpoint stays, dead."""

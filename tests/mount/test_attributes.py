@@ -139,9 +139,12 @@ def test_chmod(twin: Twin) -> None:
 )
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_utimensat(twin: Twin, kind: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
-    {"file": lambda: twin.file("f"), "directory": lambda: twin.mkdir("f"), "link": lambda: twin.symlink(b"x", "f")}[
-        kind
-    ]()
+    makers: dict[str, Callable[[], object]] = {
+        "file": lambda: twin.file("f"),
+        "directory": lambda: twin.mkdir("f"),
+        "link": lambda: twin.symlink(b"x", "f"),
+    }
+    makers[kind]()
     twin.stat("f")
     twin.utimensat("f", [atime, mtime], follow=False)
     twin.stat("f")

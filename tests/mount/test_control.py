@@ -180,7 +180,7 @@ def test_too_many_connections_are_refused(served: Serve) -> None:
 
 
 VERBS = ["info", "file", "direct", "scrub", "quota", "nonsense"]
-WORDS = [None, True, -1, 0, 1, 1 << 40, 1 << 70, 1.5, 1e300, "", "x" * 1000, [], {}, [[]], "\ud800"]
+WORDS: list[object] = [None, True, -1, 0, 1, 1 << 40, 1 << 70, 1.5, 1e300, "", "x" * 1000, [], {}, [[]], "\ud800"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -281,15 +281,16 @@ def uid() -> Iterator[int]:
 def test_a_prepared_path_is_not_used(uid: int, attack: Callable[[Path, int], object], where: str) -> None:
     """Whatever others have put there before: the directory is another one, made for this user alone."""
     if where == "tmp":
-        parent = None
+        xdg = None
         prepared = Path(f"/tmp/pkernfs-{uid}")
     else:
         parent = Path(f"/tmp/pkernfs-{uid}-xdg")
         parent.mkdir()
         parent.chmod(0o1777)
+        xdg = str(parent)
         prepared = parent / "pkernfs"
     attack(prepared, uid)
-    found = runtime_dirs(uid, parent and str(parent))[0]
+    found = runtime_dirs(uid, xdg)[0]
     assert found != prepared
     status = found.lstat()
     assert (stat.S_ISDIR(status.st_mode), stat.S_IMODE(status.st_mode), status.st_uid) == (True, 0o700, uid)

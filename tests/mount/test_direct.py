@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ from tests.mount.agent import Agent
 from tests.mount.site import MiB, Site, wait_for
 
 SIZE = 8 * MiB
+
+
+def differs(agent: Agent, handle: int, before: bytes) -> bool:
+    """Whether the first word of what a process maps is another one by now."""
+    return bool(agent.map_load(handle, 0, len(before)) != before)
+
+
+def counts_on(fd: int, first: int) -> bool:
+    """Whether the count at the beginning of a file has gone on."""
+    return int.from_bytes(os.pread(fd, 8, 0), "little") > first
 
 
 @pytest.fixture
@@ -151,14 +162,11 @@ def test_stores_go_on_while_there_is_no_server(site: Site, ram: Path, other: Age
         for _ in range(3):
             site.crash()
             before = other.map_load(handle, 0, 8)
-            wait_for(lambda before=before: other.map_load(handle, 0, 8) != before, "stores without a server")
+            wait_for(partial(differs, other, handle, before), "stores without a server")
             site.mount()
             with ram.open("rb", buffering=0) as file:
                 first = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
-                wait_for(
-                    lambda file=file, first=first: int.from_bytes(os.pread(file.fileno(), 8, 0), "little") > first,
-                    "the count to rise through the mount",
-                )
+                wait_for(partial(counts_on, file.fileno(), first), "the count to rise through the mount")
         counter.process.send_signal(signal.SIGUSR1)
         last = counter.finish()
         assert int.from_bytes(ram.read_bytes()[:8], "little") == last

@@ -13,10 +13,10 @@ import pytest
 
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import open_region
+from tests.core.faults import flip
 from tests.core.handmade import CASES, Case
 from tests.core.images import cast
 from tests.core.support import mkfile
-from tests.core.test_check import flip
 from tests.mount.site import Site, errno_of, run
 
 FAILURE = 32  #: mount(8): the mount failed

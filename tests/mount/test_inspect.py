@@ -9,6 +9,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ PLACES: dict[str, tuple[Callable[[Filesystem, int], int], str | None]] = {
 }
 
 
+def offset_of(place: Callable[[Filesystem, int], int], ino: int, fs: Filesystem) -> int:
+    """One of these places, for ``look``."""
+    return place(fs, ino)
+
+
 def test_scrub_finds_what_is_damaged_under_a_mount(site: Site) -> None:
     path = furnish(site)
     ino = path.stat().st_ino
@@ -128,7 +134,7 @@ def test_scrub_finds_what_is_damaged_under_a_mount(site: Site) -> None:
     assert structures > 50
     site.expected = re.compile("is damaged: ")
     for name, (place, wanted) in PLACES.items():
-        offset = look(site, lambda fs, place=place: place(fs, ino))
+        offset = look(site, partial(offset_of, place, ino))
         flip(site.region, offset)
         found = scrub(site.mnt)
         text = run("pkernfs", "scrub", site.mnt) if name in ("inode", "copy") else None

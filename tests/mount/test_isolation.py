@@ -73,6 +73,18 @@ def free_all(top: Path) -> None:
         os.close(fd)
 
 
+def truncate_new(path: Path, size: int) -> None:
+    """A file of a size."""
+    path.touch()
+    os.truncate(path, size)
+
+
+def setxattr_new(path: Path, value: bytes) -> None:
+    """A file with an attribute."""
+    path.touch()
+    os.setxattr(path, "user.x", value)
+
+
 def take(top: Path) -> None:
     """Take memory in every way, until all is taken."""
     top.mkdir()
@@ -80,10 +92,10 @@ def take(top: Path) -> None:
     rng = random.Random(1)
     calls: list[Callable[[Path], object]] = [
         lambda path: path.write_bytes(b"x"),
-        lambda path: (path.touch(), os.truncate(path, rng.choice([100, 5 * PAGE + 1, MiB + 7]))),
+        lambda path: truncate_new(path, rng.choice([100, 5 * PAGE + 1, MiB + 7])),
         lambda path: write_sparsely(path, 5, 7),
         lambda path: write_sparsely(path, 300, 1),
-        lambda path: (path.touch(), os.setxattr(path, "user.x", b"x" * rng.choice([600, 4097, 30_001]))),
+        lambda path: setxattr_new(path, b"x" * rng.choice([600, 4097, 30_001])),
         lambda path: path.symlink_to("x" * 300),
         lambda path: path.mkdir(),
     ]

@@ -125,7 +125,7 @@ def test_the_keeper_is_killed(site: Site) -> None:
         for number, word in enumerate((b"two ", b"three "), 1):
             kill(site.status()["worker"])
             file.write(word)
-            wait_for(lambda number=number: site.status()["takeovers"] == number, "a takeover")
+            site.wait_for_takeovers(number)
     assert (site.mnt / "f").read_bytes() == b"one two three "
     site.umount()
     site.wait_for_end()
@@ -306,7 +306,7 @@ def test_without_resend(unmounted: Site) -> None:
     site.expected = re.compile("takes over")
     code = "import sys; from pkernfs.server.device import Device; Device.resend = lambda self: False; "
     code += "from pkernfs.cli import main_mount; sys.exit(main_mount())"
-    words = ["-c", code, site.region, site.mnt, "-o", f"log={site.server_log}"]
+    words = ["-c", code, str(site.region), str(site.mnt), "-o", f"log={site.server_log}"]
     environment = {**os.environ, "PKERNFS_WORKER": " ".join(faulty_worker(site))}
     assert run(sys.executable, *words, env=environment).returncode == 0
     (site.mnt / "d").mkdir()

@@ -89,7 +89,8 @@ class Rounds:
             load.end()
         checked = site.run_ok("fsck.pkernfs", "-n", site.region)
         assert ": clean, " in checked, f"seed {seed}: {checked}"
-        self.replayed += "replayed the journal" in site.mount().stderr
+        site.mount()
+        self.replayed += "replayed the journal" in site.said
         self.calls += load.verify()
         if self.before is not None:
             self.before.verify_again()

@@ -90,7 +90,7 @@ try:
 except OSError as error:
     print(error.errno)
 """
-    words = ["python3", "-c", program, site.mnt / where / "f", str(mib)]
+    words = ["python3", "-c", program, str(site.mnt / where / "f"), str(mib)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout == f"{errno.EDQUOT if where == 'tenant' else errno.ENOSPC}\n"
     found = quota(tenant)

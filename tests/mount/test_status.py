@@ -56,7 +56,7 @@ def test_status_after_takeovers(site: Site) -> None:
     for number in range(3):
         before = site.status()
         os.kill(before["worker"], signal.SIGKILL)
-        wait_for(lambda number=number: site.status()["takeovers"] == number + 1, "a takeover")
+        site.wait_for_takeovers(number + 1)
     (site.mnt / "e").mkdir()
     status = site.status()
     assert (status["takeovers"], status["last_reason"]) == (3, "signal SIGKILL")

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -386,11 +387,12 @@ def test_qemu_args_errors(site: Site) -> None:
 def test_facts_cannot_be_changed(site: Site) -> None:
     path = site.mnt / "f"
     path.touch()
-    for call in (
+    calls: list[Callable[[], None]] = [
         lambda: os.setxattr(path, "user.pkernfs.direct", b"true"),
         lambda: os.setxattr(path, "user.pkernfs.mine", b"x"),
         lambda: os.removexattr(path, "user.pkernfs.direct"),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(PermissionError):
             call()
     assert os.listxattr(path) == []
