@@ -9,7 +9,8 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
-from pkernfs.cli.words import region_and_path
+from pkernfs.cli.arguments import region_and_path
+from pkernfs.cli.parsers import Verb
 from pkernfs.errors import FsError
 
 if TYPE_CHECKING:
@@ -49,3 +50,6 @@ def _print(fs: Filesystem, path: str) -> None:
         with memoryview(fs.read(ino, offset, CHUNK)) as part:
             out.write(part)
     out.flush()
+
+
+VERBS = {"cat": Verb(DESCRIPTION, add_arguments, run)}

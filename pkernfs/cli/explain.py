@@ -7,7 +7,9 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.words import printable, size
+from pkernfs.cli.arguments import size
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import printable
 from pkernfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("physical", "the number is a physical address"),
     ):
         unit.add_argument(f"--{name}", action="store_const", dest="unit", const=name, help=text)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -119,3 +121,6 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         record = facts["record"]
         more.append(f"{record['kind']} of {record['length']} bytes at region offset {record['offset']:#x}")
     return [text, *more]
+
+
+VERBS = {"explain": Verb(DESCRIPTION, add_arguments, run)}

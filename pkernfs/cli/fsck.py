@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs.cli.words import Parser, add_version
+from pkernfs.cli.parsers import Parser, add_version
 
 if TYPE_CHECKING:
     from pkernfs.fsck.check import Checker, Problem, Progress

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.words import human, printable
+from pkernfs.cli.text import human, printable
 from pkernfs.format import BLOCK
 from pkernfs.fsck.check import INVARIANTS
 from pkernfs.fsck.tables import INVARIANTS as TABLES

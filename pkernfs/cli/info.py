@@ -6,7 +6,8 @@ import os
 import time
 from typing import Any
 
-from pkernfs.cli.words import human, printable
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import human, printable
 
 DESCRIPTION = """\
 Show a region (mounted or not), a mount, or the memory of a file in a mount: its extents as region offsets and physical
@@ -22,7 +23,7 @@ SHOWN = 10  #: findings of damage; --json has all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """REGION, MOUNT or MOUNT/FILE."""
     parser.add_argument("target", metavar="REGION|MOUNT|MOUNT/FILE")
-    parser.add_argument("--json", action="store_true", help="for programs; sizes in bytes, times in ns since the epoch")
+    add_json(parser, "sizes in bytes, times in ns since the epoch")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,3 +124,6 @@ def _print_file(path: str, facts: dict[str, Any]) -> None:
             f"pinned by {name}: IOVA {pin['iova']:#x}, offset {pin['offset']:#x}, length {pin['length']:#x}, "
             f"{pin['access']}"
         )
+
+
+VERBS = {"info": Verb(DESCRIPTION, add_arguments, run)}

@@ -10,7 +10,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.words import printable, region_and_path
+from pkernfs.cli.arguments import region_and_path
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import printable
 from pkernfs.errors import CorruptError
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--inode", action="store_true", help="print inode numbers")
     parser.add_argument("-n", "--numeric", action="store_true", help="-l with numbers for owner and group")
     parser.add_argument("-R", "--recursive", action="store_true", help="directories below as well")
-    parser.add_argument("--json", action="store_true", help="for programs; times in ns since the epoch")
+    add_json(parser, "times in ns since the epoch")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -140,3 +142,6 @@ def _group(gid: int) -> str:
         return grp.getgrgid(gid).gr_name
     except KeyError:
         return str(gid)
+
+
+VERBS = {"ls": Verb(DESCRIPTION, add_arguments, run)}

@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pkernfs.cli.status import seconds
+from pkernfs.cli.arguments import seconds
+from pkernfs.cli.parsers import Verb
 from pkernfs.errors import PkernfsError
 
 DESCRIPTION = """\
@@ -119,3 +120,6 @@ def _wait_for_the_end(mount: str, device: str, step: Any, every: float) -> None:
     while (found := mount_of(mount)) is not None and found.device == device and os.getppid() == parent:
         step()
         time.sleep(every)
+
+
+VERBS = {"metrics": Verb(DESCRIPTION, add_arguments, run)}

@@ -8,7 +8,9 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from pkernfs.cli.words import Parser, add_version, human, size
+from pkernfs.cli.arguments import size
+from pkernfs.cli.parsers import Parser, add_version
+from pkernfs.cli.text import human
 from pkernfs.errors import RegionError, UsageError
 
 DESCRIPTION = """\

@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pkernfs.cli.words import Parser, add_version
+from pkernfs.cli.parsers import Parser, add_version, listing
+from pkernfs.options import descriptions, parse_options
 
 DESCRIPTION = """\
 Mount a pkernfs region on a directory.  Called by mount(8) for `mount -t pkernfs REGION DIR [-o OPTIONS]`, for lines of
@@ -14,28 +15,7 @@ pkernfs status --help.
 """
 EPILOG = """\
 options (-o):
-  ro, rw                 read-only: nothing in the region is changed, not even by recovery
-  allow_other            other users may use the mount (default for root); noallow_other: only its owner
-  uid=N, gid=N, mode=M   give the root directory this owner, group, mode (octal), as tmpfs does
-  remount                with ro, rw, nosuid and so on: change the flags of a mount that is there
-  relatime, strictatime, noatime
-                         when reading updates access times (default relatime), as mount(8) describes
-  log=FILE               log there, not to the journal
-  hang=SECONDS           replace a worker that has not answered for so long (default 30)
-  metrics=[ADDRESS:]PORT, metrics=/FILE
-                         metrics for Prometheus (see pkernfs metrics --help; default: none)
-  cold                   a boot without live update: no device stays attached to its domain in iommu/ (default: those
-                         stay that were declared persistent, see pkernfs iommu attach --help)
-  writeback, nowriteback written data stays in the kernel's page cache until close, fsync, or some 30 s later (default:
-                         no).  Small writes are several times as fast.  It outlives every server of this mount, but not
-                         the mount: it is lost when all its processes are killed, or with a kexec, without a sync.  That
-                         space or a quota has run out is told by fsync and close, not by write.  No file can be mapped
-                         directly from the region
-  barrier, nobarrier     whether what is stored in a region on a disk is flushed in order (the default there), so that a
-                         power cut leaves it whole; fsync flushes either way
-  notune                 leave the kernel's page cache limits for this mount alone (they are raised when root mounts:
-                         random writes to mapped memory are hundreds of times slower without)
-  suid, dev, exec, sync, dirsync and their opposites go to the kernel; the words that only mount(8) uses are ignored
+{options}
 
 examples:
   mount -t pkernfs /dev/shm/pkernfs.img /mnt/pkernfs
@@ -55,7 +35,9 @@ class MountParser(Parser):
 
 def parser() -> Parser:
     """The parser of mount.pkernfs; -n, -s, -v, -N and -t are what mount(8) passes along."""
-    made = MountParser(prog="mount.pkernfs", description=DESCRIPTION, epilog=EPILOG)
+    made = MountParser(
+        prog="mount.pkernfs", description=DESCRIPTION, epilog=EPILOG.format(options=listing(descriptions()))
+    )
     add_version(made)
     made.add_argument("region", metavar="REGION", help="file or device-DAX device that mkfs.pkernfs made")
     made.add_argument("directory", metavar="DIR")
@@ -75,7 +57,6 @@ def run(argv: Sequence[str] | None) -> int:
     from pkernfs.errors import UsageError
     from pkernfs.server.logs import start_logging
     from pkernfs.server.mountpoint import check_mountpoint, remount
-    from pkernfs.server.options import parse_options
     from pkernfs.server.start import mount
     from pkernfs.server.succession import resumed
 

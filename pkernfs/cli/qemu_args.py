@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 
+from pkernfs.cli.parsers import Verb
 from pkernfs.errors import UsageError
 
 DESCRIPTION = """\
@@ -76,3 +77,6 @@ def _qemu_knows_offset() -> bool:
         return find_qemu(needed=Version(0, 0)).knows_offset
     except QemuError:
         return False
+
+
+VERBS = {"qemu-args": Verb(DESCRIPTION, add_arguments, run)}

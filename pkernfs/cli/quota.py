@@ -5,7 +5,9 @@ import json
 import os
 from pathlib import PurePath
 
-from pkernfs.cli.words import human, size
+from pkernfs.cli.arguments import size
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import human
 from pkernfs.errors import UsageError
 
 DESCRIPTION = """\
@@ -36,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "limit", metavar="SIZE", nargs="?", type=limit, help="bytes, or with K, M, G, T; none takes it away"
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,3 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(f"{place}: {human(quota['used'])} of {human(quota['limit'])} used")
     return 0
+
+
+VERBS = {"quota": Verb(DESCRIPTION, add_arguments, run)}

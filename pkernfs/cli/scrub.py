@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.words import printable
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import printable
 from pkernfs.errors import PkernfsError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ DAMAGED = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT or REGION."""
     parser.add_argument("target", metavar="MOUNT|REGION")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,3 +122,6 @@ def _paths(region_path: str, inos: set[int]) -> dict[int, str]:
             return a_path_of(Volume(region), inos)
     except PkernfsError:
         return {}  # too much is damaged for names; what was found is told without them
+
+
+VERBS = {"scrub": Verb(DESCRIPTION, add_arguments, run)}

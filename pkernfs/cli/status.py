@@ -8,7 +8,9 @@ import sys
 import time
 from typing import Any
 
-from pkernfs.cli.words import human, printable
+from pkernfs.cli.arguments import seconds
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import duration, human, printable
 
 DESCRIPTION = """\
 Show who serves a mount, and how it has been doing: its keeper and its worker, takeovers and the longest stall, requests
@@ -25,20 +27,9 @@ EVERY = 1.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT, and how it is shown."""
     parser.add_argument("mount", metavar="MOUNT")
-    parser.add_argument("--json", action="store_true", help="for programs; sizes in bytes, times in seconds")
+    add_json(parser, "sizes in bytes, times in seconds")
     parser.add_argument("--watch", action="store_true", help="show it anew until ^C; with --json a line each time")
     parser.add_argument("--every", metavar="SECONDS", type=seconds, default=EVERY, help="between two (default 1)")
-
-
-def seconds(word: str) -> float:
-    """A length of time.  For argparse."""
-    try:
-        number = float(word)
-    except ValueError:
-        number = -1.0
-    if not 0.01 <= number <= 86400:
-        raise argparse.ArgumentTypeError(f"expected seconds, 0.01 to 86400, found {word!r}")
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,16 +90,6 @@ def _picture(status: dict[str, Any], before: dict[str, int], passed: float) -> A
     return Group(Text("\n".join(lines(status)[:-1])), Text(), table)
 
 
-def duration(length: float) -> str:
-    """A length of time for people: 350 ms, 12 s, 3 h 20 min."""
-    if length < 1:
-        return f"{length * 1000:.1f} ms"
-    for unit, size, name, below in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
-        if length >= unit:
-            return f"{length // unit:.0f} {name} {length % unit // size:.0f} {below}"
-    return f"{length:.0f} s"
-
-
 def lines(status: dict[str, Any]) -> list[str]:
     """The status for people."""
     ago = duration(time.time() - status["last_takeover"]) if status["last_takeover"] else ""
@@ -128,3 +109,6 @@ def lines(status: dict[str, Any]) -> list[str]:
         + ", ".join(f"{kind} {count:,}" for kind, count in requests),
     }
     return [f"{name:10} {text}" for name, text in rows.items()]
+
+
+VERBS = {"status": Verb(DESCRIPTION, add_arguments, run)}

@@ -9,7 +9,9 @@ import socket
 import sys
 from typing import Any
 
-from pkernfs.cli.status import duration, seconds
+from pkernfs.cli.arguments import seconds
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import duration
 from pkernfs.errors import PkernfsError
 
 DESCRIPTION = """\
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probation", metavar="SECONDS", type=seconds, default=5.0, help="until the new version has proved (default 5)"
     )
-    parser.add_argument("--json", action="store_true", help="for programs; times in seconds")
+    add_json(parser, "times in seconds")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -103,3 +105,6 @@ def _take_over(mount: str, report: int) -> None:
     os.close(report)
     let_go_of_terminal()
     keeper.keep()
+
+
+VERBS = {"upgrade": Verb(DESCRIPTION, add_arguments, run)}

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from pkernfs.errors import RegionError
 from pkernfs.layout import i32, layout, u16, u32, u64
-from pkernfs.server.options import MountOptions
+from pkernfs.options import MountOptions
 from pkernfs.sockets import receive_fds
 
 #: Flags of mount(2); statvfs(3) has the same values.

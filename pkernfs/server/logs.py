@@ -8,7 +8,7 @@ import os
 import sys
 
 from pkernfs.errors import RegionError
-from pkernfs.server.options import MountOptions
+from pkernfs.options import MountOptions
 
 
 def start_logging(options: MountOptions) -> None:

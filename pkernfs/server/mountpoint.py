@@ -11,8 +11,8 @@ import sys
 from pkernfs.client import control
 from pkernfs.errors import RegionBusyError, RegionError
 from pkernfs.mountinfo import FSTYPE, mount_at
+from pkernfs.options import MountOptions
 from pkernfs.server.device import MS_FLAGS, mount2
-from pkernfs.server.options import MountOptions
 
 MS_REMOUNT = 32
 

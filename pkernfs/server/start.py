@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 
 from pkernfs.fs.lookups import lookups_size
+from pkernfs.options import MountOptions
 from pkernfs.region import open_region
 from pkernfs.server.child import worker_command
 from pkernfs.server.keeper import Keeper
-from pkernfs.server.options import MountOptions
 from pkernfs.server.state import Descriptors, State
 from pkernfs.server.stats import make_stats
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
-from pkernfs.server.options import MountOptions
+from pkernfs.options import MountOptions
 
 
 class Descriptors(NamedTuple):

@@ -37,6 +37,7 @@ from pkernfs.format import ROOT_INO
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.lookups import Lookups
 from pkernfs.iommu.inherit import inherit
+from pkernfs.options import MountOptions
 from pkernfs.region import Region, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
@@ -46,7 +47,6 @@ from pkernfs.server.control import ControlSocket
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
 from pkernfs.server.operations import Operations
-from pkernfs.server.options import MountOptions
 from pkernfs.server.state import State
 from pkernfs.server.stats import map_stats
 from pkernfs.server.verbs import verbs

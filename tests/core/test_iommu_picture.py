@@ -8,10 +8,10 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
-from pkernfs.cli.iommu_merge import OTHERS
-from pkernfs.cli.iommu_space import FILES, Space, short, space
-from pkernfs.cli.iommu_svg import svg
-from pkernfs.cli.iommu_text import ASCII, COLOURS, UNICODE, picture
+from pkernfs.cli.iommu.picture.merge import OTHERS
+from pkernfs.cli.iommu.picture.space import FILES, Space, short, space
+from pkernfs.cli.iommu.picture.svg import svg
+from pkernfs.cli.iommu.picture.text import ASCII, COLOURS, UNICODE, picture
 from pkernfs.format import GiB, KiB, MiB, TiB
 
 TITLE = "{http://www.w3.org/2000/svg}title"

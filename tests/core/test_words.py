@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from pkernfs.cli.iommu_words import address
-from pkernfs.cli.words import size
+from pkernfs.cli.arguments import size
+from pkernfs.cli.iommu.arguments import address
 
 SIZES = [
     ("0", 0),

@@ -146,7 +146,7 @@ class Machine:
         return self.process.pid
 
     def forget(self, stale: Iterable[dict[str, Any]]) -> None:
-        """Invalidate what `pkernfs iommu iotlb-needed --json` names, and nothing else."""
+        """Invalidate what `pkernfs iommu invalidations --json` names, and nothing else."""
         for each in stale:
             if each["kind"] == "context":
                 self.unit.invalidate_contexts(requester(each["device"].split(":", 1)[1]))

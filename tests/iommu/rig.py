@@ -152,9 +152,9 @@ class Rig:
 
     def forget(self) -> list[dict[str, Any]]:
         """Let the hardware forget what it must, and say so; what that was."""
-        stale: list[dict[str, Any]] = self.iommu("iotlb-needed", self.mnt)["stale"]
+        stale: list[dict[str, Any]] = self.iommu("invalidations", self.mnt)["stale"]
         self.machine.forget(stale)
-        assert self.iommu("iotlb-needed", self.mnt, "--done")["stale"] == []
+        assert self.iommu("invalidations", self.mnt, "--ack", "all")["stale"] == []
         return stale
 
     # -- memory ---------------------------------------------------------------------------------------------------

@@ -97,12 +97,12 @@ def test_map_attach_walk_unmap(place: Site) -> None:
     assert hardware.reach(GiB + 4 * KiB) is None
     assert hardware.reach(GiB + 8 * KiB) == physical(place, "guest-ram", 2 * MiB + 8 * KiB)
     assert iommu(place, "audit", place.mnt)["problems"] == []
-    assert iommu(place, "iotlb-needed", place.mnt)["stale"] == done["stale"]
-    token = iommu(place, "iotlb-needed", place.mnt)["token"]
+    assert iommu(place, "invalidations", place.mnt)["stale"] == done["stale"]
+    token = iommu(place, "invalidations", place.mnt)["token"]
     iommu(place, "unmap", dom, "0x40200000", "4K")
-    assert "has become stale" in refused(place, "iotlb-needed", place.mnt, "--done", "--token", str(token))
-    token = iommu(place, "iotlb-needed", place.mnt)["token"]
-    assert iommu(place, "iotlb-needed", place.mnt, "--done", "--token", token)["stale"] == []
+    assert "has become stale" in refused(place, "invalidations", place.mnt, "--ack", str(token))
+    token = iommu(place, "invalidations", place.mnt)["token"]
+    assert iommu(place, "invalidations", place.mnt, "--ack", token)["stale"] == []
     iommu(place, "detach", place.mnt, "00:05.0")
     assert hardware.reach(GiB) is None
 
@@ -195,7 +195,7 @@ def test_replace(place: Site) -> None:
     assert {one["kind"] for one in done["stale"]} == {"context", "iotlb"}
     assert iommu(place, "walk", place.mnt, "00:05.0", "5M")["page_size"] == 4 * KiB
     assert hardware.reach(5 * MiB) == physical(place, "guest-ram", 5 * MiB)
-    assert iommu(place, "iotlb-needed", place.mnt, "--done")["freed"] == 3
+    assert iommu(place, "invalidations", place.mnt, "--ack", "all")["freed"] == 3
 
 
 def test_the_same_of_a_region_that_is_not_mounted(place: Site) -> None:

@@ -12,9 +12,9 @@ from xml.etree import ElementTree as xml
 import pytest
 
 from pkernfs import client, mountinfo
-from pkernfs.cli import iommu_show
-from pkernfs.cli.iommu import VERBS
-from pkernfs.cli.iommu_invalidate import commands, covering
+from pkernfs.cli.iommu import LISTED as VERBS
+from pkernfs.cli.iommu import walk
+from pkernfs.cli.iommu.invalidations import commands, covering
 from pkernfs.cli.main import run as pkernfs
 from pkernfs.errors import UsageError
 from pkernfs.format import IOMMU_INO
@@ -68,7 +68,7 @@ def dom(site: Site) -> Path:
 
 def test_help() -> None:
     text = says("--help")
-    assert all(f"\n  {verb} " in text for verb in VERBS)
+    assert all(f"\n    {verb} " in text for verb in VERBS)
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -135,6 +135,8 @@ def test_wrong_words(site: Site, dom: Path) -> None:
     assert "invalid choice" in fails(2, "create", site.mnt / "iommu" / "dom-1", "--format", "arm")
     assert "invalid choice" in fails(2, "replace", dom, "--leaf", "3")
     assert "65535" in fails(2, "root", site.mnt, "--segment", "64K")
+    for token in ("0", "-1", "x", "\u0661", ""):
+        assert "--ack: expected" in fails(2, "invalidations", site.mnt, "--ack", token)
     assert "MOUNT or REGION" in fails(2, "list", f"{site.region}:/iommu")
     assert "MOUNT DEVICE IOVA" in fails(2, "walk", site.mnt, "x", "00:05.0", "0")
     assert "expected a domain" in fails(2, "walk", site.mnt, "0")
@@ -163,10 +165,10 @@ def test_errors(site: Site, dom: Path) -> None:
 
 def test_from_create_to_destroy(site: Site, dom: Path) -> None:
     ram, rom = site.mnt / "guest-ram", site.mnt / "rom"
-    assert says("map", dom, "0", ram) == f"0x0 to 0xffffff leads to {ram}, offset 0x0, rw\n"
+    assert says("map", dom, "0", ram) == f"0x0 to 0xffffff translates to {ram}, offset 0x0, rw\n"
     assert "it was mapped already" in says("map", dom, "0", ram, "--live-update")
     assert "File exists" in fails(1, "map", dom, "15M", ram)
-    assert says("map", dom, "4G", rom, "--ro", "--length", "8K").startswith("0x100000000 to 0x100001fff leads to ")
+    assert says("map", dom, "4G", rom, "--ro", "--length", "8K").startswith("0x100000000 to 0x100001fff translates to ")
     assert says("attach", dom, "0:5.0", "--persistent").startswith("0000:00:05.0: attached to dom-0, domain id ")
 
     root = says("root", site.mnt)
@@ -187,18 +189,18 @@ def test_from_create_to_destroy(site: Site, dom: Path) -> None:
     assert told("audit", site.mnt)["problems"] == []
 
     assert "1 MiB unmapped\n" in says("unmap", dom, "1M", "1M")
-    needed = says("iotlb-needed", site.mnt)
+    needed = says("invalidations", site.mnt)
     assert "VT-d: IOTLB invalidation, page-selective within domain: domain id 1, address 0x" in needed
-    assert f"pkernfs iommu iotlb-needed {site.mnt} --done --token " in needed
-    assert "confirmed" in says("iotlb-needed", site.mnt, "--done")
-    assert says("iotlb-needed", site.mnt) == "nothing to invalidate\n"
+    assert f"pkernfs iommu invalidations {site.mnt} --ack " in needed
+    assert "acknowledged" in says("invalidations", site.mnt, "--ack", "all")
+    assert says("invalidations", site.mnt) == "nothing to invalidate\n"
 
     assert " compared\n" in says("replace", dom, "--leaf", "4k")
     assert "busy" in fails(1, "destroy", dom)
     assert says("detach", site.mnt, "00:05.0").startswith("0000:00:05.0: detached\n")
     assert says("destroy", dom) == f"{dom}: destroyed\n"
     assert "\nno domains\n" in says("list", site.mnt)
-    assert says("list", site.mnt).endswith("hardware must forget what was there: pkernfs iommu iotlb-needed\n")
+    assert says("list", site.mnt).endswith("invalidations are pending: pkernfs iommu invalidations MOUNT\n")
 
 
 def test_walk(site: Site, dom: Path) -> None:
@@ -222,11 +224,11 @@ def test_the_only_mount(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """`walk DEVICE IOVA` asks the one mount, and none where there are two."""
     here = [mount for mount in mountinfo.mounts() if mount.mountpoint == str(site.mnt)]
     monkeypatch.setattr(mountinfo, "mounts", lambda: iter(here))
-    assert iommu_show.only_mount() == str(site.mnt)
+    assert walk.only_mount() == str(site.mnt)
     for wrong in ([], [*here, here[0]._replace(mountpoint="/other")]):
         monkeypatch.setattr(mountinfo, "mounts", lambda wrong=wrong: iter(wrong))
         with pytest.raises(UsageError, match="expected MOUNT DEVICE IOVA"):
-            iommu_show.only_mount()
+            walk.only_mount()
 
 
 def test_without_a_mount(site: Site, dom: Path) -> None:
@@ -337,7 +339,7 @@ def test_audit_with_problems(site: Site, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("asked")
 def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pkernfs(["iommu", "iotlb-needed", str(site.mnt)]) == 0
+    assert pkernfs(["iommu", "invalidations", str(site.mnt)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "device 0001:3b:00.1: its context has changed",
         "  VT-d: context-cache invalidation, device-selective: source id 0x3b01 of segment 0x1, function mask 0,"
@@ -349,8 +351,38 @@ def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) ->
         "domain id 8: all translations",
         "  AMD: INVALIDATE_IOMMU_PAGES: domain id 8, address 0x7ffffffffffff000, S=1, PDE=1 (all)",
         "where an address mask is above the unit's CAP.MAMV: domain-selective instead",
-        f"then: pkernfs iommu iotlb-needed {site.mnt} --done --token 77",
+        f"then: pkernfs iommu invalidations {site.mnt} --ack 77",
     ]
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "sent"),
+    [
+        ([], [], (False, 0)),
+        (["--ack", "all"], ["--done"], (True, 0)),
+        (["--ack", "77"], ["--done", "--token", "77"], (True, 77)),
+    ],
+    ids=["look", "all", "token"],
+)
+def test_acknowledge(
+    site: Site,
+    asked: list[dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    new: list[str],
+    old: list[str],
+    sent: tuple[bool, int],
+) -> None:
+    """The command's old name and options do the same for one release, and no help lists them."""
+    printed = []
+    for words in (["invalidations", *new], ["iotlb-needed", *old]):
+        asked.clear()
+        assert pkernfs(["iommu", *words, str(site.mnt), "--json"]) == 0
+        printed.append(capsys.readouterr().out)
+        (question,) = asked
+        assert (question["done"], question["token"]) == sent
+    assert printed[0] == printed[1]
+    assert "iotlb-needed" not in says("--help")
+    assert "deprecated" in says("invalidations", "--help")
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ USER_MOUNT = """
 import os, sys
 import pyfuse3, trio, pkernfs.cli.fsck, pkernfs.cli.mkfs, pkernfs.cli.mount, pkernfs.fs.mkfs, pkernfs.fsck.scrub
 import pkernfs.server.bdi, pkernfs.server.control, pkernfs.server.daemon, pkernfs.server.loop, pkernfs.server.mountpoint
-import pkernfs.server.operations, pkernfs.server.options, pkernfs.server.start, pkernfs.server.verbs
+import pkernfs.server.operations, pkernfs.options, pkernfs.server.start, pkernfs.server.verbs
 import logging.handlers, syslog
 import encodings.ascii, encodings.idna
 from pkernfs.cli import main_mkfs, main_mount

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from xml.etree import ElementTree as xml
 
-from pkernfs.cli.iommu_merge import OTHERS, Span
-from pkernfs.cli.iommu_space import GREY, Band, Block, Memory, Space, short
-from pkernfs.cli.iommu_words import about, plural, span
-from pkernfs.cli.words import human, printable
+from pkernfs.cli.iommu.ask import about
+from pkernfs.cli.iommu.picture.merge import OTHERS, Span
+from pkernfs.cli.iommu.picture.space import GREY, Band, Block, Memory, Space, short
+from pkernfs.cli.text import human, plural, printable, span
 from pkernfs.format import PAGE
 
 STYLE = """

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.iommu_source import Source, source
-from pkernfs.cli.iommu_words import Command
+from pkernfs.cli.iommu.arguments import UNITS
+from pkernfs.cli.iommu.source import Source, source
+from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.text import show
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.format import PAGE
 
 if TYPE_CHECKING:
-    from pkernfs.cli.iommu_space import Block, Space
+    from pkernfs.cli.iommu.picture.space import Block, Space
 
-MAP_PICTURE = """\
+DESCRIPTION = """\
 Draw an address space: what is mapped at which IOVA, with which rights and leaves, of which file and where in memory;
 and the gaps between.  What is too small to be seen is drawn together with its neighbours, and the picture says so.
 
@@ -30,10 +31,11 @@ LINES = 24  #: the same for the terminal
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("domain", metavar="DOMAIN", help="MOUNT/iommu/NAME or REGION:/iommu/NAME")
     parser.add_argument("--svg", metavar="FILE", help="draw there; - for standard output")
+    add_json(parser, UNITS)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pkernfs.cli.iommu_space import space
+    from pkernfs.cli.iommu.picture.space import space
 
     if arguments.json and arguments.svg == "-":
         raise UsageError("--svg -: expected a file beside --json, which prints on standard output, too")
@@ -48,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.svg:
         _write_svg(found, arguments.svg)
     if arguments.json:
-        print(json.dumps(_facts(found), indent=2))
+        show(arguments, _facts(found), [])
     elif not arguments.svg:
         _print(found)
     return 0
@@ -72,7 +74,7 @@ def _leaves(where: Source, block: Block) -> tuple[int, ...]:
 
 
 def _write_svg(found: Space, path: str) -> None:
-    from pkernfs.cli.iommu_svg import svg
+    from pkernfs.cli.iommu.picture.svg import svg
 
     text = svg(found)
     if path == "-":
@@ -86,15 +88,15 @@ def _write_svg(found: Space, path: str) -> None:
 
 
 def _print(found: Space) -> None:
-    from pkernfs.cli import iommu_text
+    from pkernfs.cli.iommu.picture import text as drawn
 
     if not sys.stdout.isatty():
         try:
-            iommu_text.UNICODE.fills.encode(sys.stdout.encoding or "ascii")
-            marks = iommu_text.UNICODE
+            drawn.UNICODE.fills.encode(sys.stdout.encoding or "ascii")
+            marks = drawn.UNICODE
         except UnicodeEncodeError:
-            marks = iommu_text.ASCII
-        for line in iommu_text.picture(found, marks):
+            marks = drawn.ASCII
+        for line in drawn.picture(found, marks):
             print("".join(piece.text for piece in line).rstrip())
         return
     from rich.console import Console
@@ -102,7 +104,7 @@ def _print(found: Space) -> None:
 
     console = Console(highlight=False)
     colours = found.colours()
-    for line in iommu_text.picture(found, iommu_text.UNICODE if console.no_color else iommu_text.COLOURS):
+    for line in drawn.picture(found, drawn.UNICODE if console.no_color else drawn.COLOURS):
         text = Text(no_wrap=True, overflow="ellipsis")
         for piece in line:
             text.append(piece.text, style="" if piece.ino is None else colours.get(piece.ino, ""))
@@ -143,4 +145,4 @@ def _facts(found: Space) -> dict[str, Any]:
     }
 
 
-COMMANDS = {"map-picture": Command(MAP_PICTURE, _arguments, _run)}
+VERBS = {"map-picture": Verb(DESCRIPTION, _arguments, _run)}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from pkernfs.cli.iommu_merge import OTHERS
-from pkernfs.cli.iommu_space import Block, Space, short
-from pkernfs.cli.iommu_words import about, plural
-from pkernfs.cli.words import human, printable
+from pkernfs.cli.iommu.ask import about
+from pkernfs.cli.iommu.picture.merge import OTHERS
+from pkernfs.cli.iommu.picture.space import Block, Space, short
+from pkernfs.cli.text import human, plural, printable
 from pkernfs.format import PAGE
 
 WIDTH = 16  #: of a block, in characters

@@ -9,9 +9,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
-from pkernfs.cli.iommu_merge import OTHERS, Mapping, Span, merge
-from pkernfs.cli.iommu_words import plural
-from pkernfs.cli.words import human
+from pkernfs.cli.iommu.picture.merge import OTHERS, Mapping, Span, merge
+from pkernfs.cli.text import human, plural
 
 FILES = 12  #: that are told apart; the smallest of more become one
 DEVICES = 6  #: that are named

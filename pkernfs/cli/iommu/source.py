@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pkernfs.cli.iommu_words import ask, existing
-from pkernfs.cli.words import region_and_path
+from pkernfs.cli.arguments import region_and_path
+from pkernfs.cli.iommu.arguments import existing
+from pkernfs.cli.iommu.ask import ask
+from pkernfs.cli.text import printable
 from pkernfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -124,3 +126,8 @@ def source(word: str, *, domain: bool = False) -> Source:
             continue  # its servers were killed: nobody changes the region
         return source(os.path.join(mountpoint, path.lstrip("/")), domain=domain)
     return Offline(region, path)
+
+
+def file_name(one: Facts) -> str:
+    """The file of a mapping, for people."""
+    return printable(one["file"]) if one["file"] is not None else f"inode {one['ino']}, without a name"

@@ -1,0 +1,57 @@
+"""How things are printed: for people, or one JSON object for programs."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def show(arguments: argparse.Namespace, facts: Any, lines: Iterable[str]) -> None:
+    """The facts with --json, else the lines."""
+    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines))
+
+
+def human(count: int) -> str:
+    """A size for people: 1.5 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
+
+
+def printable(name: str) -> str:
+    """A name as part of a line on a terminal or in a pipe: what is no printable UTF-8 becomes an escape."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def duration(length: float) -> str:
+    """A length of time for people: 350 ms, 12 s, 3 h 20 min."""
+    if length < 1:
+        return f"{length * 1000:.1f} ms"
+    for unit, size, name, below in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if length >= unit:
+            return f"{length // unit:.0f} {name} {length % unit // size:.0f} {below}"
+    return f"{length:.0f} s"
+
+
+def span(iova: int, length: int) -> str:
+    """A range of addresses, first to last."""
+    return f"{iova:#x} to {iova + length - 1:#x}"
+
+
+def plural(count: int, what: str) -> str:
+    """3 mappings, 1 mapping."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], align: str) -> list[str]:
+    """Rows with aligned columns under a head."""
+    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)).rstrip()
+        for row in (head, *rows)
+    ]
