@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.mountinfo import FSTYPE, mountpoints_of, mounts
 from pkernfs.region import lock_holder, open_region
 
@@ -38,7 +39,7 @@ def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: s
         with open_region(region_path, readonly=True, locked=False) as region:
             holder = lock_holder(region.path)
             try:
-                fs = Filesystem.open(region)
+                fs = open_filesystem(region)
                 if holder and attempt == 0:
                     mounted = mountpoints_of(region.path)
                     where = f"is mounted on {mounted[0]}" if mounted else f"is in use by {holder}"

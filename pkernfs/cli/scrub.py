@@ -79,15 +79,15 @@ def _online(mountpoint: str) -> Iterator[Step]:
 def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
     from pkernfs.cli.offline import keep_quiet
     from pkernfs.errors import CorruptError, FormatError
-    from pkernfs.fs.filesystem import Filesystem
     from pkernfs.fsck.repair.metadata import find_copy
     from pkernfs.fsck.scrub import Damage, scrub_all
+    from pkernfs.iommu.guard import open_filesystem
     from pkernfs.region import open_region
 
     keep_quiet()
     with open_region(path, readonly=True) as region:
         try:
-            fs = Filesystem.open(region)
+            fs = open_filesystem(region)
         except CorruptError as error:
             return 1, [Damage.of(error)._asdict()]
         except FormatError as error:

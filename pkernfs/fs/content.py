@@ -10,6 +10,7 @@ from typing import TypeVar
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FLAG_DIRECT,
+    GUARDED,
     INODE_ATIME_AT,
     INODE_CTIME_AT,
     INODE_MTIME_AT,
@@ -17,11 +18,12 @@ from pkernfs.format import (
     INODE_SIZE_AT,
     MAX_FILE_SIZE,
     PAGE,
+    Ino,
     Inode,
 )
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import has_extents
-from pkernfs.fs.records import TABLES
 from pkernfs.fs.volume import Volume
 
 T = TypeVar("T")
@@ -47,8 +49,9 @@ class Content:
     #: sends them with setattr: but not when they have not changed since it did so last.
     write_updates_times = True
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, guard: Callable[[Volume], Guard]) -> None:
         self.volume = volume
+        self.guard = guard(volume)
         self.region = volume.region
 
     def now(self) -> int:
@@ -161,8 +164,8 @@ class Content:
         volume = self.volume
         volume.damage.check_changeable(ino)
         inode = volume.inode(ino)
-        if inode.flags & TABLES:
-            raise FsError(errno.EPERM, f"inode {ino}: page tables are changed by the API only")
+        if inode.flags & GUARDED:
+            self.guard.may_write(Ino(ino))
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
         if offset > inode.size and inode.orphan_next:

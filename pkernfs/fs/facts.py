@@ -6,9 +6,9 @@ import uuid
 from typing import Any
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import ACCESS_NAMES, BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, geometry
+from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, Ino, geometry
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pins import mappings_of
+from pkernfs.fs.guard import pins
 
 
 def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
@@ -35,16 +35,7 @@ def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
         "contiguous": contiguous,
         "direct": bool(inode.flags & FLAG_DIRECT),
         "extents": extents,
-        "pins": [
-            {
-                "domain": pin.name,
-                "iova": pin.iova,
-                "offset": pin.mapping.start * PAGE,
-                "length": pin.mapping.length * PAGE,
-                "access": ACCESS_NAMES[pin.mapping.access],
-            }
-            for pin in mappings_of(fs, ino)
-        ],
+        "pins": fs.guard.describe_pins(Ino(ino)) if pins(inode) else [],
     }
 
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     FLAG_DIRECT,
+    GUARDED,
     INODE_SIZE,
     INODES_PER_PAGE,
     PAGE,
     PAGES_PER_BLOCK,
     ROOT_INO,
     Extent,
+    Ino,
     Inode,
 )
 from pkernfs.fs.content import clamp_time, killed_mode
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.guard import Guard, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import STEP
-from pkernfs.fs.pins import check_cut
-from pkernfs.fs.records import TABLES
 from pkernfs.fs.rename import Renames
-from pkernfs.fs.tables import check_open, check_size, mark_bitmap
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import Region
@@ -58,13 +59,13 @@ class Filesystem(Renames):
     """All operations on one region.  Inode numbers in, FsError out; every call is complete when it returns."""
 
     @classmethod
-    def open(cls, region: Region, lookups: Lookups | None = None) -> Filesystem:
+    def open(cls, region: Region, guard: Callable[[Volume], Guard], lookups: Lookups | None = None) -> Filesystem:
         """Open the filesystem in ``region``: replay the journal and, when it may write, free the orphans.
 
-        ``lookups``: of a mount that goes on after the end of its server.  Raises FormatError, CorruptError (also when
-        the root directory is damaged).
+        ``guard``: asked before what hardware may be using is touched.  ``lookups``: of a mount that goes on after the
+        end of its server.  Raises FormatError, CorruptError (also when the root directory is damaged).
         """
-        fs = cls(Volume(region), lookups)
+        fs = cls(Volume(region), guard, lookups)
         root = fs.volume.inode_named_by(ROOT_INO, ROOT_INO)
         if not stat.S_ISDIR(root.mode) or root.parent != ROOT_INO:
             found = f"expected a directory, its own parent, found mode {root.mode:o}, parent {root.parent:#x}"
@@ -93,7 +94,7 @@ class Filesystem(Renames):
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
         them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's, or
-        mapped by a domain), EPERM (page tables, see tables.check_size).
+        mapped by a domain), EPERM (page tables, see guard).
         """
         inode = self.volume.inode(ino)
         now = self.now()
@@ -117,21 +118,23 @@ class Filesystem(Renames):
             changed["mtime"] = clamp_time(change.mtime)
         if change.size is not None and not stat.S_ISREG(mode):
             raise FsError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, f"inode {ino}")
-        tables = inode.flags & TABLES
-        if change.size is not None and tables:
-            check_size(ino, inode, change.size)
+        guarded = inode.flags & GUARDED
+        if change.size is not None and guarded:
+            self.guard.may_resize(Ino(ino), inode, change.size)
         if change.size is not None and change.size < inode.size:
             end = -(-change.size // PAGE)
             self.check_unmapped(ino, inode, end)
-            check_cut(self, ino, inode, end)
+            if pins(inode):
+                self.guard.may_cut(Ino(ino), inode, end)
         elif change.size is not None and inode.orphan_next and change.size > inode.size:
             self.finish_cut(ino)
             inode = self.volume.inode(ino)
 
         def apply(compact: bool) -> bool:
             new = inode if change.size is None else self.resized(ino, inode, change.size, compact=compact)
-            if tables and new.size > inode.size:
-                mark_bitmap(self.volume, ino, new)
+            if guarded and new.size > inode.size:
+                assert self.volume.tx is not None
+                self.guard.resized(self.volume.tx, Ino(ino), new)
             new = new._replace(**changed)
             self.volume.put_inode(ino, new)
             return change.size is None or change.size > inode.size or self._cut(ino, new, compact)
@@ -161,8 +164,8 @@ class Filesystem(Renames):
         """
         self.file_map(ino)
         inode = self.volume.inode(ino)
-        if inode.flags & TABLES:
-            raise FsError(errno.EPERM, f"inode {ino}: page tables are not mapped past the mount")
+        if inode.flags & GUARDED:
+            self.guard.may_map(Ino(ino))
         flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
         if flags != inode.flags:
             inode = inode._replace(flags=flags)
@@ -172,7 +175,7 @@ class Filesystem(Renames):
 
     def check_open(self, ino: int, flags: int) -> None:
         """Raise FsError(EPERM) when the inode, or a file to be made in this directory, may not be opened like that."""
-        check_open(self.volume.inode(ino), flags)
+        self.guard.may_open(self.volume.inode(ino), flags)
 
     def extents(self, ino: int) -> list[Extent]:
         """The extents of a regular file, in pages.  Raises FsError(EINVAL)."""

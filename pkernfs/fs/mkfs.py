@@ -38,6 +38,7 @@ from pkernfs.format import (
     geometry,
 )
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import seal_inode, seal_page
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
@@ -111,7 +112,7 @@ def mkfs(
         region.store(ino * INODE_SIZE, seal_inode(ino, inode))
     region.store(geo.journal_offset, raw)
     region.store(8, raw[8:])
-    _add_iommu(Filesystem(Volume(region, sb)))
+    _add_iommu(Filesystem(Volume(region, sb), Guard))
     region.flush()
     region.store_word(0, MAGIC)
     region.flush()

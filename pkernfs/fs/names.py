@@ -11,7 +11,9 @@ from typing import NamedTuple
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FIRST_FREE_SLOT,
-    FLAG_IOMMU_DOMAIN_PGTABLES,
+    FLAG_DIR,
+    FLAG_FILE,
+    GUARDED,
     INLINE_SIZE,
     LINK_MAX,
     NAME_MAX,
@@ -25,7 +27,6 @@ from pkernfs.fs.charge import project_above, with_quota, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
-from pkernfs.fs.tables import check_places, check_unused, flags_of_new
 
 
 class Caller(NamedTuple):
@@ -120,7 +121,8 @@ class Names(Orphans):
         directory = self._new_name(parent, name)
         above = directory.inode
         is_dir = stat.S_ISDIR(mode)
-        flags = flags_of_new(above, mode)
+        flags = FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0
+        flags |= self.guard.flags_of_new(above, mode)
         gid = caller.gid
         if above.mode & stat.S_ISGID:
             gid = above.gid
@@ -178,9 +180,7 @@ class Names(Orphans):
             raise FsError(errno.EMLINK, f"{LINK_MAX} names")
         now = self.now()
         directory = self._new_name(parent, name)
-        check_places(directory.inode)
-        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            raise FsError(errno.EPERM, "a domain has one name")
+        self.guard.may_link(inode, directory.inode)
         self._check_project(inode, directory.inode)
         with self.volume.transaction():
             directory.add(name, ino, inode.mode)
@@ -204,7 +204,8 @@ class Names(Orphans):
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EISDIR, repr(name))
         self._check_removable(entry.ino, name)
-        check_unused(self.volume, entry.ino, inode)
+        if inode.flags & GUARDED:
+            self.guard.may_unlink(entry.ino, inode)
         now = self.now()
         with self.volume.transaction():
             directory.remove(entry)

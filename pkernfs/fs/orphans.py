@@ -8,17 +8,18 @@ from __future__ import annotations
 import errno
 import logging
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice, takewhile
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import ORPHANS_INO, PAGE, Inode
+from pkernfs.format import GUARDED, ORPHANS_INO, PAGE, Ino, Inode
 from pkernfs.fs.content import Content
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import MAX_PAGES, FileMap
+from pkernfs.fs.guard import Guard, has_records, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
-from pkernfs.fs.records import awaits_hardware, drop_mappings, drop_records, has_mappings, has_records, is_pinned
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
@@ -33,6 +34,30 @@ BATCH = 1000  #: inodes that one transaction marks: less than the journal holds
 TINY_BATCH, TINY = 128, 4
 
 
+def listed(volume: Volume) -> list[Ino]:
+    """The inodes on the list of orphans.  Raises CorruptError when it does not come back to its beginning."""
+    found: list[Ino] = []
+    seen = set()
+    ino = linked(volume, ORPHANS_INO).orphan_next
+    while ino != ORPHANS_INO:
+        if not ino or ino in seen:
+            raise bad_list(f"inode {ino} after {found[-3:]}")
+        seen.add(ino)
+        found.append(Ino(ino))
+        ino = linked(volume, ino).orphan_next
+    return found
+
+
+def linked(volume: Volume, ino: int) -> Inode:
+    """The inode that a link of the list names."""
+    return volume.inode_named_by(ORPHANS_INO, ino)
+
+
+def bad_list(found: str) -> CorruptError:
+    """The list of orphans is damaged."""
+    return corrupt_inode(ORPHANS_INO, found, "the list of orphans")
+
+
 class Orphans(Content):
     """The list of orphans, and what is done with its members.
 
@@ -40,52 +65,41 @@ class Orphans(Content):
     between other calls, with ``pending_step``; without, every call finishes what it began.
     """
 
-    def __init__(self, volume: Volume, lookups: Lookups | None = None) -> None:
-        super().__init__(volume)
+    def __init__(self, volume: Volume, guard: Callable[[Volume], Guard], lookups: Lookups | None = None) -> None:
+        super().__init__(volume, guard)
         self.lookups = lookups or Lookups(self.region.size)
         self.ended = False  #: nobody refers to anything any more
         self.in_background = False
         self.pending: dict[int, None] = {}
 
     def referenced(self, ino: int) -> bool:
-        """Whether the inode is needed: the kernel knows it, so that it may be open; mappings of domains name it; or
-        hardware may still be looking at the tables in it."""
+        """Whether the inode is needed: the kernel knows it, so that it may be open; it is pinned; or guarded."""
         if not self.ended and self.lookups[ino] > 0:
             return True
-        return is_pinned(self.volume.inode(ino)) or self.awaits_hardware(ino)
+        return self._is_kept(ino)
 
-    def awaits_hardware(self, ino: int) -> bool:
-        """Whether hardware may still be looking at the tables in the inode; where that cannot be told: yes."""
+    def _is_kept(self, ino: int) -> bool:
+        return pins(self.volume.inode(ino)) > 0 or self.is_guarded(ino)
+
+    def is_guarded(self, ino: int) -> bool:
+        """Whether the guard does not let the inode go yet; where that cannot be told: yes."""
         try:
-            return awaits_hardware(self.volume, ino)
+            inode = self.volume.inode(ino)
+            return bool(inode.flags & GUARDED) and not self.guard.may_free(Ino(ino), inode)
         except PkernfsError as error:
             self.complain(error)
             return True
 
-    def orphans(self) -> list[int]:
+    def orphans(self) -> list[Ino]:
         """The listed inodes.  Raises CorruptError when the list does not come back to its beginning."""
-        found: list[int] = []
-        seen = set()
-        ino = self._linked(ORPHANS_INO).orphan_next
-        while ino != ORPHANS_INO:
-            if not ino or ino in seen:
-                raise self._bad_list(f"inode {ino} after {found[-3:]}")
-            seen.add(ino)
-            found.append(ino)
-            ino = self._linked(ino).orphan_next
-        return found
-
-    def _bad_list(self, found: str) -> CorruptError:
-        return corrupt_inode(ORPHANS_INO, found, "the list of orphans")
+        return listed(self.volume)
 
     def _linked(self, ino: int) -> Inode:
-        """The inode that a link of the list names."""
-        return self.volume.inode_named_by(ORPHANS_INO, ino)
+        return linked(self.volume, ino)
 
     def awaits_forget(self) -> bool:
         """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
-        kept = (is_pinned(self.volume.inode(ino)) or self.awaits_hardware(ino) for ino in self.orphans())
-        return not all(kept)
+        return not all(map(self._is_kept, self.orphans()))
 
     def list_orphan(self, ino: int) -> None:
         """Put an inode at the head of the list, within a transaction.
@@ -117,7 +131,7 @@ class Orphans(Content):
             return
         before, after = inode.orphan_prev, inode.orphan_next
         if self._linked(before).orphan_next != ino or self._linked(after).orphan_prev != ino:
-            raise self._bad_list(f"inode {ino} between {before} and {after}, which name others")
+            raise bad_list(f"inode {ino} between {before} and {after}, which name others")
         volume.put_inode(before, volume.inode(before)._replace(orphan_next=after))
         volume.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
         volume.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
@@ -156,7 +170,8 @@ class Orphans(Content):
             found = "a directory without a name that has entries"
             raise corrupt_inode(ino, found)
         if has_records(inode):
-            drop_records(volume, ino)
+            assert volume.tx is not None
+            self.guard.drop_records(volume.tx, Ino(ino))
             inode = volume.inode(ino)
         done = True
         if inode.xattrs:
@@ -206,15 +221,15 @@ class Orphans(Content):
         if inode.nlink or not has_records(inode):
             return False
         try:
-            return has_mappings(self.volume, ino)
+            return self.guard.is_pinning(Ino(ino))
         except PkernfsError as error:
             self.complain(error)
             return False
 
     def _unmap_part(self, ino: int) -> None:
         """Drop some of the records of a domain without a name.  Files that nobody needs any more are freed later."""
-        with self.volume.transaction():
-            unpinned = drop_mappings(self.volume, ino, STEP)
+        with self.volume.transaction() as tx:
+            unpinned = self.guard.unpin(tx, Ino(ino), STEP)
         for file in unpinned:
             if not self.volume.inode(file).nlink and not self.referenced(file):
                 self.pending[file] = None

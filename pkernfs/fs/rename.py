@@ -6,11 +6,10 @@ import errno
 import stat
 
 from pkernfs.errors import FsError
-from pkernfs.format import NAME_MAX, ROOT_INO, Inode
+from pkernfs.format import GUARDED, NAME_MAX, ROOT_INO, Inode
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.names import Names
-from pkernfs.fs.tables import check_places, check_unused
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -51,11 +50,13 @@ class Renames(Names):
         else:
             self._check_removable(new.ino, new_name)
         if source is not target:
-            check_places(source.inode, target.inode)
+            self.guard.may_move(source.inode, target.inode)
         self._check_project(source.inode, target.inode)
         if new is not None and flags != RENAME_EXCHANGE:
             self._check_replaceable(new, moved)
-            check_unused(self.volume, new.ino, self.volume.inode(new.ino))
+            replaced = self.volume.inode(new.ino)
+            if replaced.flags & GUARDED:
+                self.guard.may_unlink(new.ino, replaced)
             self.drop_quota(new.ino, parent, new_parent, old.ino)
         now = self.now()
         with self.volume.transaction():

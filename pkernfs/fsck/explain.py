@@ -17,6 +17,7 @@ from pkernfs.format import (
     BLOCK_KINDS,
     BLOCK_META,
     DISCARD,
+    GUARDED,
     INODE_SIZE,
     INODES_PER_PAGE,
     JOURNAL_HEADER,
@@ -38,7 +39,6 @@ from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.paths import paths_of
-from pkernfs.fs.records import TABLES
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.fsck.check import Checker
 
@@ -170,7 +170,7 @@ def _tree_of(fs: Filesystem, ino: int, inode: Inode, page: int) -> str:
     """Which of an inode's trees has a node."""
     if inode.xattrs and page in Tree(fs.volume, ino, inode.xattrs).all_pages():
         return "attributes"
-    if inode.flags & TABLES and inode.iommu and page in Tree(fs.volume, ino, inode.iommu).all_pages():
+    if inode.flags & GUARDED and inode.iommu and page in Tree(fs.volume, ino, inode.iommu).all_pages():
         return "records"
     return "directory" if stat.S_ISDIR(inode.mode) else "extents"
 

@@ -7,15 +7,16 @@ import os
 from pkernfs.errors import PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pins import named_domains
-from pkernfs.fs.records import Records
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Problem
 from pkernfs.fsck.repair.work import Repair
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import cut_off
+from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.guard import PageTableGuard
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.replace import replace
 from pkernfs.iommu.stale import Invalidation, add
 from pkernfs.region import Region
@@ -27,7 +28,7 @@ MOST = 1 << 16  #: devices of a segment
 
 def check_tables(region: Region) -> list[Problem]:
     """What the audit finds."""
-    fs = Filesystem(Volume(region))
+    fs = Filesystem(Volume(region), PageTableGuard)
     inos = {os.fsdecode(name): ino for name, ino in named_domains(fs.volume)}
     return [
         Problem(CODE, f"{found['kind']}: {found['text']}", inos.get(found["domain"] or "", ROOT_PGTABLES_INO))
@@ -37,7 +38,7 @@ def check_tables(region: Region) -> list[Problem]:
 
 def mend_tables(region: Region) -> list[Repair]:
     """Rebuild the tables of domains that are not right, and lead their devices, and nobody else, to them."""
-    fs = Filesystem(Volume(region))
+    fs = Filesystem(Volume(region), PageTableGuard)
     wrong = {problem.ino for problem in check_tables(region)}
     done = []
     for name, ino in named_domains(fs.volume):

@@ -19,10 +19,10 @@ from pkernfs.format import (
     Attachment,
 )
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pins import named_domains
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import BUSES, Contexts
+from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, DEVICES
 from pkernfs.iommu.pages import TablePages

@@ -15,11 +15,11 @@ from pkernfs.format import (
     ROOT_TABLE_KEY,
     RootTable,
 )
-from pkernfs.fs.records import Records
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.formats import ADDRESS, DEVICES, ENTRIES, FORMATS
 from pkernfs.iommu.pages import TablePages
+from pkernfs.iommu.records import Records
 
 log = logging.getLogger("pkernfs")
 

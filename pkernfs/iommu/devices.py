@@ -10,11 +10,12 @@ import errno
 from pkernfs.errors import FsError
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Domain, name_of
+from pkernfs.iommu.directory import called
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import BY_NAME, DEVICES, FORMATS
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit, done_before
 from pkernfs.iommu.stale import Invalidation, add
 
@@ -28,7 +29,7 @@ def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False
     before = Records(volume, ROOT_PGTABLES_INO).attachment(requester)
     declared = before and persistent and not before.flags & PERSISTENT
     if before and (before.domain != ino or not (before.flags & DEFERRED or declared)):
-        text = f"{pci.text(requester)} is attached to {name_of(fs, before.domain)}: detach it first"
+        text = f"{pci.text(requester)} is attached to {called(volume, before.domain)}: detach it first"
         raise FsError(errno.EBUSY, text)
 
     def change(roots: Records, compact: bool) -> int:

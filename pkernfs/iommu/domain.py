@@ -7,7 +7,6 @@ Each change is one transaction.  ``request`` names it: one that comes again has 
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from contextlib import suppress
 
@@ -26,13 +25,13 @@ from pkernfs.format import (
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.fs.pins import named_domains
-from pkernfs.fs.records import Records, is_attached, is_stale
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.contexts import EMPTY
+from pkernfs.iommu.directory import name_of, named_domains
 from pkernfs.iommu.edit import Editor, tables_below
 from pkernfs.iommu.formats import BY_NAME, ENTRY_OF, FORMATS, TableFormat
 from pkernfs.iommu.pages import TablePages
+from pkernfs.iommu.records import Records, is_attached, is_stale
 from pkernfs.iommu.requests import done_before, executed
 from pkernfs.iommu.stale import Invalidation, add, pending
 
@@ -128,12 +127,6 @@ class Domain:
 # -- all of them ----------------------------------------------------------------------------------------------------
 
 
-def name_of(fs: Filesystem, ino: int) -> str:
-    """What a domain is called, for messages."""
-    found = next((name for name, of in named_domains(fs.volume) if of == ino), f"inode {ino}".encode())
-    return os.fsdecode(found)
-
-
 def new_id(volume: Volume, roots: Records) -> int:
     """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
     used = {stale.id for stale in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
@@ -170,12 +163,13 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
     return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, furnish=furnish)
 
 
-def destroy(fs: Filesystem, ino: int, request: int = 0) -> None:
-    """Remove a domain that no device is attached to, and all its mappings."""
+def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
+    """Remove a domain that no device is attached to, and all its mappings; its name, None when that was done before."""
     if done_before(fs, request) is not None:
-        return
+        return None
     Domain(fs.volume, ino)
-    name = next((name for name, of in named_domains(fs.volume) if of == ino), None)
+    name = name_of(fs.volume, ino)
     if name is None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
     fs.unlink(IOMMU_INO, name, also=lambda: executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0))
+    return name

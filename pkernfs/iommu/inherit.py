@@ -8,10 +8,10 @@ import logging
 from pkernfs.errors import FsError
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import forget
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.replace import forgotten
 from pkernfs.iommu.requests import recorded
 

@@ -10,11 +10,11 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import TABLES, Records, pin
 from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.records import Records, pin
 from pkernfs.iommu.requests import commit, done_before
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
@@ -67,7 +67,7 @@ def map_file(
     domain = Domain(volume, ino)
     domain.check_named()
     inode = volume.inode(file_ino)
-    if inode.flags & TABLES:
+    if inode.flags & GUARDED:
         raise FsError(errno.EPERM, f"inode {file_ino} holds page tables: no device may write to them")
     if not stat.S_ISREG(inode.mode) or access not in ACCESS:
         raise FsError(errno.EINVAL, f"inode {file_ino}, access {access!r}: expected a regular file, and rw, ro or wo")

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pins import named_domains
-from pkernfs.fs.records import Records
 from pkernfs.iommu.contexts import Contexts
+from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit
 from pkernfs.iommu.stale import Invalidation, add, clear, generation, pending
 from pkernfs.iommu.translations import Note, Tables, compare, expected
@@ -107,7 +107,7 @@ def forgotten(fs: Filesystem, listed: int = 0, request: int = 0) -> int:
     ``listed``: the generation of the list that was worked through, 0: not known.  Raises FsError(EAGAIN) when more has
     come since.
     """
-    removed = [ino for ino in fs.orphans() if fs.awaits_hardware(ino)]
+    removed = [ino for ino in fs.orphans() if fs.is_guarded(ino)]
 
     def change(roots: Records, compact: bool) -> int:
         if listed not in (0, generation(roots)):

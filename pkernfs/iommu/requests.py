@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from pkernfs.format import REQUEST, REQUEST_KEY, REQUEST_SLOTS, ROOT_PGTABLES_INO, Request
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
+from pkernfs.iommu.records import Records
 
 
 def done_before(fs: Filesystem, request: int) -> int | None:

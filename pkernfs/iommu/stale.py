@@ -20,8 +20,8 @@ from pkernfs.format import (
     Generation,
     Stale,
 )
-from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
+from pkernfs.iommu.records import Records
 
 MOST = 64  #: ranges that are kept of one domain id; more become all of it
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from pkernfs.format import PAGE, GiB, Mapping
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
-from pkernfs.fs.records import LAST_MAPPING
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import Piece
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
+from pkernfs.iommu.records import LAST_MAPPING
 
 PORTION = GiB  #: no more than this is looked at without a look at anything else
 

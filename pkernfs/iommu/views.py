@@ -10,13 +10,13 @@ from typing import Any
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pins import named_domains
-from pkernfs.fs.records import Records
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Domain, name_of
+from pkernfs.iommu.directory import called, named_domains
+from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.replace import stale
 from pkernfs.iommu.stale import generation
 
@@ -183,7 +183,7 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
     wanted = file_at(domain, iova) if 0 <= iova < domain.aperture else None
     return {
         "device": None if requester is None else pci.text(requester),
-        "domain": name_of(fs, ino),
+        "domain": called(fs.volume, ino),
         "iova": iova,
         "steps": steps,
         **result,

@@ -14,9 +14,9 @@ from pkernfs.errors import FsError, UsageError
 from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.fs.pins import named_domains
 from pkernfs.iommu import devices, domain, mapping, pci, replace, views
 from pkernfs.iommu.audit import Audit
+from pkernfs.iommu.directory import called, name_of
 from pkernfs.server.control import Verb
 
 STEP = 0.005  #: seconds of an audit after which other requests are served
@@ -122,7 +122,7 @@ def _unmap(fs: Filesystem, words: Words) -> dict[str, Any]:
 def _attach(fs: Filesystem, words: Words) -> dict[str, Any]:
     devices.attach(fs, words.ino, words.device, persistent=words.flag("persistent"), request=words.name)
     attachment = views.attachments_of(fs)[words.device]
-    return views.device_facts(words.device, attachment, domain.name_of(fs, attachment.domain))
+    return views.device_facts(words.device, attachment, called(fs.volume, attachment.domain))
 
 
 def _detach(fs: Filesystem, words: Words) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _name(fs: Filesystem, op: Any, words: Words) -> bytes | None:
     """The name in iommu/ that an operation makes or removes."""
     if op == "create":
         return words.file_name
-    return next((name for name, ino in named_domains(fs.volume) if op == "destroy" and ino == words.ino), None)
+    return name_of(fs.volume, words.ino) if op == "destroy" else None
 
 
 def iommu(fs: Filesystem, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]) -> Verb:

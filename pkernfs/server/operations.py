@@ -15,12 +15,12 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.format import BLOCK, FLAG_DIRECT, NAME_MAX, PAGE, Inode, checksum
+from pkernfs.format import BLOCK, FLAG_DIRECT, GUARDED, NAME_MAX, PAGE, Inode, checksum
 from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.guard import pins
 from pkernfs.fs.names import Caller
-from pkernfs.fs.records import TABLES, is_pinned
 from pkernfs.server.device import REQUEST, RESENT, SETXATTR, SETXATTR_FLAGS_AT
 from pkernfs.server.stats import BUGS, INDEX, SIZE
 
@@ -233,13 +233,13 @@ class Operations(pyfuse3.Operations):
         entry.st_atime_ns = inode.atime
         entry.st_ctime_ns = inode.ctime
         entry.entry_timeout = TIMEOUT
-        if inode.flags & FLAG_DIRECT or is_pinned(inode):
+        if inode.flags & FLAG_DIRECT or pins(inode) > 0:
             # Somebody may be storing into the file's memory at any moment.  Attributes that are asked for at every
             # read and an mtime that is never the same make the kernel (AUTO_INVAL_DATA) drop its cached pages.
             entry.attr_timeout = 0
             entry.st_mtime_ns = max(inode.mtime, self.fs.now())
         else:
-            entry.attr_timeout = 0 if inode.flags & TABLES else TIMEOUT  # they grow by themselves
+            entry.attr_timeout = 0 if inode.flags & GUARDED else TIMEOUT  # they grow by themselves
             entry.st_mtime_ns = inode.mtime
         return entry
 
@@ -383,14 +383,14 @@ class Operations(pyfuse3.Operations):
         # A file that has blocks of its own may be mapped directly: what the kernel cached is dropped at each open.
         # So it is where a read is to update the access time: the kernel does not tell of reads that it answers itself.
         inode = self.fs.getattr(ino)
-        changing = bool(inode.flags & FLAG_DIRECT) or is_pinned(inode)
+        changing = bool(inode.flags & FLAG_DIRECT) or pins(inode) > 0
         keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.atime_due(inode)
         # What writes back reads, to complete a page, from files that are open for writing only.
         is_read = not flags & (os.O_NOATIME | os.O_WRONLY)
         handle = ino | (KILL_PRIV if ctx.uid else 0) | (0 if is_read else NOATIME)
         # What writes back looks for no changes but its own: a file that somebody may be storing into past the mount is
         # read and written past the cache then, as page tables always are (and Linux before 6.6 does not map it).
-        direct_io = bool(inode.flags & TABLES) or (self.enable_writeback_cache and changing)
+        direct_io = bool(inode.flags & GUARDED) or (self.enable_writeback_cache and changing)
         return FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache, direct_io=direct_io)
 
     @handler

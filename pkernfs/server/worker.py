@@ -34,8 +34,9 @@ import trio
 import pkernfs
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.format import ROOT_INO
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.filesystem import SetAttr
 from pkernfs.fs.lookups import Lookups
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.inherit import inherit
 from pkernfs.options import MountOptions
 from pkernfs.region import Region, open_region, read_superblock
@@ -122,7 +123,7 @@ class Worker:
         start_logging(options)
         region = open_region(self.state.region, readonly=options.readonly, fd=region_fd)
         set_barriers(region, options)
-        self.fs = fs = Filesystem.open(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
+        self.fs = fs = open_filesystem(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
         fs.atime_policy = options.atime
         if self.first and not options.readonly:
             fs.volume.mark_mounted()

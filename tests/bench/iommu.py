@@ -20,8 +20,9 @@ from pkernfs.format import BLOCK, DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, MiB, 
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
-from pkernfs.fs.records import Records
 from pkernfs.iommu import domain, mapping, replace, views
+from pkernfs.iommu.guard import open_filesystem
+from pkernfs.iommu.records import Records
 from pkernfs.region import Region
 from tests.bench.report import Report, machine
 
@@ -53,7 +54,7 @@ def filesystem(size: int, kind: type[SparseRegion] = SparseRegion) -> tuple[File
     """A filesystem with one file of ``size`` bytes, which begins at 1 GiB; its inode."""
     region = kind(size + 4 * GiB)
     mkfs(region, phys_base=GiB - geometry(region.size // BLOCK).first_block * BLOCK)
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     ino = fs.create(ROOT_INO, b"guest-ram", stat.S_IFREG | 0o600, Caller(0, 0))
     fs.setattr(ino, SetAttr(size=size))
     return fs, ino

@@ -6,7 +6,7 @@ from typing import Any
 
 from pkernfs import format as f
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
+from pkernfs.iommu.records import Records
 from tests.core.support import attach, map_file, mkdomain, mkfile, patch_inode
 
 

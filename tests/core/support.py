@@ -31,8 +31,9 @@ from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pages import read_inode, seal_inode
-from pkernfs.fs.records import Records, pin
 from pkernfs.fsck.check import check
+from pkernfs.iommu.guard import open_filesystem
+from pkernfs.iommu.records import Records, pin
 from pkernfs.region import MemoryRegion, Region
 
 MiB = 1 << 20
@@ -52,7 +53,7 @@ def new_fs(mib: int = 64, kind: Callable[[int], Region] = MemoryRegion) -> Files
 
 def open_fs(region: Region) -> Filesystem:
     """Open, with the same kind of clock."""
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     set_clock(fs)
     return fs
 

@@ -19,6 +19,7 @@ from pkernfs.fs.volume import Volume
 from pkernfs.fsck import check as check_package
 from pkernfs.fsck.check import INVARIANTS, Checker, check, check_region
 from pkernfs.fsck.check.ledger import MAX_PROBLEMS
+from pkernfs.iommu.guard import PageTableGuard
 from pkernfs.region import MemoryRegion
 from tests.core.faults import DOUBLE, FAULTS, flip, inode_of, orphan_files
 from tests.core.images import CowRegion, cast
@@ -162,7 +163,7 @@ def damaged_regions(seed: int, count: int) -> Iterator[CowRegion]:
     pages = [page for page in range(fs.volume.total_pages) if is_metadata(fs, page)]
     for _ in range(count):
         region = CowRegion(fd)
-        twin = Filesystem(Volume(region))
+        twin = Filesystem(Volume(region), PageTableGuard)
         for _ in range(rng.choice([1, 3, 20])):
             damage(twin, rng, rng.choice(pages))
         yield region

@@ -13,6 +13,7 @@ from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pages import check_page, read_inode, seal_inode, seal_page
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.layout import Layout, bytes16, i64, layout, u8, u16, u32, u64
 from pkernfs.region import MemoryRegion, read_superblock
 from pkernfs.region.superblock import seal_superblock
@@ -161,7 +162,7 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> Filesystem:
     monkeypatch.setattr("os.getgid", lambda: 0)
     region = MemoryRegion(16 * MiB)
     mkfs(region, label="golden", uuid=uuid.UUID(int=1), phys_base=0x40000000, hash_seed=bytes(16))
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     ticks = iter(range(10**6))
     fs.volume.clock = lambda: (1_700_000_001 + next(ticks)) * SECOND
     d = mkdir(fs, b"directory")

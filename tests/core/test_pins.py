@@ -22,9 +22,10 @@ from pkernfs.format import (
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.orphans import STEP
-from pkernfs.fs.pins import domains, mappings_of
 from pkernfs.fs.quota import set_quota
 from pkernfs.fs.rename import RENAME_EXCHANGE
+from pkernfs.iommu.directory import domains
+from pkernfs.iommu.pins import pins_of
 from pkernfs.region import MemoryRegion
 from tests.core.support import (
     ME,
@@ -67,7 +68,7 @@ def test_a_file_in_iommu_is_a_domain(fs: Filesystem) -> None:
     ino = mkfile(fs, b"dom-0", parent=IOMMU_INO)
     assert fs.getattr(ino).flags == FLAG_FILE | FLAG_IOMMU_DOMAIN_PGTABLES
     assert fs.getattr(mkfile(fs, b"elsewhere")).flags == FLAG_FILE
-    assert list(domains(fs)) == [("dom-0", ino)]
+    assert list(domains(fs.volume)) == [("dom-0", ino)]
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK])
@@ -200,9 +201,9 @@ def test_mappings_of_a_file(fs: Filesystem) -> None:
     second = mkdomain(fs, b"dom-1")
     map_file(fs, second, 0x500, mkfile(fs, b"other", b"x"))
     map_file(fs, second, 0x400, file, 0, 10)
-    found = {(pin.name, pin.iova // PAGE, pin.mapping.start, pin.mapping.length) for pin in mappings_of(fs, file)}
+    found = {(pin.name, pin.iova // PAGE, pin.mapping.start, pin.mapping.length) for pin in pins_of(fs.volume, file)}
     assert found == {("dom-0", 0x100, 2, 3), ("dom-1", 0x400, 0, 10)}
-    assert list(mappings_of(fs, domain)) == []
+    assert list(pins_of(fs.volume, domain)) == []
     assert fs.getattr(file).iommu == 2
 
 

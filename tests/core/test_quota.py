@@ -18,6 +18,7 @@ from pkernfs.fs.quota import Use, get_quota, set_quota
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fsck.check import check
 from pkernfs.fsck.repair import repair_region
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import (
     ME,
@@ -439,7 +440,7 @@ def test_quotas_above_themselves(loop: str) -> None:
         mkfile(fs, b"f", parent=d)
     assert check(fs.volume)
     assert repair_region(fs.region).left == []
-    mkfile(Filesystem.open(fs.region), b"f", parent=d)
+    mkfile(open_filesystem(fs.region), b"f", parent=d)
 
 
 # -- files without a name ---------------------------------------------------------------------------------------------
@@ -504,7 +505,7 @@ def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
     fs.unlink(e, b"f")
     assert {problem.code for problem in check(fs.volume)} == {"project"}
     assert repair_region(fs.region).left == []
-    again = Filesystem.open(fs.region)
+    again = open_filesystem(fs.region)
     assert get_quota(again, e).limit == 4 * MiB
     fs.volume.inodes.clear()
 

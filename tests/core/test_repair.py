@@ -15,11 +15,12 @@ from pkernfs.cli.fsck import main
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_inode
-from pkernfs.fs.records import Records
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import check, check_region
 from pkernfs.fsck.repair import Outcome, repair_region
+from pkernfs.iommu.guard import PageTableGuard, open_filesystem
+from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, RecordingRegion, Region
 from tests.core.faults import (
     CHECKSUMS,
@@ -100,7 +101,7 @@ def shapes(region: Region) -> dict[bytes, Shape | None]:
 
 def look(region: Region) -> dict[bytes, Shape | None]:
     """The same, of a region that may be changed by looking: a journal is replayed."""
-    fs = Filesystem(Volume(region))
+    fs = Filesystem(Volume(region), PageTableGuard)
     fs.atime_policy = "noatime"
     found: dict[bytes, Shape | None] = {}
     todo = [(b"", int(ROOT))]
@@ -228,7 +229,7 @@ def test_an_orphan_with_a_damaged_checksum_is_kept(victim: Filesystem) -> None:
     inos = orphan_files(victim)
     flip(victim, inos[0] * 256 + 32)
     mended(victim.region)
-    assert sorted(Filesystem(Volume(victim.region)).orphans()) == sorted(inos)
+    assert sorted(Filesystem(Volume(victim.region), PageTableGuard).orphans()) == sorted(inos)
 
 
 @pytest.mark.parametrize("at", range(40, 1000, 90))
@@ -500,7 +501,7 @@ def test_names_in_lost_found_are_not_taken_twice(victim: Filesystem) -> None:
     after = sound(victim.region.view)
     assert after[b"/lost+found/#%d" % ino] == before[b"/lost+found/#%d" % ino]
     assert after[b"/lost+found/#%d~" % ino] == before[b"/big"]
-    assert Filesystem.open(victim.region).resolve(b"lost+found/#%d" % ino) == earlier
+    assert open_filesystem(victim.region).resolve(b"lost+found/#%d" % ino) == earlier
 
 
 def test_no_superblock_at_all(victim: Filesystem) -> None:
@@ -579,7 +580,7 @@ def test_any_damage_is_mended(seed: int) -> None:
             continue
         assert outcome.left == []
         assert check_region(region)[0] == []
-        Filesystem.open(region)
+        open_filesystem(region)
         assert check_region(region)[0] == []
 
 

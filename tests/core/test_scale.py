@@ -17,6 +17,7 @@ from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Checker
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import Region, open_region
 from tests.core.faults import drop_name, flip, inode_of, leak_blocks
 from tests.core.support import ME, ROOT, MiB, assert_sound, mkdir, mkfile, new_fs, open_fs, patch_inode, sparse_file
@@ -90,7 +91,7 @@ def test_a_region_of_a_tebibyte() -> None:
     assert bytes(fs.read(ino, size - 1, 5)) == b"x"
     checker = Checker(fs.volume)
     assert checker.run() == []
-    again = Filesystem.open(region)
+    again = open_filesystem(region)
     assert again.getattr(ino).size == size
     fs.unlink(ROOT, b"ram")
     assert fs.statfs() == space

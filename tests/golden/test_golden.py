@@ -11,7 +11,7 @@ import pytest
 from pkernfs import format as format_module
 from pkernfs.errors import FormatError
 from pkernfs.format import INODE_ATIME_AT, INODE_SIZE, VERSION
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.layout import Layout
 from pkernfs.region import open_region
 from tests.core.support import assert_sound
@@ -44,11 +44,11 @@ def test_an_image_is_what_it_was(image: Path, version: int) -> None:
 def test_it_is_sound(image: Path) -> None:
     """As the end of the server left it, and when the next one has freed the file that was open without a name."""
     with open_region(str(image), readonly=True) as region:
-        fs = Filesystem.open(region)
+        fs = open_filesystem(region)
         assert_sound(fs)
         free = fs.statfs().free
     with open_region(str(image)) as region:
-        fs = Filesystem.open(region)
+        fs = open_filesystem(region)
         assert_sound(fs)
         assert fs.statfs().free > free
 
@@ -61,7 +61,7 @@ def test_its_last_transaction_is_applied(image: Path) -> None:
     assert unapply(raw), "expected a transaction that changes something"
     image.write_bytes(raw)
     with open_region(str(image), readonly=True) as region:
-        assert_sound(Filesystem.open(region))
+        assert_sound(open_filesystem(region))
         after = region.read(0, region.size)
     seal = journal_offset(raw) + PAGE
     assert after[seal] != raw[seal], "expected it to be applied"
@@ -116,7 +116,7 @@ def test_a_version_that_is_not_known_is_refused_by_name(version: int, tmp_path: 
             open_region(str(path), readonly=readonly) as region,
             pytest.raises(FormatError, match=f"expected format version {VERSION}, found {version}"),
         ):
-            Filesystem.open(region)
+            open_filesystem(region)
 
 
 def declarations() -> str:

@@ -9,11 +9,11 @@ import pytest
 
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.records import Records
 from pkernfs.iommu import devices, mapping, replace, views
 from pkernfs.iommu.audit import KINDS
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.records import Records
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
 IOVA = 16 * MiB

@@ -13,9 +13,9 @@ import pytest
 from pkernfs.format import GiB, KiB, MiB
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.pins import named_domains
 from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, mapping, pci, replace, views
+from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.inherit import inherit
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn

@@ -9,11 +9,11 @@ import pytest
 
 from pkernfs.format import BLOCK, MAPPING
 from pkernfs.fs.filesystem import SetAttr
-from pkernfs.fs.records import Records
 from pkernfs.fsck.check import check
 from pkernfs.fsck.repair import repair_region
 from pkernfs.fsck.tables import check_tables, mend_tables
 from pkernfs.iommu import views
+from pkernfs.iommu.records import Records
 from tests.core.support import open_fs
 from tests.iommu.space import DEVICE, OTHER, KiB, MiB
 from tests.iommu.test_audit import FAULTS, IOVA, SMALL, prepared, records

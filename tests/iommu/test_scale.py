@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pkernfs.format import PAGE, TiB
-from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import domain, mapping, replace, views
+from pkernfs.iommu.guard import open_filesystem
 from tests.bench.iommu import SparseRegion, filesystem
 from tests.core.support import ME
 
@@ -43,7 +43,7 @@ def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
     budget = (tables + 64) * PAGE
     assert region.moved < 2 * budget
     region.moved = 0
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     opening, region.moved = region.moved, 0
     assert opening < TiB // 2**20  # a byte for each block, and little more
     mapping.map_file(fs, dom, TiB, guest, live_update=True)

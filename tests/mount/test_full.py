@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import open_region
 from tests.core.support import full
 from tests.core.tight import STATES
@@ -98,7 +98,7 @@ def test_no_room(unmounted: Site, state: str) -> None:
     site.region.unlink()
     site.make("20M")
     with open_region(str(site.region)) as region:
-        fs = Filesystem.open(region)
+        fs = open_filesystem(region)
         empty = fs.statfs()
         STATES[state](fs)
     site.mount_faulty("short-journal") if state == "journal" else site.mount()
@@ -147,7 +147,7 @@ def test_a_write_at_the_limit_is_short(unmounted: Site) -> None:
     """It stores what fits and says how much; the next one fails."""
     site = unmounted
     with open_region(str(site.region)) as region:
-        full(Filesystem.open(region), leave=5)
+        full(open_filesystem(region), leave=5)
     site.mount()
     path = site.mnt / "fill-small5"
     fd = os.open(path, os.O_RDWR | os.O_APPEND)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import open_region
 from tests.core.faults import flip
 from tests.core.handmade import CASES, Case
@@ -46,7 +47,7 @@ DAMAGED = [
 def plant(site: Site, change: Callable[[Filesystem], object]) -> None:
     """Make some files, and then something hostile, in a region that is not mounted."""
     with open_region(str(site.region)) as region:
-        fs = Filesystem.open(region)
+        fs = open_filesystem(region)
         cast(fs)
         change(fs)
 

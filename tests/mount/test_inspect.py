@@ -18,6 +18,7 @@ import pytest
 from pkernfs.format import BLOCK, EXTENT_VALUE, PAGE
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.xattrs import Xattrs
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import open_region
 from tests.mount.site import PATIENCE, PROGRAMS, MiB, Result, Site, find_program, run
 
@@ -35,7 +36,7 @@ def flip(region: Path, offset: int) -> None:
 def look(site: Site, ask: Callable[[Filesystem], int]) -> int:
     """Something about the region as it is now."""
     with open_region(str(site.region), readonly=True, locked=False) as region:
-        return ask(Filesystem.open(region))
+        return ask(open_filesystem(region))
 
 
 def furnish(site: Site) -> Path:

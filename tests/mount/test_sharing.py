@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pkernfs.format import LINK_MAX, ROOT_INO
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import open_region
 from tests.mount.agent import Directory
 from tests.mount.site import Site, errno_of, run
@@ -209,7 +209,7 @@ def test_link_limit(unmounted: Site) -> None:
     first = unmounted.mnt / "first"
     first.touch()
     unmounted.umount()
-    fs = Filesystem.open(open_region(str(unmounted.region)))
+    fs = open_filesystem(open_region(str(unmounted.region)))
     ino = fs.lookup(ROOT_INO, b"first")
     for number in range(LINK_MAX - 2):
         fs.link(ino, ROOT_INO, b"%d" % number)

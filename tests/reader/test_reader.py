@@ -19,7 +19,8 @@ from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
-from pkernfs.fs.records import Records
+from pkernfs.iommu.guard import open_filesystem
+from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import attach, detach, map_file
 from tests.reader.on_region import PAGE, ROOT, crc32c
@@ -51,7 +52,7 @@ class Twin:
     def __init__(self, size: int) -> None:
         self.region = MemoryRegion(size)
         self.superblock = mkfs(self.region, label="twin", uuid=UUID_1, hash_seed=SEED)
-        self.fs = Filesystem.open(self.region)
+        self.fs = open_filesystem(self.region)
         iommu, tables = self.fs.resolve(b"/iommu"), self.fs.resolve(b"/iommu/root-pgtables")
         self.files = {
             b"/": Wanted(ROOT, stat.S_IFDIR | 0o755, Caller(0, 0)),
@@ -351,7 +352,7 @@ def test_every_slot_and_page_is_accounted_for(tree: dict[bytes, Entry], reader: 
 
 def test_mount_frees_the_orphans(twin: Twin, tree: dict[bytes, Entry], reader: Reader) -> None:
     region = MemoryRegion(image=reader.image)
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     reader = Reader(region.view)
     assert reader.tree() == tree
     assert [entry.pins for entry in reader.orphans().values()] == [1]
@@ -362,7 +363,7 @@ def test_mount_frees_the_orphans(twin: Twin, tree: dict[bytes, Entry], reader: R
 
 def test_nothing_is_left_when_all_is_removed(twin: Twin) -> None:
     region = MemoryRegion(image=twin.region.view)
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     detach(fs, 0x10028)
     for path in sorted(twin.files, reverse=True):
         if path not in (b"/", b"/iommu", b"/iommu/root-pgtables"):
@@ -449,7 +450,7 @@ def state(image: bytearray | memoryview) -> State:
 def test_the_seal_is_the_moment(name: str) -> None:
     region = RecordingRegion(16 * MiB)
     mkfs(region, hash_seed=SEED)
-    fs = Filesystem.open(region)
+    fs = open_filesystem(region)
     directory = fs.create(ROOT, b"dir", stat.S_IFDIR | 0o755, OWNER)
     file = fs.create(directory, b"file", stat.S_IFREG | 0o644, OWNER)
     for piece in range(6):
@@ -477,7 +478,7 @@ def test_the_seal_is_the_moment(name: str) -> None:
             assert bool(Reader(image).replayed) != retired
         if index == seals[0]:
             recovered = MemoryRegion(image=image)
-            Filesystem.open(recovered)
+            open_filesystem(recovered)
             assert (state(recovered.view)[0], Reader(recovered.view).replayed) == (after[0], 0)
 
 

@@ -12,6 +12,7 @@ from pkernfs.format import (
     FLAG_IOMMU_DIR,
     FLAG_IOMMU_DOMAIN_PGTABLES,
     FLAG_IOMMU_ROOT_PGTABLES,
+    GUARDED,
     INLINE_SIZE,
     IOMMU_INO,
     ORPHANS_INO,
@@ -20,7 +21,6 @@ from pkernfs.format import (
     Inode,
 )
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
-from pkernfs.fs.records import TABLES
 
 if TYPE_CHECKING:
     from pkernfs.fsck.check.checker import Checker
@@ -98,12 +98,12 @@ def flags(checker: Checker, ino: int, inode: Inode) -> None:
 
     elif ino not in checker.bad and ino >= FIRST_FREE_SLOT and not may_hold_tables(inode):
         checker.note("inode-flags", f"inode {ino:#x}: expected no flags of page tables, found {inode.flags:#x}")
-        checker.correct(ino, flags=inode.flags & ~TABLES, iommu=0)
+        checker.correct(ino, flags=inode.flags & ~GUARDED, iommu=0)
 
 
 def may_hold_tables(inode: Inode) -> bool:
     """Whether the flags of an inode that is not reserved say of tables what its type allows."""
-    return not inode.flags & (TABLES if not stat.S_ISREG(inode.mode) else FLAG_IOMMU_ROOT_PGTABLES)
+    return not inode.flags & (GUARDED if not stat.S_ISREG(inode.mode) else FLAG_IOMMU_ROOT_PGTABLES)
 
 
 def parent(checker: Checker, ino: int, inode: Inode) -> None:

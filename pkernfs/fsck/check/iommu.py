@@ -19,6 +19,7 @@ from pkernfs.format import (
     FLAG_IOMMU_DOMAIN_PGTABLES,
     GENERATION,
     GENERATION_KEY,
+    GUARDED,
     IOVA_PAGE_BITS,
     MAPPING,
     MAX_FILE_SIZE,
@@ -43,7 +44,6 @@ from pkernfs.format import (
     Mapping,
 )
 from pkernfs.fs.filemap import FileMap
-from pkernfs.fs.records import TABLES
 from pkernfs.fsck.check.trees import is_record, items, keep
 from pkernfs.layout import Layout
 
@@ -176,7 +176,7 @@ def records(checker: Checker, ino: int, inode: Inode) -> None:
 
 
 def _holds_tables(inode: Inode) -> bool:
-    return bool(inode.flags & TABLES) and stat.S_ISREG(inode.mode)
+    return bool(inode.flags & GUARDED) and stat.S_ISREG(inode.mode)
 
 
 def mappings(checker: Checker) -> None:
@@ -200,7 +200,7 @@ def mappings(checker: Checker) -> None:
 
 def _is_mappable(checker: Checker, ino: int) -> bool:
     inode = checker.inode(ino) if ino >= FIRST_FREE_SLOT and checker.in_use(ino) and checker.reached(ino) else None
-    return inode is not None and stat.S_ISREG(inode.mode) and not inode.flags & TABLES
+    return inode is not None and stat.S_ISREG(inode.mode) and not inode.flags & GUARDED
 
 
 def _bad_mapping(checker: Checker, domain: int, key: int, found: str) -> None:

@@ -22,7 +22,7 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs.node import Node
-from pkernfs.fs.records import LAST_MAPPING
+from pkernfs.iommu.records import LAST_MAPPING
 
 if TYPE_CHECKING:
     from pkernfs.fsck.check.checker import Checker

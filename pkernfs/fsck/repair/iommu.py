@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pkernfs.errors import PkernfsError
 from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE
-from pkernfs.fs.records import Records
 from pkernfs.fsck.repair.work import Work, batches
+from pkernfs.iommu.records import Records
 
 
 def records(work: Work) -> None:

@@ -5,10 +5,10 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
+from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
 from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
-from pkernfs.fs.records import TABLES, Records
 from pkernfs.fsck.check import check
+from pkernfs.iommu.records import Records
 from pkernfs.region import Region
 from tests.core.support import ME, ROOT, mkdir, open_fs, remove_all
 
@@ -65,7 +65,7 @@ def look(fs: Filesystem) -> State:
 
 def _pins(fs: Filesystem, ino: int) -> int | tuple[tuple[int, Mapping], ...]:
     inode = fs.getattr(ino)
-    return tuple(Records(fs.volume, ino).mappings()) if inode.flags & TABLES else inode.iommu
+    return tuple(Records(fs.volume, ino).mappings()) if inode.flags & GUARDED else inode.iommu
 
 
 def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:

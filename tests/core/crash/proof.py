@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import PAGE
-from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fsck.check import check
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import FLUSH, Region, Store
 from tests.core.crash.look import State, assert_works, look, metadata_key, mixed
 from tests.core.crash.operations import OPERATIONS, Operation, Run, setattr_
@@ -105,7 +105,7 @@ class Proof:
         if key not in self._judged:
             mark = region.mark()
             try:
-                Filesystem.open(region)
+                open_filesystem(region)
                 rest = region.keys()[1]
                 if rest not in self._verdicts:
                     self._verdicts[rest] = self._verdict()
@@ -125,7 +125,7 @@ class Proof:
         mark = self.region.mark()
         self.region.log.clear()
         try:
-            Filesystem.open(self.region)
+            open_filesystem(self.region)
             return list(self.region.log)
         except PkernfsError:
             return []

@@ -8,7 +8,7 @@ import pytest
 
 from pkernfs.errors import FormatError, PkernfsError
 from pkernfs.fs import mkfs as making
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import FLUSH, Store
 from tests.core.crash.look import look
 from tests.core.crash.proof import CrashFailure, chosen_of, state_of
@@ -37,7 +37,7 @@ class Making:
         self.region.apply(pieces)
         try:
             with suppress(FormatError):
-                found = look(Filesystem.open(self.region))
+                found = look(open_filesystem(self.region))
                 if found.facts not in [state.facts for state in self.states]:
                     raise CrashFailure(f"{where}: neither the old filesystem nor the new one")
                 return self.states[0].facts != found.facts

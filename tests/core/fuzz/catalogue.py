@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from pkernfs import format as f
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.guard import has_records
 from pkernfs.fs.node import BODY_AT, Node
 from pkernfs.fs.pages import read_inode
-from pkernfs.fs.records import has_records
 from pkernfs.fs.volume import Volume
+from pkernfs.iommu.guard import PageTableGuard
 from pkernfs.layout import Layout
 from tests.core.fuzz.images import view_of
 
@@ -41,7 +42,7 @@ def catalogue_of(name: str) -> Catalogue:
     """The catalogue of an image, as it is once its journal was replayed; the journal as it is before."""
     region = view_of(name)
     journal = list(_journal(region))
-    fs = Filesystem(Volume(region))
+    fs = Filesystem(Volume(region), PageTableGuard)
     walk = _Walk(fs)
     found: dict[str, dict[str, list[Field]]] = {}
     for field in [*journal, *walk.fields()]:

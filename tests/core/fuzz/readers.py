@@ -23,13 +23,14 @@ from pkernfs.fs.directory import Entry
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.records import Records
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fsck.check import check_region
 from pkernfs.fsck.check.ledger import MAX_PROBLEMS
 from pkernfs.fsck.explain import explain
 from pkernfs.fsck.repair import repair_region
 from pkernfs.fsck.scrub import scrub_step
+from pkernfs.iommu.guard import open_filesystem
+from pkernfs.iommu.records import Records
 from pkernfs.server.operations import Operations
 from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, judged
 from tests.core.support import ME, ROOT, SEED, UUID, set_clock
@@ -291,7 +292,7 @@ def repair(region: WatchedRegion) -> None:
         return
     if [problem for problem in done.left if problem.code != "inode-lost"]:
         raise Violation(f"a repair left {done.left[:3]}")
-    again = Filesystem.open(region)
+    again = open_filesystem(region)
     if not done.left and not check(region):
         raise Violation("a check after a repair found something")
     judged(again.create, ROOT, b"after the repair", stat.S_IFREG, ME)

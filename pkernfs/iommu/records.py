@@ -11,20 +11,17 @@ from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     ATTACHMENT,
     ATTACHMENT_KEY,
-    DOMAIN,
-    DOMAIN_KEY,
-    FLAG_IOMMU_DOMAIN_PGTABLES,
-    FLAG_IOMMU_ROOT_PGTABLES,
+    GUARDED,
     IOVA_PAGE_BITS,
     LAST_DOMAIN_ID,
     MAPPING,
     MAX_FILE_SIZE,
     PAGE,
-    ROOT_PGTABLES_INO,
     STALE,
     STALE_CONTEXT_KEY,
     STALE_IOTLB_KEY,
     Attachment,
+    Ino,
     Inode,
     Mapping,
 )
@@ -35,8 +32,6 @@ from pkernfs.layout import Layout
 
 R = TypeVar("R", bound=NamedTuple)
 
-#: flags of inodes whose content are page tables
-TABLES = FLAG_IOMMU_DOMAIN_PGTABLES | FLAG_IOMMU_ROOT_PGTABLES
 LAST_MAPPING = (1 << IOVA_PAGE_BITS) - 1
 
 
@@ -48,7 +43,7 @@ class Records(Tree):
 
     def __init__(self, volume: Volume, ino: int) -> None:
         inode = volume.inode(ino)
-        if not inode.flags & TABLES:
+        if not inode.flags & GUARDED:
             raise FsError(errno.EINVAL, f"inode {ino} holds no page tables")
         super().__init__(volume, ino, inode.iommu)
 
@@ -112,20 +107,10 @@ class Records(Tree):
 def pin(volume: Volume, ino: int, count: int) -> None:
     """Count ``count`` more (or less) mappings that name a file, within the open transaction.  Raises CorruptError."""
     inode = volume.inode(ino)
-    if inode.flags & TABLES or inode.iommu + count < 0:
-        found = "page tables that are mapped" if inode.flags & TABLES else "fewer pins than mappings"
+    if inode.flags & GUARDED or inode.iommu + count < 0:
+        found = "page tables that are mapped" if inode.flags & GUARDED else "fewer pins than mappings"
         raise corrupt_inode(ino, found)
     volume.put_inode(ino, inode._replace(iommu=inode.iommu + count))
-
-
-def is_pinned(inode: Inode) -> bool:
-    """Whether mappings of domains name the file."""
-    return inode.iommu > 0 and not inode.flags & TABLES
-
-
-def has_records(inode: Inode) -> bool:
-    """Whether the inode holds page tables, and there is anything that they are to say."""
-    return inode.iommu > 0 and bool(inode.flags & TABLES)
 
 
 def has_mappings(volume: Volume, ino: int) -> bool:
@@ -133,7 +118,7 @@ def has_mappings(volume: Volume, ino: int) -> bool:
     return any(True for _ in Records(volume, ino).scan(0, LAST_MAPPING))
 
 
-def drop_mappings(volume: Volume, ino: int, most: int) -> list[int]:
+def drop_mappings(volume: Volume, ino: int, most: int) -> list[Ino]:
     """Drop the first ``most`` mappings of a domain, and their pins, within the open transaction.
 
     The files that have no pins any more.  Raises CorruptError.
@@ -146,7 +131,7 @@ def drop_mappings(volume: Volume, ino: int, most: int) -> list[int]:
         volume.inode_named_by(ino, file)
         pin(volume, file, -1)
         if not volume.inode(file).iommu:
-            unpinned.append(file)
+            unpinned.append(Ino(file))
     records.finish()
     return unpinned
 
@@ -166,14 +151,6 @@ def is_stale(roots: Records, number: int) -> bool:
         return True
     contexts = roots.scan(STALE_CONTEXT_KEY, STALE_IOTLB_KEY - 1)
     return any(roots.decode(STALE, key, value).id == number for key, value in contexts)
-
-
-def awaits_hardware(volume: Volume, ino: int) -> bool:
-    """Whether the inode is a domain whose tables hardware may still be looking at, though no device is attached."""
-    if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-        return False
-    record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
-    return record is not None and is_stale(Records(volume, ROOT_PGTABLES_INO), record.id)
 
 
 def is_attached(roots: Records, ino: int) -> bool:

@@ -1,0 +1,146 @@
+"""What users may do with page tables, and with files that devices reach: the answers to what fs asks.
+
+Users make, name and remove domains, and give one its first block.  Everything else about page tables is for the API of
+the IOMMU alone: hardware reads them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any
+
+from pkernfs.errors import FsError
+from pkernfs.format import (
+    ACCESS_NAMES,
+    BLOCK,
+    DOMAIN,
+    DOMAIN_KEY,
+    FLAG_IOMMU_DIR,
+    FLAG_IOMMU_DOMAIN_PGTABLES,
+    GUARDED,
+    PAGE,
+    ROOT_PGTABLES_INO,
+    Ino,
+    Inode,
+)
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.guard import Guard
+from pkernfs.fs.lookups import Lookups
+from pkernfs.fs.volume import Transaction
+from pkernfs.iommu.pins import pins_of
+from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached, is_stale
+from pkernfs.region import Region
+
+
+def open_filesystem(region: Region, lookups: Lookups | None = None) -> Filesystem:
+    """``Filesystem.open`` with the guard of page tables, which every region needs that may hold some."""
+    return Filesystem.open(region, PageTableGuard, lookups)
+
+
+class PageTableGuard(Guard):
+    """What hardware may be using is neither freed nor moved nor written to behind its back."""
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def flags_of_new(self, directory: Inode, mode: int) -> int:
+        """In iommu/ a regular file is a domain.  Raises FsError(EPERM) for anything else there."""
+        if not directory.flags & FLAG_IOMMU_DIR:
+            return 0
+        if not stat.S_ISREG(mode):
+            raise FsError(errno.EPERM, "expected a regular file, a domain: there is nothing else in iommu/")
+        return FLAG_IOMMU_DOMAIN_PGTABLES
+
+    def may_link(self, inode: Inode, directory: Inode) -> None:
+        """A domain has one name, and nothing else gets one in iommu/.  Raises FsError(EPERM)."""
+        self.may_move(directory, directory)
+        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            raise FsError(errno.EPERM, "a domain has one name")
+
+    def may_move(self, source: Inode, target: Inode) -> None:
+        """Raise FsError(EPERM) when one of the directories is iommu/: domains stay there, nothing comes in."""
+        if (source.flags | target.flags) & FLAG_IOMMU_DIR:
+            raise FsError(errno.EPERM, "domains stay in iommu/, have one name, and are made there")
+
+    def may_unlink(self, ino: Ino, inode: Inode) -> None:
+        """Raise FsError(EBUSY) when the inode is a domain and a device is attached to it."""
+        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES and is_attached(self._roots(), ino):
+            raise FsError(errno.EBUSY, f"inode {ino}: a device is attached to the domain: detach it first")
+
+    # -- content --------------------------------------------------------------------------------------------------
+
+    def may_open(self, inode: Inode, flags: int) -> None:
+        """Raise FsError(EPERM) when page tables, or a file to be made in iommu/, are to be opened so that a mapping can
+        write to them."""
+        if inode.flags & (GUARDED | FLAG_IOMMU_DIR) and flags & os.O_ACCMODE == os.O_RDWR:
+            rule = "page tables can be read, or made with O_WRONLY, and are changed by the API only"
+            raise FsError(errno.EPERM, rule)
+
+    def may_write(self, ino: Ino) -> None:
+        """No: raise FsError(EPERM)."""
+        raise FsError(errno.EPERM, f"inode {ino}: page tables are changed by the API only")
+
+    def may_map(self, ino: Ino) -> None:
+        """No: raise FsError(EPERM)."""
+        raise FsError(errno.EPERM, f"inode {ino}: page tables are not mapped past the mount")
+
+    def may_resize(self, ino: Ino, inode: Inode, size: int) -> None:
+        """Raise FsError(EPERM) but for the first block of a domain."""
+        first = inode.size == 0 and size == BLOCK and ino != ROOT_PGTABLES_INO
+        if size != inode.size and not first:
+            expected = f"page tables get {BLOCK} bytes and grow by themselves"
+            raise FsError(errno.EPERM, f"inode {ino}: {expected}, found {size} bytes for {inode.size}")
+
+    def resized(self, tx: Transaction, ino: Ino, inode: Inode) -> None:
+        """Mark, in the first block of page tables, which is new, the page of the bitmap itself as in use.
+
+        The store is not part of ``tx``: the block is free until that commits.
+        """
+        page, _ = FileMap(self.volume, ino, inode).find(0)
+        self.volume.region.store(page * PAGE, (1).to_bytes(8, "little"))
+
+    def may_cut(self, ino: Ino, inode: Inode, end: int) -> None:
+        """Raise FsError(EBUSY) when a mapping names a page of the file from page ``end`` on."""
+        for pin in pins_of(self.volume, ino):
+            if pin.mapping.start + pin.mapping.length > end:
+                domain = f"domain {pin.name!r}" if pin.name else f"the domain of inode {pin.domain}"
+                raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {domain} at IOVA {pin.iova:#x}")
+
+    def describe_pins(self, ino: Ino) -> list[dict[str, Any]]:
+        """The mappings that name a file; offsets and lengths in bytes."""
+        return [
+            {
+                "domain": pin.name,
+                "iova": pin.iova,
+                "offset": pin.mapping.start * PAGE,
+                "length": pin.mapping.length * PAGE,
+                "access": ACCESS_NAMES[pin.mapping.access],
+            }
+            for pin in pins_of(self.volume, ino)
+        ]
+
+    # -- freeing --------------------------------------------------------------------------------------------------
+
+    def may_free(self, ino: Ino, inode: Inode) -> bool:
+        """Whether no hardware may still be looking at the tables in a domain, to which no device is attached."""
+        if not inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
+            return True
+        record = Records(self.volume, ino).record(DOMAIN, DOMAIN_KEY)
+        return record is None or not is_stale(self._roots(), record.id)
+
+    def is_pinning(self, ino: Ino) -> bool:
+        """Whether the domain has mappings."""
+        return has_mappings(self.volume, ino)
+
+    def unpin(self, tx: Transaction, ino: Ino, most: int) -> list[Ino]:
+        """Drop the first ``most`` mappings of a domain; the files that no mapping names any more."""
+        return drop_mappings(self.volume, ino, most)
+
+    def drop_records(self, tx: Transaction, ino: Ino) -> None:
+        """Drop the few records of a domain beside its mappings, which are gone."""
+        drop_records(self.volume, ino)
+
+    def _roots(self) -> Records:
+        return Records(self.volume, ROOT_PGTABLES_INO)
