@@ -48,6 +48,7 @@ from pkernfs.server.control import ControlSocket
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
 from pkernfs.server.operations import Operations
+from pkernfs.server.requests import Requests
 from pkernfs.server.state import State
 from pkernfs.server.stats import map_stats
 from pkernfs.server.verbs import verbs
@@ -141,15 +142,15 @@ class Worker:
         operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)
         known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
         listener = ControlSocket(socket.socket(fileno=os.dup(control)), known)
-        loop.install(loop.PollingLowlevel(session, device, operations))
+        loop.install(loop.PollingLowlevel(session, device, operations.replay))
         # The mount is the keeper's: libfuse gets a descriptor, and options that say nothing about mounting.
         pyfuse3.init(operations, f"/dev/fd/{session}", {"default_permissions"})
 
         async def run() -> None:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.hear, operations, nursery.cancel_scope)
+                nursery.start_soon(self.hear, operations.requests, nursery.cancel_scope)
                 nursery.start_soon(listener.serve)
-                nursery.start_soon(operations.housekeeping)
+                nursery.start_soon(operations.housekeeping.run)
                 if self.first:
                     nursery.start_soon(self.announce)
                 try:
@@ -178,14 +179,14 @@ class Worker:
         warning = await trio.to_thread.run_sync(settle, abandon_on_cancel=True)
         send(self.keeper, {"ready": os.getpid(), "warning": warning})
 
-    async def hear(self, operations: Operations, scope: trio.CancelScope) -> None:
+    async def hear(self, requests: Requests, scope: trio.CancelScope) -> None:
         """Do what the keeper says; find another one when it is gone."""
         while True:
             await trio.lowlevel.wait_readable(self.keeper)
             with suppress(OSError):
                 message, _ = receive(self.keeper)
                 if message:
-                    await self.obey(message, operations, scope)
+                    await self.obey(message, requests, scope)
                     continue
             await trio.sleep(REVIVE)
             if not self.revives:
@@ -193,11 +194,11 @@ class Worker:
                 return
             await self.revive()
 
-    async def obey(self, message: dict[str, Any], operations: Operations, scope: trio.CancelScope) -> None:
+    async def obey(self, message: dict[str, Any], requests: Requests, scope: trio.CancelScope) -> None:
         """One message."""
         match message["verb"]:
             case "beat":
-                send(self.keeper, {"oldest": operations.oldest(), "begun": operations.begun})
+                send(self.keeper, {"oldest": requests.oldest(), "begun": requests.begun})
             case "know":
                 self.state = State.from_json(message["state"])
                 if not self.state.options.foreground:

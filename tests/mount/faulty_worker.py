@@ -55,9 +55,9 @@ def wrap(name: str, file: Path) -> Callable[..., Any]:
             case "block":
                 time.sleep(1000)
             case "wait":
-                self.begun += 1
-                self.at_work[self.begun] = 0.0
-                await trio.sleep_forever()
+                self.requests.begun += 1
+                with self.requests.waiting():
+                    await trio.sleep_forever()
             case "bug":
                 self.fs = None  # type: ignore[assignment]
             case "kill":

@@ -113,7 +113,7 @@ class Use:
                 continue
             if stat.S_ISDIR(inode.mode) and inode.parent != place.parent:
                 raise Violation(f"directory {ino} was reached from {place.parent}, its parent is {inode.parent}")
-            judged(self.server.attributes, ino, inode)
+            judged(self.server.attributes.of, ino, inode)
             for name in self.look(fs.listxattr, ino) or ():
                 self.look(fs.getxattr, ino, name)
             self.content(ino, inode)

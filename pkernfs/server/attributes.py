@@ -1,0 +1,93 @@
+"""Our attributes as pyfuse3's, with what the kernel may keep of them, of names and of content: the one place for both.
+
+Nothing changes attributes, names or content behind the kernel's back, so it may keep all of them for ever; but for
+
+- files whose memory is mapped from the region directly, or by a domain: somebody may store into it at any moment.
+  Their attributes are asked for at every read, with an mtime that is never the same, which makes the kernel drop its
+  cached pages (FUSE_AUTO_INVAL_DATA, fuse_change_attributes); and an open drops what it has cached;
+- page tables: they grow by themselves, and are read past the cache (direct_io);
+- access times: the kernel does not tell of reads that it answers itself, so an open drops what is cached of a file
+  whose access time is due.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import Final
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo
+
+from pkernfs.format import BLOCK, FLAG_DIRECT, GUARDED, PAGE, Inode
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.guard import pins
+from pkernfs.server.handles import handle
+
+FOREVER: Final = 86400.0  #: seconds
+ENTRY_BYTES: Final = 20  #: of a directory's size, for each entry, "." and ".." too: as tmpfs has it
+
+
+def is_changing(inode: Inode) -> bool:
+    """Whether somebody may be storing into the file's memory past the mount."""
+    return bool(inode.flags & FLAG_DIRECT) or pins(inode) > 0
+
+
+class Attributes:
+    """Of the inodes of one filesystem.
+
+    ``writeback``: the kernel holds back what is written, and looks for no changes but its own.
+    """
+
+    def __init__(self, fs: Filesystem, *, writeback: bool = False) -> None:
+        self.fs = fs
+        self.writeback = writeback
+
+    def of(self, ino: int, inode: Inode) -> EntryAttributes:
+        """For a reply."""
+        entry = EntryAttributes()
+        entry.st_ino = ino
+        entry.generation = inode.generation
+        entry.st_mode = inode.mode
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        entry.st_size = inode.size if not stat.S_ISDIR(inode.mode) else (inode.size + 2) * ENTRY_BYTES
+        entry.st_blocks = inode.pages * (PAGE // 512)
+        entry.st_blksize = PAGE
+        entry.st_atime_ns = inode.atime
+        entry.st_ctime_ns = inode.ctime
+        entry.entry_timeout = FOREVER
+        if is_changing(inode):
+            entry.attr_timeout = 0
+            entry.st_mtime_ns = max(inode.mtime, self.fs.now())
+        else:
+            entry.attr_timeout = 0 if inode.flags & GUARDED else FOREVER
+            entry.st_mtime_ns = inode.mtime
+        return entry
+
+    def found(self, ino: int) -> EntryAttributes:
+        """For a reply by which the kernel comes to refer to the inode, which is counted.  Raises PkernfsError."""
+        entry = self.of(ino, self.fs.getattr(ino))
+        self.fs.remember(ino)
+        return entry
+
+    def missing(self) -> EntryAttributes:
+        """Of a name that is not there, which the kernel may keep too."""
+        entry = EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(0)
+        entry.entry_timeout = FOREVER
+        return entry
+
+    def opened(self, ino: int, flags: int, uid: int) -> FileInfo:
+        """For a reply to who opens a file with ``flags``.  Raises PkernfsError."""
+        inode = self.fs.getattr(ino)
+        changing = is_changing(inode)
+        # Of a file that has blocks of its own what was cached is dropped at each open: it may have been mapped
+        # directly meanwhile.
+        keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.atime_due(inode)
+        # With writeback, AUTO_INVAL_DATA does nothing: a changing file is read and written past the cache then (and
+        # cannot be mapped shared before Linux 6.6, which has FUSE_DIRECT_IO_ALLOW_MMAP).
+        direct_io = bool(inode.flags & GUARDED) or (self.writeback and changing)
+        fh = pyfuse3.FileHandleT(handle(ino, flags, uid))
+        return FileInfo(fh=fh, keep_cache=keep_cache, direct_io=direct_io)

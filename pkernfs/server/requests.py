@@ -1,0 +1,107 @@
+"""A request from its delivery to its reply: counted, known when it comes again, patient, its errors as errnos."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import trio
+from pyfuse3 import FUSEError
+
+from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.fs.content import OUT_OF_SPACE
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.server.housekeeping import Housekeeping
+from pkernfs.server.replay import KEYED, Replay
+from pkernfs.server.space import wait_for_space
+from pkernfs.server.stats import BUGS, INDEX, SIZE
+
+log = logging.getLogger("pkernfs")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Requests:
+    """The requests of one worker.  ``counters``: see stats.py; by default private ones."""
+
+    def __init__(self, counters: memoryview | None = None) -> None:
+        self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")
+        self.begun = 0  #: so far
+        self.at_work: dict[int, float] = {}  #: those that wait: their numbers, and when they were first seen waiting
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The request that has begun last waits for something, with others in between."""
+        number = self.begun
+        self.at_work[number] = 0.0
+        try:
+            yield
+        finally:
+            del self.at_work[number]
+
+    def oldest(self) -> float:
+        """For how many seconds, from one call to another, a request has been at work; 0.0: none was before."""
+        now = trio.current_time()
+        for begun, seen in self.at_work.items():
+            self.at_work[begun] = seen or now
+        return now - min(self.at_work.values(), default=now)
+
+
+class Server(Protocol):
+    """What handlers are methods of."""
+
+    fs: Filesystem
+    requests: Requests
+    replay: Replay
+    housekeeping: Housekeeping
+
+
+S = TypeVar("S", bound=Server)
+
+
+def handler(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """Make a FUSE handler of a plain method, which raises PkernfsError: errors become errnos, a bug becomes EIO and a
+    traceback in the log.
+
+    It runs without an await from its delivery to its reply, so that at most one request is executed and not answered;
+    but for one that has found no space, and changed nothing.
+    """
+    name = function.__name__
+    keyed, index = name in KEYED, INDEX[name]
+
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        requests, fs = self.requests, self.fs
+        requests.begun += 1
+        requests.counters[index] += 1
+        try:
+            if keyed and self.replay.begin(name, args):
+                return self.replay.reply(name, args)  # type: ignore[no-any-return]
+            try:
+                return function(self, *args, **kwargs)
+            except PkernfsError as error:
+                if error.errno not in OUT_OF_SPACE:
+                    raise
+                full = error
+            with requests.waiting():
+                return await wait_for_space(fs, self.replay, full, lambda: function(self, *args, **kwargs))
+        except PkernfsError as error:
+            if isinstance(error, CorruptError):
+                fs.volume.damage.note(error)
+            raise FUSEError(error.errno) from None
+        except Exception:
+            log.exception("a bug: %s%r failed", name, args)
+            requests.counters[BUGS] += 1
+            raise FUSEError(errno.EIO) from None
+        finally:
+            if keyed:
+                self.replay.end()
+            if fs.pending:
+                self.housekeeping.wake()
+
+    call.__name__ = name
+    call.__doc__ = function.__doc__
+    return call

@@ -1,0 +1,65 @@
+"""Names of extended attributes: which namespaces there are, and user.pkernfs.*, facts that nobody can change."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable
+from typing import Any, Final
+
+from pkernfs.errors import FsError
+from pkernfs.fs.facts import file_facts
+from pkernfs.fs.filesystem import Filesystem
+
+FACTS: Final = b"user.pkernfs."
+#: Those of xattr(7) that are for users.  Not system: POSIX ACLs would need the kernel to leave the umask to us
+#: (FUSE_DONT_MASK), which pyfuse3 cannot ask for.
+NAMESPACES: Final = (b"user", b"trusted", b"security")
+ROOT_ONLY: Final = b"trusted."  #: only root gets to see that there are such names; the kernel checks the rest
+
+
+def check_namespace(name: bytes) -> None:
+    """Raise FsError(EOPNOTSUPP) for a name in another namespace, EINVAL for one that is a namespace only."""
+    namespace, _, rest = name.partition(b".")
+    if namespace not in NAMESPACES:
+        raise FsError(errno.EOPNOTSUPP, f"extended attribute {name!r}")
+    if not rest:
+        raise FsError(errno.EINVAL, f"extended attribute {name!r}")
+
+
+def check_changeable(name: bytes) -> None:
+    """As check_namespace, and raise FsError(EPERM) for a fact."""
+    if name.startswith(FACTS):
+        raise FsError(errno.EPERM, f"extended attribute {name!r}")
+    check_namespace(name)
+
+
+def visible(names: list[bytes], uid: int) -> list[bytes]:
+    """Those that listxattr(2) shows to a user.  Facts are never listed: a copy of the file would take them along."""
+    return names if uid == 0 else [name for name in names if not name.startswith(ROOT_ONLY)]
+
+
+class Facts:
+    """The attributes user.pkernfs.*: of the mount (the same at each inode), and of a file's memory.
+
+    ``of_mount``: those of the mount, when they are asked for.
+    """
+
+    def __init__(self, fs: Filesystem, of_mount: Callable[[], dict[str, Any]]) -> None:
+        self.fs = fs
+        self.of_mount = of_mount
+
+    def value(self, ino: int, name: bytes, uid: int) -> bytes:
+        """For the owner of the mount and root only, as the control socket is.  Raises FsError: EPERM, ENODATA."""
+        if uid not in (0, os.getuid()):
+            raise FsError(errno.EPERM, f"extended attribute {name!r}")
+        fact = name.removeprefix(FACTS).decode("ascii", "replace")
+        facts = self.of_mount()
+        if fact in facts:
+            return str(facts[fact]).encode(errors="surrogateescape")
+        of_file = file_facts(self.fs, ino) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
+        if fact not in of_file:
+            raise FsError(errno.ENODATA, f"extended attribute {name!r}")
+        return json.dumps(of_file[fact]).encode()
