@@ -18,7 +18,7 @@ DESCRIPTION = """\
 Let this installation of pkernfs serve a mount that an older one (or a newer one) serves, while it stays in use.
 
 A worker of this version is started and looks whether it can read the region; the one that serves answers what it has
-read and ends; the new one goes on.  If it fails within its time of probation, the version of before goes on, and this
+read and ends; the new one goes on.  If it fails within its time of probation, the previous version goes on, and this
 command fails.
 
   pkernfs upgrade /mnt/pkernfs                 the worker

@@ -32,12 +32,17 @@ class WorkerStuckError(WorkerGoneError):
 
 
 class WorkerError(PkernfsError):
-    """The worker could not do what it was asked for: its own words."""
+    """The worker could not do what a message wants; the text is the worker's."""
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """A module of this installation as a program; -P: not one of the directory that it happens to be started in."""
+    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def worker_command() -> list[str]:
     """The program of a worker of this installation; $PKERNFS_WORKER names another one (tests let it fail)."""
-    return shlex.split(os.environ.get("PKERNFS_WORKER", "")) or [sys.executable, "-P", "-m", "pkernfs.server.worker"]
+    return shlex.split(os.environ.get("PKERNFS_WORKER", "")) or python_command("pkernfs.server.worker")
 
 
 def send(connection: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
@@ -59,21 +64,21 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str] = (), *, connection: socket.socket | None = None, pid: int = 0) -> None:
-        self.facts: dict[str, Any] = {}  #: what it said of itself
-        self.process: subprocess.Popen[bytes] | None = None
-        self.handle = -1  #: a pidfd
+        self.facts: dict[str, Any] = {}  #: what the message "up" held
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         if connection is not None:
             self.socket, self.pid = connection, pid
             with suppress(ProcessLookupError):
-                self.handle = os.pidfd_open(pid)
+                self._pidfd = os.pidfd_open(pid)
             return
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self.process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/"
             )
-        self.pid = self.process.pid
-        self.handle = os.pidfd_open(self.pid)
+        self.pid = self._process.pid
+        self._pidfd = os.pidfd_open(self.pid)
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Raises WorkerGoneError."""
@@ -98,8 +103,8 @@ class Child:
             raise error
         return message
 
-    def up(self, timeout: float) -> dict[str, Any]:
-        """Wait until it has imported everything; what it says of itself.  Raises WorkerGoneError, WorkerError."""
+    def wait_until_up(self, timeout: float) -> dict[str, Any]:
+        """Wait until it has imported everything; what the message "up" holds.  Raises WorkerGoneError, WorkerError."""
         if not self.facts:
             self.facts = self.receive(timeout)
             if self.facts.get("protocol") != PROTOCOL:
@@ -113,24 +118,24 @@ class Child:
     def signal(self, number: int) -> None:
         """Send it a signal, if it is still there."""
         with suppress(ProcessLookupError):
-            if self.handle >= 0:
-                signal.pidfd_send_signal(self.handle, number)
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def kill(self) -> None:
         """End it at once, and wait for that."""
         self.signal(signal.SIGKILL)
-        self.end()
+        self.wait()
 
-    def end(self) -> str:
+    def wait(self) -> str:
         """Wait for its end; how it ended."""
         how = "a status that another keeper would know"
-        if self.process is not None:
-            code = self.process.wait()
+        if self._process is not None:
+            code = self._process.wait()
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        if self.handle >= 0:
-            select.select([self.handle], [], [])
-            os.close(self.handle)
-            self.handle = -1
+        if self._pidfd >= 0:
+            select.select([self._pidfd], [], [])
+            os.close(self._pidfd)
+            self._pidfd = -1
         self.socket.close()
         return how
 

@@ -111,6 +111,14 @@ class Device:
             raise ConnectionAbortedError(errno.ENODEV, "the mount has ended")
         return bool(events & select.POLLIN)
 
+    def has_ended(self) -> bool:
+        """Whether the kernel has ended the mount."""
+        try:
+            self.readable()
+        except ConnectionAbortedError:
+            return True
+        return False
+
     def read(self) -> bytes:
         """The next request; waits for it.  Raises ConnectionAbortedError when the mount has ended."""
         while True:
@@ -196,6 +204,13 @@ def _mount(source: str, mountpoint: str, options: MountOptions) -> Device:
         os.close(fd)
         raise _failed(mountpoint, error.strerror or str(error)) from None
     return Device(fd)
+
+
+def umount_command(mountpoint: str, *, lazy: bool = False) -> list[str]:
+    """The command that unmounts; ``lazy``: at once, whoever uses the mount."""
+    if os.geteuid() == 0:
+        return ["umount", "-i", *["-l"] * lazy, mountpoint]
+    return ["fusermount3", "-u", *["-z"] * lazy, "--", mountpoint]
 
 
 def mount2(source: str, target: str, fstype: str, flags: int, data: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import time
+
+from pkernfs.server.child import python_command
 
 log = logging.getLogger("pkernfs")
 
@@ -17,24 +18,25 @@ class Exporter:
 
     def __init__(self, mountpoint: str, where: str) -> None:
         option = "--file" if where.startswith("/") else "--port"
-        code = "import sys; from pkernfs.cli import main; sys.exit(main())"
-        self.command = [sys.executable, "-P", "-c", code, "metrics", option, where, "--", mountpoint] if where else []
-        self.process: subprocess.Popen[bytes] | None = None
-        self.after = 0.0
+        self._arguments = ["metrics", option, where, "--", mountpoint] if where else []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._after = 0.0
 
-    def look_after(self) -> None:
+    def ensure(self) -> None:
         """Start it when it does not run."""
-        if not self.command or time.monotonic() < self.after:
+        if not self._arguments or time.monotonic() < self._after:
             return
-        if self.process is not None and (status := self.process.poll()) is not None:
-            log.error("the metrics ended with status %d: %s", status, " ".join(self.command[4:]))
-            self.process = None
-            self.after = time.monotonic() + AGAIN
-        elif self.process is None:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, cwd="/")
+        if self._process is not None and (status := self._process.poll()) is not None:
+            log.error("the metrics ended with status %d: %s", status, " ".join(self._arguments))
+            self._process = None
+            self._after = time.monotonic() + AGAIN
+        elif self._process is None:
+            # The command line's module by its name: a server does not import what is above it.
+            command = python_command("pkernfs.cli", *self._arguments)
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
 
     def close(self) -> None:
         """End it."""
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()

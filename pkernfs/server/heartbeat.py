@@ -1,4 +1,4 @@
-"""Whether the worker of a mount still answers: it is asked every second, and the mount itself is looked at."""
+"""Whether the worker of a mount still answers: it gets a heartbeat every second, and requests must not wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pkernfs.server.device import Device
 
 log = logging.getLogger("pkernfs")
 
-BEAT = 1.0  #: seconds between two looks, at most
+BEAT = 1.0  #: seconds between two checks, at most
 DUMP = 1.0  #: seconds that writing its stacks may take
 
 
@@ -25,47 +25,47 @@ class Heartbeat:
     def __init__(self, worker: Child, device: Device) -> None:
         self.worker = worker
         self.device = device
-        self.asked = self.answered = time.monotonic()
-        self.begun = -1  #: requests that the worker has read so far
-        self.waiting = (self.asked, -1)  #: since when a request waits to be read, and how many had been read then
-        self.oldest = 0.0  #: seconds that a request has been at work
+        self._sent = self._received = time.monotonic()  #: the last heartbeat, and the last answer
+        self._begun = -1  #: requests that the worker has read so far
+        self._waiting = (self._sent, -1)  #: since when a request waits to be read, and how many had been read then
+        self._oldest = 0.0  #: seconds that a request has been at work
 
     @property
     def interval(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two checks."""
         return min(BEAT, self.patience / 4)
 
-    def heard(self, message: dict[str, Any]) -> None:
+    def on_answer(self, message: dict[str, Any]) -> None:
         """The worker's answer."""
-        self.answered = time.monotonic()
-        self.begun = message["begun"]
-        self.oldest = message["oldest"]
+        self._received = time.monotonic()
+        self._begun = message["begun"]
+        self._oldest = message["oldest"]
 
-    def lost(self) -> str:
-        """Ask again when it is time; "", or in what way the worker does not answer any more."""
+    def check(self) -> str:
+        """Send the next heartbeat when it is time; "", or why the worker is lost."""
         now = time.monotonic()
-        if now - self.asked < self.interval:
+        if now - self._sent < self.interval:
             return ""
         with suppress(ConnectionAbortedError):
-            if not self.device.readable() or self.waiting[1] != self.begun:
-                self.waiting = (now, self.begun)
-        if self.answered >= self.asked:
-            self.asked = now
+            if not self.device.readable() or self._waiting[1] != self._begun:
+                self._waiting = (now, self._begun)
+        if self._received >= self._sent:
+            self._sent = now
             with suppress(WorkerGoneError):
                 self.worker.send({"verb": "beat"})
         for since, what in (
-            (now - self.asked, "has not said anything"),
-            (self.oldest, "has a request that it has not answered"),
-            (now - self.waiting[0], "has not read a request that waits"),
+            (now - self._sent, "it has not answered a heartbeat"),
+            (self._oldest, "it has not answered a request"),
+            (now - self._waiting[0], "it has not read a request that waits"),
         ):
             if since > self.patience:
                 return f"{what} for {since:.1f} s"
         return ""
 
 
-def end_stuck(worker: Child, why: str) -> None:
-    """End a worker that serves no more, with its stacks in the log."""
-    log.error("worker %d %s: it is ended", worker.pid, why)
+def kill_stuck(worker: Child, why: str) -> None:
+    """Kill a worker that serves no more, and log where it stands."""
+    log.error("killing worker %d: %s", worker.pid, why)
     with suppress(OSError), open(f"/proc/{worker.pid}/stack", encoding="ascii", errors="replace") as file:
         log.error("worker %d in the kernel: %s", worker.pid, " < ".join(line.split()[-1] for line in file))
     # faulthandler writes Python's stacks there, if the process still runs at all.

@@ -1,14 +1,16 @@
 """The keeper of one mount: it holds /dev/fuse, and sees to it that somebody serves.
 
-It mounts, reads the kernel's INIT and keeps it, and starts workers.  A worker gets INIT, and after a takeover what was
-not answered, through a socket that stands in for /dev/fuse (relay.py), and goes on with the descriptor itself when that
-socket ends.  A standby waits for the end of the worker.  The keeper never looks into the region: it only holds its
-lock.  Its end is not the end of the mount (succession.py).
+It mounts, reads the kernel's INIT and keeps it, and starts workers (serving.py).  A worker gets INIT, and after a
+takeover what was not answered, through a socket that stands in for /dev/fuse (relay.py), and goes on with the
+descriptor itself when that socket ends.  A standby waits for the end of the worker.  The keeper never looks into the
+region: it only holds its lock.  Its end is not the end of the mount (succession.py).
+
+One thread, one loop: it waits for the worker, the standby, the worker of an upgrade, signals and commands, and acts on
+one at a time.  What it may do next depends on its phase (phase.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import selectors
@@ -17,29 +19,27 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.mountinfo import mount_at
 from pkernfs.server.buffers import keep_resident
-from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
+from pkernfs.server.child import Child, WorkerError, WorkerGoneError
 from pkernfs.server.commands import Command, Commands
-from pkernfs.server.device import Device, mount_device
+from pkernfs.server.device import umount_command
 from pkernfs.server.exporter import Exporter
-from pkernfs.server.heartbeat import BEAT, Heartbeat, end_stuck
+from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
 from pkernfs.server.memory import dirty_bytes, pinned_bytes
-from pkernfs.server.relay import Relay
-from pkernfs.server.standby import Standby, backoff
+from pkernfs.server.phase import Life, Phase
+from pkernfs.server.serving import Serving, Started
+from pkernfs.server.signals import Wakeup
+from pkernfs.server.standby import Standby
 from pkernfs.server.state import STORED, Descriptors, State
 from pkernfs.server.stats import BUGS, map_stats, requests
 from pkernfs.server.systemd import service
-from pkernfs.server.upgrade import Upgrade
-from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
+from pkernfs.server.upgrade import Action, Decision, Upgrade
 
 log = logging.getLogger("pkernfs")
 
-START = 60.0  #: seconds that a worker may take to import and open
 HAND_OVER = 30.0  #: seconds that the next keeper may take
 
 
@@ -48,307 +48,228 @@ class Keeper:
 
     def __init__(self, state: State, fds: Descriptors, worker: Child | None = None) -> None:
         self.state = state
-        self.fds = fds
-        self.worker = worker
+        self.serving = Serving(state, fds, worker)
+        self.life = Life(state.mountpoint, Phase.SERVING if worker is not None else Phase.STARTING)
         self.standby = Standby()
-        self.upgrade: Upgrade | None = None
+        self.upgrade: Upgrade | None = None  #: in UPGRADING, PROBATION, and a TAKING_OVER that goes back to the former
+        self.umount: subprocess.Popen[bytes] | None = None  #: in UNMOUNTING, and a TAKING_OVER that goes back there
         self.stats = map_stats(fds.stats)
         self.service = service()
         self.exporter = Exporter(state.mountpoint, state.options.metrics)
-        self.unmounting: subprocess.Popen[bytes] | None = None
-        self.ending = False  #: the mount is to end with its worker
-        self.leaving = False  #: somebody else keeps the mount from now on
-        self.state_file = -1
-        self.wake, self.wakened = socket.socketpair()
-        for one in (self.wake, self.wakened):
-            one.setblocking(False)
-        signal.set_wakeup_fd(self.wakened.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-        self.commands: Commands | None = None
-        if fds.device >= 0:
-            self._begin(Device(fds.device))
+        self.wakeup = Wakeup()
 
-    def _begin(self, device: Device) -> None:
-        """The mount is there."""
-        self.device = device
-        self.relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang)
-        self.commands = Commands(socket.socket(fileno=os.dup(self.fds.orders)), self.status, self._wake)
+    @property
+    def phase(self) -> Phase:
+        """Where in its life it is."""
+        return self.life.phase
 
-    def _wake(self) -> None:
-        with suppress(BlockingIOError):
-            self.wakened.send(b"\0")
-
-    # -- the first worker -----------------------------------------------------------------------------------------
-
-    def start(self) -> dict[str, Any]:
-        """Open, mount, serve; what the first worker says when the mount is usable.  Raises PkernfsError."""
-        state = self.state
-        worker = Child(state.command)
-        device: Device | None = None
+    def start(self) -> Started:
+        """Mount; what the first worker tells when the mount is usable.  Raises PkernfsError."""
         try:
-            opened = self.open(worker, first=True)
-            device = mount_device(state.region, state.mountpoint, state.options)
-            state.init = device.read()
-            mounted = mount_at(state.mountpoint)
-            state.device = mounted.device if mounted else ""
-            self._listen(device)
-            self._hand_over(worker, takeover=False)
-            ready = worker.receive(START)
-            self._served_by(worker)
-            log.info("%s: mounted on %s", state.region, state.mountpoint)
-            return opened | ready
+            started = self.serving.start()
         except BaseException:
-            worker.kill()
-            if device is not None:
-                subprocess.run(self._umount_command(lazy=True), stderr=subprocess.DEVNULL, check=False)
-            self._remove_sockets()
+            self.life.enter(Phase.ENDED)
             raise
-
-    def _listen(self, device: Device) -> None:
-        state = self.state
-        folder = runtime_dir()
-        remove_stale(folder)
-        name = os.path.join(folder, f"{state.device}-{os.urandom(4).hex()}")
-        state.control_path, state.orders_path = f"{name}.worker.sock", f"{name}.keeper.sock"
-        control, orders = listen(state.control_path), listen(state.orders_path)
-        self.fds = self.fds._replace(control=control.detach(), orders=orders.detach(), device=device.fd)
-        self._begin(device)
-
-    def open(self, worker: Child, *, first: bool) -> dict[str, Any]:
-        """Let a worker open the region.  Raises WorkerError, WorkerGoneError."""
-        worker.up(START)
-        message = {"verb": "open", "state": self.state.to_json(), "first": first}
-        worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
-        return worker.receive(START)
-
-    def _hand_over(self, worker: Child, *, takeover: bool) -> None:
-        message = {"state": self.state.to_json(), "revive": not self.service}
-        self.relay.hand_over(worker, message, [self.fds.control, self.fds.orders], takeover=takeover)
-
-    def _served_by(self, worker: Child) -> None:
-        """Note that a worker serves."""
-        state = self.state
-        self.worker = worker
-        state.worker, state.worker_since = worker.pid, time.time()
-        state.version = worker.facts.get("version", "")
-        self.tell()
-
-    def tell(self) -> None:
-        """Give the state to those who start the next keeper: the worker, or systemd."""
-        if self.worker is not None:
-            with suppress(WorkerGoneError):
-                self.worker.send({"verb": "know", "state": self.state.to_json()})
-            self._store(self.worker)
+        self.life.enter(Phase.SERVING)
+        log.info("%s: mounted on %s", self.state.region, self.state.mountpoint)
+        return started
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
         keep_resident()
-        self.tell()
+        listener = socket.socket(fileno=os.dup(self.serving.fds.commands))
+        self.commands = Commands(listener, self.status, self.wakeup.wake)
+        self.serving.publish_state()
         self.service.notify("READY=1", f"STATUS={self.state.region} on {self.state.mountpoint}")
-        while not (self.leaving or self.ending):
+        while True:
             reason = self._watch()
-            if self.leaving or self.ending or self._is_over():
+            if self.phase in (Phase.HANDED_OVER, Phase.ENDING) or self.serving.has_ended():
                 break
-            if self.upgrade is not None and self.upgrade.serving:
-                self.upgrade.fail(f"the new worker ended with {reason}")
-            self.take_over(reason)
+            if self.phase is Phase.PROBATION:
+                self._fail_upgrade(f"the new worker ended with {reason}: keeping the previous version")
+            then = self.phase if self.phase in (Phase.UPGRADING, Phase.UNMOUNTING) else Phase.SERVING
+            self.take_over(reason, then)
         self.close()
 
     def _watch(self) -> str:
-        """Wait until the worker is gone; how it ended."""
+        """Wait until nobody serves, or another keeper has the mount; how the worker ended."""
         heartbeat: Heartbeat | None = None
-        while not self.leaving:
-            worker = self.worker
-            assert worker is not None
+        while self.phase is not Phase.HANDED_OVER and (worker := self.serving.worker) is not None:
             if heartbeat is None or heartbeat.worker is not worker:
-                heartbeat = Heartbeat(worker, self.device)
+                heartbeat = Heartbeat(worker, self.serving.device)
             heartbeat.patience = self._patience()
-            self.standby.look_after(self.state.command)
-            self.exporter.look_after()
-            for said in self._select(heartbeat):
-                if said is not None:
-                    said()
+            self.standby.ensure(self.state.command)
+            self.exporter.ensure()
+            for handle in self._wait(heartbeat):
+                if handle is not None:
+                    handle()
                     continue
                 try:
-                    heartbeat.heard(worker.receive(0))
+                    heartbeat.on_answer(worker.receive(0))
                 except WorkerError as error:
                     log.error("%s", error)
                 except WorkerGoneError:
-                    return worker.end()
-            self._obey()
-            self.service.sign_of_life()
-            if self.worker is worker and (why := heartbeat.lost()):
-                end_stuck(worker, why)
-            if self.upgrade is not None and self.upgrade.serving:
-                self.upgrade.look()
+                    return self.serving.wait_for_end()
+            self._handle_commands()
+            self._check_umount()
+            self.service.notify_watchdog()
+            if self.serving.worker is worker and (why := heartbeat.check()):
+                kill_stuck(worker, why)
+            if self.upgrade and self.phase is Phase.PROBATION:
+                self._act(self.upgrade, self.upgrade.check_probation(self.stats[BUGS]))
         return ""
 
-    def _select(self, heartbeat: Heartbeat) -> list[Callable[[], None] | None]:
-        """Wait until something is said; what is to be called for it, None for the worker."""
+    def _wait(self, heartbeat: Heartbeat) -> list[Callable[[], None] | None]:
+        """Wait until there is something to read; what handles it, None for the worker."""
         with selectors.DefaultSelector() as selector:
-            selector.register(self.wake, selectors.EVENT_READ, self._woken)
+            selector.register(self.wakeup, selectors.EVENT_READ, self._handle_signals)
             selector.register(heartbeat.worker.socket, selectors.EVENT_READ)
             if self.standby.worker is not None:
-                selector.register(self.standby.worker.socket, selectors.EVENT_READ, self.standby.spoke)
-            if self.upgrade is not None and not self.upgrade.serving:
-                selector.register(self.upgrade.worker.socket, selectors.EVENT_READ, self.upgrade.spoke)
-            # The worker's first: what it has said of itself holds before another one takes its place.
+                selector.register(self.standby.worker.socket, selectors.EVENT_READ, self.standby.on_message)
+            if self.upgrade and self.phase is Phase.UPGRADING:
+                selector.register(self.upgrade.worker.socket, selectors.EVENT_READ, self._check_upgrade)
+            # The worker's first: its end, or its answer, holds before another one takes its place.
             return sorted((key.data for key, _ in selector.select(heartbeat.interval)), key=bool)
 
     def _patience(self) -> float:
         """Seconds without an answer after which a worker is lost."""
-        hang, upgrade = self.state.options.hang, self.upgrade
-        return min(hang, upgrade.probation / 2) if upgrade is not None and upgrade.serving else hang
+        hang = self.state.options.hang
+        return min(hang, self.upgrade.probation / 2) if self.upgrade and self.phase is Phase.PROBATION else hang
 
-    def _woken(self) -> None:
-        """Signals; commands are looked at in any case."""
-        with suppress(BlockingIOError):
-            self._signals(self.wake.recv(100))
+    # -- signals --------------------------------------------------------------------------------------------------
 
-    def _obey(self) -> None:
-        """Commands."""
-        assert self.commands is not None
-        while (command := self.commands.next()) is not None:
-            try:
-                if command.verb == "hand-over":
-                    self.hand_on(command)
-                elif self.upgrade is not None:
-                    raise RegionError("an upgrade is under way", hint="try again when it is done")
-                else:
-                    self.upgrade = Upgrade(self, command)
-            except PkernfsError as error:
-                command.refuse(error)
-
-    def _signals(self, numbers: bytes) -> None:
-        # Of two that wait, the handler of the later one runs first: SIGINT of systemd's ExecStop comes before SIGTERM.
-        for number in sorted(set(numbers) - {0, signal.SIGCHLD}):
-            if self.ending or self.unmounting is not None:
+    def _handle_signals(self) -> None:
+        for number in self.wakeup.signals():
+            if self.phase in (Phase.UNMOUNTING, Phase.ENDING, Phase.HANDED_OVER):
                 continue
             if self.service and number == signal.SIGTERM:
                 log.info("SIGTERM: leaving %s to the next keeper", self.state.mountpoint)
-                self.leaving = True
+                self.life.enter(Phase.HANDED_OVER)
             else:
-                log.info("%s: unmounting %s", signal.Signals(number).name, self.state.mountpoint)
-                self.unmounting = subprocess.Popen(self._umount_command(), stderr=subprocess.DEVNULL)
-        if self.unmounting is not None and self.unmounting.poll() not in (None, 0):
-            self.unmounting = None
+                log.info("%s: unmounting %s", number.name, self.state.mountpoint)
+                self._fail_upgrade("the mount is being unmounted")
+                self.umount = subprocess.Popen(umount_command(self.state.mountpoint), stderr=subprocess.DEVNULL)
+                self.life.enter(Phase.UNMOUNTING)
+
+    def _check_umount(self) -> None:
+        """When umount has failed the mount is in use, and ends all the same."""
+        if self.phase is Phase.UNMOUNTING and self.umount is not None and self.umount.poll() not in (None, 0):
             log.warning("%s is in use: what is open there fails from now on", self.state.mountpoint)
-            self.ending = True
-            assert self.worker is not None
-            with suppress(WorkerGoneError):
-                self.worker.send({"verb": "end"})
-
-    def _umount_command(self, *, lazy: bool = False) -> list[str]:
-        if os.geteuid() == 0:
-            return ["umount", "-i", *["-l"] * lazy, self.state.mountpoint]
-        return ["fusermount3", "-u", *["-z"] * lazy, "--", self.state.mountpoint]
-
-    def _is_over(self) -> bool:
-        try:
-            self.device.readable()
-        except ConnectionAbortedError:
-            return True
-        return False
+            self.life.enter(Phase.ENDING)
+            self.serving.ask_to_end()
 
     # -- takeover -------------------------------------------------------------------------------------------------
 
-    def take_over(self, reason: str) -> None:
-        """Let the standby serve in place of a worker that has ended."""
-        state = self.state
-        begin = time.monotonic()
-        state.last_reason = reason
-        log.warning("worker %d ended with %s: another one takes over", state.worker, reason)
-        failures = 0
-        while True:
-            self._pause(backoff(failures))
-            if self.leaving or self.ending:
-                return
-            worker = self.standby.take(state.command)
-            try:
-                self.let_serve(worker, begin)
-                return
-            except ConnectionAbortedError:
-                self.worker = worker  # which sees the end of the mount too
-                return
-            except (PkernfsError, OSError) as error:
-                failures += 1
-                log.error("the takeover failed: %s", error)
-                if isinstance(error, WorkerStuckError):
-                    end_stuck(worker, "did not answer")
-                worker.kill()
+    def take_over(self, reason: str, then: Phase = Phase.SERVING) -> None:
+        """Let another worker serve in place of one that has ended; ``then``: the phase to go on with."""
+        self.life.enter(Phase.TAKING_OVER)
+        if self.standby.take_over(self.serving, reason, self._pause):
+            self.life.enter(then)
 
-    def let_serve(self, worker: Child, begin: float) -> None:
-        """Open and hand over; ``begin``: when nobody served any more.  Raises PkernfsError, ConnectionAbortedError."""
-        state = self.state
-        self.open(worker, first=False)
-        self._hand_over(worker, takeover=True)
-        stall = time.monotonic() - begin
-        state.takeovers += 1
-        state.last_takeover = time.time()
-        state.longest_stall = max(state.longest_stall, stall)
-        self._served_by(worker)
-        log.info("worker %d serves after %.1f ms", worker.pid, stall * 1000)
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, but not longer than until a signal says that the mount is to end."""
+    def _pause(self, seconds: float) -> bool:
+        """Wait, but not longer than until a signal says that the mount is to end; False: it said so."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             with selectors.DefaultSelector() as selector:
-                selector.register(self.wake, selectors.EVENT_READ)
+                selector.register(self.wakeup, selectors.EVENT_READ)
                 selector.select(min(left, BEAT))
-            self.service.sign_of_life()
-            with suppress(BlockingIOError):
-                numbers = set(self.wake.recv(100)) & {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-                if numbers:
-                    # Nobody serves, so nothing can be written back: umount would wait for ever.
-                    self.leaving = bool(self.service) and numbers == {signal.SIGTERM}
-                    self.ending = not self.leaving
-                    return
+            self.service.notify_watchdog()
+            if signals := self.wakeup.signals():
+                # Nobody serves, so nothing can be written back: umount would wait for ever.
+                stays = bool(self.service) and signals == [signal.SIGTERM]
+                self.life.enter(Phase.HANDED_OVER if stays else Phase.ENDING)
+                return False
+        return True
 
-    def drain(self) -> None:
-        """End the worker when it has answered what it has read."""
-        worker = self.worker
-        assert worker is not None
-        with suppress(WorkerGoneError):
-            worker.send({"verb": "drain"})
-            while True:
-                worker.receive(self.state.options.hang)
-        worker.kill()
+    # -- commands -------------------------------------------------------------------------------------------------
 
-    # -- other keepers --------------------------------------------------------------------------------------------
+    def _handle_commands(self) -> None:
+        while (command := self.commands.next()) is not None:
+            try:
+                if command.verb == "hand-over":
+                    self._hand_over(command)
+                else:
+                    self.life.check(Phase.UPGRADING, "upgrade")
+                    self.upgrade = Upgrade(command)
+                    self.life.enter(Phase.UPGRADING)
+            except PkernfsError as error:
+                command.refuse(error)
 
-    def hand_on(self, command: Command) -> None:
-        """Give everything to another keeper, which says when it has it.  Raises RegionError."""
+    def _hand_over(self, command: Command) -> None:
+        """Give everything to another keeper, which says when it has it.  Raises PkernfsError."""
         if self.service:
             raise RegionError("systemd started this keeper", hint="systemctl restart its service")
-        assert self.worker is not None
-        command.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
+        self.life.check(Phase.HANDED_OVER, "hand-over")
+        worker = self.serving.worker
+        assert worker is not None
+        command.answer(self.state.to_json(), [*self.serving.fds, worker.socket.fileno()])
         command.connection.settimeout(HAND_OVER)
         try:
-            said = command.connection.recv(1)
+            taken = command.connection.recv(1)
         except OSError:
-            said = b""
+            taken = b""
         command.done.set()
-        if said:
+        if taken:
             log.info("another keeper has taken over")
-            self.leaving = True
+            self.life.enter(Phase.HANDED_OVER)
         else:
             log.error("the next keeper has failed: this one goes on")
 
-    def _store(self, worker: Child) -> None:
-        if not self.service:
-            return
-        if self.state_file < 0:
-            self.state_file = os.memfd_create("pkernfs-state", os.MFD_CLOEXEC)
-            self.service.store({"state": self.state_file, **self.fds._asdict()})
-        os.truncate(self.state_file, 0)
-        os.pwrite(self.state_file, json.dumps(self.state.to_json()).encode(), 0)
-        self.service.store({"worker": worker.socket.fileno()})
+    # -- upgrades -------------------------------------------------------------------------------------------------
 
-    # -- telling --------------------------------------------------------------------------------------------------
+    def _check_upgrade(self) -> None:
+        if self.upgrade and self.phase is Phase.UPGRADING:
+            self._act(self.upgrade, self.upgrade.check_worker(self.state, self.serving.fds.region))
+
+    def _act(self, upgrade: Upgrade, decision: Decision) -> None:
+        """Do what an upgrade has decided on."""
+        match decision.action:
+            case Action.SERVE:
+                self._switch(upgrade)
+            case Action.FALL_BACK:
+                self._fail_upgrade(f"{decision.why}: keeping the previous version")
+                if self.phase is Phase.UPGRADING:
+                    self.life.enter(Phase.SERVING)
+                else:
+                    self.serving.drain()
+                    self.take_over("an upgrade that failed")
+            case Action.COMMIT:
+                self.upgrade = None
+                self.state.command = upgrade.program
+                self.standby.kill()
+                self.life.enter(Phase.SERVING)
+                self.serving.publish_state()
+                upgrade.succeed(self.state)
+
+    def _switch(self, upgrade: Upgrade) -> None:
+        """Let the worker of an upgrade serve, on probation."""
+        state, begin = self.state, time.monotonic()
+        # Before it serves: what it is handed at first counts.
+        upgrade.begin(state.version, self.stats[BUGS])
+        state.last_reason = "upgrade"
+        self.serving.drain()
+        try:
+            stall = self.serving.let_serve(upgrade.worker, begin)
+        except ConnectionAbortedError:
+            self.serving.worker, stall = upgrade.worker, 0.0  # which sees the end of the mount too
+        except (PkernfsError, OSError) as error:
+            self._fail_upgrade(f"{error}: keeping the previous version")
+            self.take_over(f"an upgrade that failed: {error}")
+            return
+        upgrade.start_probation(stall)
+        self.life.enter(Phase.PROBATION)
+
+    def _fail_upgrade(self, why: str) -> None:
+        """Give an upgrade up, if there is one."""
+        upgrade, self.upgrade = self.upgrade, None
+        if upgrade is not None:
+            if upgrade.worker is not self.serving.worker:
+                upgrade.worker.kill()
+            upgrade.fail(why)
+
+    # -- facts, and the end -------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """What `pkernfs status` shows."""
@@ -358,24 +279,20 @@ class Keeper:
             "requests": requests(self.stats),
             "failed_requests": self.stats[BUGS],
             "dirty": dirty_bytes(self.state.device),
-            "pinned": pinned_bytes(self.fds.region, self.state.worker),
+            "pinned": pinned_bytes(self.serving.fds.region, self.state.worker),
         }
 
     def close(self) -> None:
         """End the standby; and the mount, unless another keeper has it."""
         self.exporter.close()
         self.standby.kill()
-        if self.upgrade is not None and not self.upgrade.serving:
+        if self.upgrade is not None and self.upgrade.worker is not self.serving.worker:
             self.upgrade.worker.kill()
-        if self.leaving:
+        if self.phase is Phase.HANDED_OVER:
             return
-        self.service.forget(STORED)
-        if self.ending:
-            subprocess.run(self._umount_command(lazy=True), stderr=subprocess.DEVNULL, check=False)
-        self._remove_sockets()
+        self.service.discard(STORED)
+        if self.phase is Phase.ENDING:
+            self.serving.umount_lazily()
+        self.serving.remove_sockets()
+        self.life.enter(Phase.ENDED)
         log.info("%s: unmounted %s", self.state.region, self.state.mountpoint)
-
-    def _remove_sockets(self) -> None:
-        for path in (self.state.control_path, self.state.orders_path):
-            if path:
-                remove(path)

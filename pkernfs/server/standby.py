@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pkernfs.errors import PkernfsError
-from pkernfs.server.child import Child
+from pkernfs.server.child import Child, WorkerStuckError
+from pkernfs.server.heartbeat import kill_stuck
+from pkernfs.server.serving import Serving
 
 log = logging.getLogger("pkernfs")
 
@@ -25,34 +27,61 @@ class Standby:
 
     def __init__(self) -> None:
         self.worker: Child | None = None
-        self.failures = 0
-        self.after = 0.0  #: when the next one may be started
+        self._failures = 0
+        self._after = 0.0  #: when the next one may be started
 
     @property
     def pid(self) -> int:
         """Its process id; 0: there is none."""
         return self.worker.pid if self.worker is not None else 0
 
-    def look_after(self, command: Sequence[str]) -> None:
-        """See to it that there is one."""
-        if self.worker is None and time.monotonic() >= self.after:
+    def ensure(self, command: Sequence[str]) -> None:
+        """Start one if there is none."""
+        if self.worker is None and time.monotonic() >= self._after:
             self.worker = Child(command)
 
-    def spoke(self) -> None:
+    def on_message(self) -> None:
         """It is up, or has ended."""
         assert self.worker is not None
         try:
-            if self.worker.facts:  # it has nothing more to say: it has ended
+            if self.worker.facts:  # nothing more comes from it: it has ended
                 self.worker.receive(0)
-            self.worker.up(0)
-            self.failures = 0
+            self.worker.wait_until_up(0)
+            self._failures = 0
         except PkernfsError as error:
             log.error("standby: %s", error)
             self.kill()
-            self.failures += 1
-            self.after = time.monotonic() + backoff(self.failures + 1)
+            self._failures += 1
+            self._after = time.monotonic() + backoff(self._failures + 1)
 
-    def take(self, command: Sequence[str]) -> Child:
+    def take_over(self, serving: Serving, reason: str, pause: Callable[[float], bool]) -> bool:
+        """Let the standby serve in place of a worker that has ended; where there is none, or it fails, new ones.
+
+        ``pause`` waits for some seconds; it gives False when nobody is to serve any more, and so does this.
+        """
+        state = serving.state
+        begin = time.monotonic()
+        state.last_reason = reason
+        log.warning("worker %d ended with %s: another one takes over", state.worker, reason)
+        failures = 0
+        while pause(backoff(failures)):
+            worker = self._take(state.command)
+            try:
+                stall = serving.let_serve(worker, begin)
+                log.info("worker %d serves after %.1f ms", worker.pid, stall * 1000)
+                return True
+            except ConnectionAbortedError:
+                serving.worker = worker  # which sees the end of the mount too
+                return True
+            except (PkernfsError, OSError) as error:
+                failures += 1
+                log.error("the takeover failed: %s", error)
+                if isinstance(error, WorkerStuckError):
+                    kill_stuck(worker, "it did not answer")
+                worker.kill()
+        return False
+
+    def _take(self, command: Sequence[str]) -> Child:
         """The standby, which is none any more; a new worker where there is none."""
         worker, self.worker = self.worker, None
         return worker or Child(command)

@@ -27,6 +27,6 @@ def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[
     os.truncate(references, lookups_size(size))
     state = State(region, mountpoint, options, worker_command())
     keeper = Keeper(state, Descriptors(region_fd, references, make_stats(), -1, -1, -1))
-    said = keeper.start()
-    ready(said["opened"], said["warning"])
+    started = keeper.start()
+    ready(started.replayed, started.warning)
     keeper.keep()

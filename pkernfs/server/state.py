@@ -18,12 +18,15 @@ class Descriptors(NamedTuple):
     references: int  #: memory with the kernel's references to inodes
     stats: int  #: memory with counters
     control: int  #: listens for verbs that the worker answers
-    orders: int  #: listens for commands to the keeper; this name, as fd stores of earlier keepers have it
+    commands: int  #: listens for verbs that the keeper answers
     device: int  #: /dev/fuse
 
 
-#: Names of the descriptors that systemd keeps: the state in a file, and the socket to the worker.
-STORED = ("state", "worker", *Descriptors._fields)
+#: Names of the Descriptors in systemd's store.  "orders": so that a keeper finds those of one before version 0.2.0,
+#: whose mount it would end otherwise.
+FD_NAMES = ("region", "references", "stats", "control", "orders", "device")
+#: All names in systemd's store: the state in a file and the socket to the worker too.
+STORED = ("state", "worker", *FD_NAMES)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class State:
     device: str = ""  #: MAJOR:MINOR of the mount
     init: bytes = b""  #: the kernel's INIT
     control_path: str = ""
-    orders_path: str = ""  #: where commands to the keeper go; this name, as earlier keepers hand it on
+    commands_path: str = ""  #: "orders_path" in JSON, as keepers before version 0.2.0 give and take it
     worker: int = 0  #: process id
     worker_since: float = 0.0
     version: str = ""  #: of the worker
@@ -50,13 +53,17 @@ class State:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can hold it."""
-        return dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
+        facts = dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
+        facts["orders_path"] = facts.pop("commands_path")
+        return facts
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> Self:
         """Undo to_json."""
         options = MountOptions(**facts["options"] | {"kernel": tuple(facts["options"]["kernel"])})
-        return cls(**facts | {"options": options, "init": bytes.fromhex(facts["init"])})
+        facts = facts | {"options": options, "init": bytes.fromhex(facts["init"])}
+        facts["commands_path"] = facts.pop("orders_path")
+        return cls(**facts)
 
     def status(self) -> dict[str, Any]:
         """What `pkernfs status` shows of it."""

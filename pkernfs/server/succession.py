@@ -16,7 +16,7 @@ from pkernfs.server.child import Child, receive
 from pkernfs.server.device import Device
 from pkernfs.server.keeper import Keeper
 from pkernfs.server.logs import start_logging
-from pkernfs.server.state import STORED, Descriptors, State
+from pkernfs.server.state import FD_NAMES, STORED, Descriptors, State
 from pkernfs.server.systemd import service, stored
 
 log = logging.getLogger("pkernfs")
@@ -49,12 +49,12 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
     if not fds:
         return None
     state = None
-    if set(Descriptors._fields) <= fds.keys() and "state" in fds:
+    if set(FD_NAMES) <= fds.keys() and "state" in fds:
         with open(fds.pop("state"), encoding="utf-8") as file:
             state = State.from_json(json.load(file))
-    if state is None or not _lives(fds["device"]) or (state.region, state.mountpoint) != (region, mountpoint):
+    if state is None or Device(fds["device"]).has_ended() or (state.region, state.mountpoint) != (region, mountpoint):
         # The region's lock for one must not be held any more.
-        service().forget(STORED)
+        service().discard(STORED)
         for fd in fds.values():
             os.close(fd)
         return None
@@ -62,16 +62,7 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
     if connection < 0:  # it has ended: systemd has closed the socket
         connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
     start_logging(state.options)
-    return adopt(state, [*(fds[name] for name in Descriptors._fields), connection])
-
-
-def _lives(fd: int) -> bool:
-    """Whether the mount of a /dev/fuse is still there."""
-    try:
-        Device(fd).readable()
-    except ConnectionAbortedError:
-        return False
-    return True
+    return adopt(state, [*(fds[name] for name in FD_NAMES), connection])
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ class Service:
     def __init__(self) -> None:
         self.address = os.environ.pop("NOTIFY_SOCKET", "")
         ours = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        #: seconds between two signs of life, half of what is allowed; 0: none is wanted
+        #: seconds between two notifications, half of what is allowed; 0: none are wanted
         self.watchdog = int(os.environ.pop("WATCHDOG_USEC", "0")) / 2e6 if ours else 0.0
-        self.alive = 0.0
+        self._notified = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.address)
 
     def notify(self, *lines: str, fds: tuple[int, ...] = ()) -> None:
-        """Tell the service manager, which may be gone."""
+        """Send lines to the service manager, which may be gone."""
         if not self.address:
             return
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
@@ -36,19 +36,19 @@ class Service:
 
     def store(self, fds: Mapping[str, int]) -> None:
         """Keep these descriptors for the next process, in place of older ones of the same names."""
-        self.forget(fds)
+        self.discard(fds)
         for name, fd in fds.items():
             self.notify("FDSTORE=1", f"FDNAME={name}", fds=(fd,))
 
-    def forget(self, names: Iterable[str]) -> None:
+    def discard(self, names: Iterable[str]) -> None:
         """Close these descriptors: what they keep open ends."""
         for name in names:
             self.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
-    def sign_of_life(self) -> None:
-        """To be called all the time."""
-        if self.watchdog and time.monotonic() - self.alive >= self.watchdog:
-            self.alive = time.monotonic()
+    def notify_watchdog(self) -> None:
+        """To be called all the time: it sends something when that is due."""
+        if self.watchdog and time.monotonic() - self._notified >= self.watchdog:
+            self._notified = time.monotonic()
             self.notify("WATCHDOG=1")
 
 

@@ -1,22 +1,23 @@
-"""Another program for the workers of a mount: started, checked, on probation, and given up if it fails."""
+"""Another program for the workers of a mount: checked, on probation, and given up if it fails.
+
+An upgrade only decides; the keeper acts (keeper.py), which alone knows who serves at the moment.
+"""
 
 from __future__ import annotations
 
+import enum
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.server.child import Child
 from pkernfs.server.commands import Command
-from pkernfs.server.stats import BUGS
-
-if TYPE_CHECKING:
-    from pkernfs.server.keeper import Keeper
+from pkernfs.server.state import State
 
 log = logging.getLogger("pkernfs")
 
-CHECK = 20.0  #: seconds that the new worker may take to look at the region
+CHECK = 20.0  #: seconds that the new worker may take to read the region
 PROBATION = 5.0  #: seconds
 
 
@@ -24,79 +25,77 @@ class UpgradeError(PkernfsError):
     """The new version cannot serve."""
 
 
-class Upgrade:
-    """One upgrade.  ``command``: with "command", and "probation" in seconds if that is not the usual time."""
+class Action(enum.Enum):
+    """What a keeper is to do for an upgrade; the value is the sentence for its reader."""
 
-    def __init__(self, keeper: Keeper, command: Command) -> None:
+    WAIT = "nothing yet"
+    SERVE = "drain the worker that serves, and let the new one serve"
+    FALL_BACK = "end the new worker, and let one of the previous version serve"
+    COMMIT = "start workers of the new version from now on"
+
+
+class Decision(NamedTuple):
+    """``why``: the reason for FALL_BACK."""
+
+    action: Action
+    why: str = ""
+
+
+class Upgrade:
+    """One upgrade.  ``command``: with "command", the program, and "probation" in seconds if that is not the usual time.
+
+    Raises UsageError.
+    """
+
+    def __init__(self, command: Command) -> None:
         program, probation = command.request.get("command"), command.request.get("probation", PROBATION)
         if not isinstance(program, list) or not program or not all(isinstance(word, str) for word in program):
             raise UsageError(f'"command": expected a list of words, found {program!r}')
         if not isinstance(probation, (int, float)) or not 0 <= probation <= 3600:
             raise UsageError(f'"probation": expected seconds, found {probation!r}')
-        self.keeper = keeper
         self.command = command
-        self.program = program
+        self.program: list[str] = program
         self.probation = float(probation)
+        self._previous = ""  #: version that the new one takes the place of
+        self._stall = 0.0  #: seconds in which nobody served
+        self._end = 0.0  #: of the probation
+        self._bugs = 0  #: requests that had failed in a bug before it served
         self.worker = Child(program)
-        self.until = 0.0  #: end of the probation; 0.0: it does not serve yet
-        self.bugs = 0
-        self.before: dict[str, Any] = {}
         log.info("upgrade: starting %s", " ".join(program))
 
-    @property
-    def serving(self) -> bool:
-        """Whether the new worker serves."""
-        return self.until > 0
-
-    def spoke(self) -> None:
-        """The new worker is up, or has ended: let it serve if it can read the region."""
-        keeper, state = self.keeper, self.keeper.state
+    def check_worker(self, state: State, region_fd: int) -> Decision:
+        """To be called when the new worker has sent something, or has ended: whether it can read the region."""
         try:
-            self.worker.up(0)
-            self.worker.send({"verb": "check", "state": state.to_json()}, [keeper.fds.region])
+            self.worker.wait_until_up(0)
+            self.worker.send({"verb": "check", "state": state.to_json()}, [region_fd])
             self.worker.receive(CHECK)
         except PkernfsError as error:
-            self.worker.kill()
-            self.fail(str(error))
-            return
-        begin = time.monotonic()
-        self.bugs = keeper.stats[BUGS]
-        self.before = {"version": state.version, "longest_stall": state.longest_stall}
-        state.longest_stall = 0.0
-        state.last_reason = "upgrade"
-        keeper.drain()
-        try:
-            keeper.let_serve(self.worker, begin)
-        except ConnectionAbortedError:
-            keeper.worker = self.worker  # which sees the end of the mount too
-        except (PkernfsError, OSError) as error:
-            self.worker.kill()
-            self.fail(str(error))
-            keeper.take_over(f"an upgrade that failed: {error}")
-            return
-        self.until = time.monotonic() + self.probation
+            return Decision(Action.FALL_BACK, str(error))
+        return Decision(Action.SERVE)
 
-    def look(self) -> None:
-        """How the new worker is doing; at the end, its program is that of those to come."""
-        keeper, state = self.keeper, self.keeper.state
-        if keeper.stats[BUGS] != self.bugs:
-            self.fail("the new worker could not answer a request, see the log")
-            keeper.drain()
-            keeper.take_over("an upgrade that failed")
-        elif time.monotonic() >= self.until:
-            state.command = self.program
-            stall = state.longest_stall
-            state.longest_stall = max(stall, self.before["longest_stall"])
-            keeper.upgrade = None
-            keeper.standby.kill()
-            keeper.tell()
-            log.info("upgrade: version %s serves in place of %s", state.version, self.before["version"])
-            self.command.answer(
-                {"from": self.before["version"], "to": state.version, "worker": state.worker, "longest_stall": stall}
-            )
+    def begin(self, version: str, bugs: int) -> None:
+        """It is about to serve in place of a version; so many requests have failed in a bug by now."""
+        self._previous, self._bugs = version, bugs
+
+    def start_probation(self, stall: float) -> None:
+        """It serves, after nobody did for ``stall`` seconds."""
+        self._stall = stall
+        self._end = time.monotonic() + self.probation
+
+    def check_probation(self, bugs: int) -> Decision:
+        """How the new worker is doing; ``bugs``: how many requests have failed in a bug by now."""
+        if bugs != self._bugs:
+            return Decision(Action.FALL_BACK, "the new worker could not answer a request, see the log")
+        return Decision(Action.COMMIT if time.monotonic() >= self._end else Action.WAIT)
+
+    def succeed(self, state: State) -> None:
+        """Answer the client: the new version serves."""
+        log.info("upgrade: version %s serves in place of %s", state.version, self._previous)
+        self.command.answer(
+            {"from": self._previous, "to": state.version, "worker": state.worker, "longest_stall": self._stall}
+        )
 
     def fail(self, why: str) -> None:
-        """Tell that the version of before goes on."""
-        self.keeper.upgrade = None
-        log.error("upgrade: %s: the version of before goes on", why)
-        self.command.refuse(UpgradeError(f"{why}: the version of before goes on"))
+        """Answer the client: the new version does not serve."""
+        log.error("upgrade: %s", why)
+        self.command.refuse(UpgradeError(why))

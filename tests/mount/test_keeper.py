@@ -15,7 +15,7 @@ import pytest
 
 from tests.mount.site import DEAD, Site, errno_of, faulty_worker, find_program, run, strike, wait_for
 
-HANG = re.compile("takes over|takeover failed|it is ended|in the kernel|in Python|is used by")
+HANG = re.compile("takes over|takeover failed|killing worker|in the kernel|in Python|is used by")
 UPGRADE = re.compile("upgrade|takes over|takeover failed|has ended|a bug: |Traceback|^  |^Attribute|back to the worker")
 KEEPER = re.compile("is the next one|takes over|next keeper has failed")
 
@@ -42,8 +42,8 @@ def state(pid: int) -> str:
 @pytest.mark.parametrize(
     ("action", "reason", "stack"),
     [
-        pytest.param("block", "has not said anything", "in call", id="nothing-runs"),
-        pytest.param("wait", "has a request that it has not answered", "faulty_worker.py", id="one-request-waits"),
+        pytest.param("block", "has not answered a heartbeat", "in call", id="nothing-runs"),
+        pytest.param("wait", "has not answered a request", "faulty_worker.py", id="one-request-waits"),
     ],
 )
 def test_a_worker_that_hangs(unmounted: Site, action: str, reason: str, stack: str) -> None:
@@ -68,7 +68,7 @@ def test_a_worker_that_is_stopped(unmounted: Site) -> None:
     os.kill(worker, signal.SIGSTOP)
     os.mkdir(unmounted.mnt / "d")  # answered by the next one, or by this one as it is made to tell where it stands
     wait_for(lambda: unmounted.status()["worker"] != worker, "another worker")
-    assert f"worker {worker} has not" in unmounted.server_log.read_text()
+    assert f"killing worker {worker}: it has not" in unmounted.server_log.read_text()
 
 
 def test_a_request_that_hangs_every_worker(unmounted: Site) -> None:
@@ -215,7 +215,7 @@ def test_an_upgrade_that_cannot_serve(site: Site, code: str, why: str) -> None:
     status, said = upgrade(site, worker=[str(script)])
     assert status == 1
     assert why in said
-    assert "the version of before goes on" in said
+    assert "keeping the previous version" in said
     assert len(said.splitlines()) == 1
     assert (site.mnt / "f").read_bytes() == b"content"
     kill(site.status()["worker"])
@@ -237,7 +237,7 @@ def test_an_upgrade_that_fails_in_its_probation(site: Site, action: str) -> None
         errno_of(os.statvfs, site.mnt)
         assert process.wait() == 1
         assert process.stderr
-        assert "the version of before goes on" in process.stderr.read()
+        assert "keeping the previous version" in process.stderr.read()
     os.statvfs(site.mnt)
     os.rmdir(site.mnt / "d")
 

@@ -1,0 +1,177 @@
+"""Who serves a mount: the connection to the kernel, and the worker that has it, if there is one.
+
+Nothing here waits for events or decides who is to serve next: that is the keeper's (keeper.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from pkernfs.mountinfo import mount_at
+from pkernfs.server.child import Child, WorkerGoneError
+from pkernfs.server.device import Device, mount_device, umount_command
+from pkernfs.server.relay import Relay
+from pkernfs.server.state import FD_NAMES, Descriptors, State
+from pkernfs.server.systemd import service
+from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
+
+START = 60.0  #: seconds that a worker may take to import and open
+
+
+class Started(NamedTuple):
+    """What the first worker tells of a mount that is usable."""
+
+    replayed: int  #: records of the journal
+    warning: str  #: or ""
+
+
+class Serving:
+    """``worker``: the one that serves, None while nobody does.  ``fds.device`` is negative before ``start``."""
+
+    def __init__(self, state: State, fds: Descriptors, worker: Child | None = None) -> None:
+        self.state = state
+        self.fds = fds
+        self.worker = worker
+        self._service = service()
+        self._state_file = -1
+        if fds.device >= 0:
+            self._connect(Device(fds.device))
+
+    def _connect(self, device: Device) -> None:
+        self.device = device
+        self._relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang)
+
+    # -- the first worker -----------------------------------------------------------------------------------------
+
+    def start(self) -> Started:
+        """Open, mount, let the first worker serve.  Raises PkernfsError, and nothing is left of the mount then."""
+        state = self.state
+        worker = Child(state.command)
+        device: Device | None = None
+        try:
+            opened = self.open(worker, first=True)
+            device = mount_device(state.region, state.mountpoint, state.options)
+            state.init = device.read()
+            mounted = mount_at(state.mountpoint)
+            state.device = mounted.device if mounted else ""
+            self._listen(device)
+            self._connect(device)
+            self._hand_over(worker, takeover=False)
+            ready = worker.receive(START)
+            self._note(worker)
+            return Started(opened["opened"], ready["warning"])
+        except BaseException:
+            worker.kill()
+            if device is not None:
+                self.umount_lazily()
+            self.remove_sockets()
+            raise
+
+    def _listen(self, device: Device) -> None:
+        state = self.state
+        folder = runtime_dir()
+        remove_stale(folder)
+        name = os.path.join(folder, f"{state.device}-{os.urandom(4).hex()}")
+        state.control_path, state.commands_path = f"{name}.worker.sock", f"{name}.keeper.sock"
+        control, commands = listen(state.control_path), listen(state.commands_path)
+        self.fds = self.fds._replace(control=control.detach(), commands=commands.detach(), device=device.fd)
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def open(self, worker: Child, *, first: bool) -> dict[str, Any]:
+        """Let a worker open the region.  Raises WorkerError, WorkerGoneError."""
+        worker.wait_until_up(START)
+        message = {"verb": "open", "state": self.state.to_json(), "first": first}
+        worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
+        return worker.receive(START)
+
+    def let_serve(self, worker: Child, begin: float) -> float:
+        """Open and hand over, nobody serves since ``begin``; for how long that was so, in seconds.
+
+        Raises PkernfsError, OSError; ConnectionAbortedError when the mount has ended.
+        """
+        state = self.state
+        self.open(worker, first=False)
+        self._hand_over(worker, takeover=True)
+        stall = time.monotonic() - begin
+        state.takeovers += 1
+        state.last_takeover = time.time()
+        state.longest_stall = max(state.longest_stall, stall)
+        self._note(worker)
+        return stall
+
+    def _hand_over(self, worker: Child, *, takeover: bool) -> None:
+        message = {"state": self.state.to_json(), "revive": not self._service}
+        self._relay.hand_over(worker, message, [self.fds.control, self.fds.commands], takeover=takeover)
+
+    def _note(self, worker: Child) -> None:
+        """It serves from now on."""
+        state = self.state
+        self.worker = worker
+        state.worker, state.worker_since = worker.pid, time.time()
+        state.version = worker.facts.get("version", "")
+        self.publish_state()
+
+    def drain(self) -> None:
+        """End the worker when it has answered what it has read."""
+        worker = self.worker
+        assert worker is not None
+        with suppress(WorkerGoneError):
+            worker.send({"verb": "drain"})
+            while True:
+                worker.receive(self.state.options.hang)
+        worker.kill()
+        self.worker = None
+
+    def wait_for_end(self) -> str:
+        """Wait for the end of the worker, which is about to end; how it ended."""
+        worker = self.worker
+        assert worker is not None
+        self.worker = None
+        return worker.wait()
+
+    def ask_to_end(self) -> None:
+        """Let the worker write back what is dirty, and end."""
+        if self.worker is not None:
+            with suppress(WorkerGoneError):
+                self.worker.send({"verb": "end"})
+
+    # -- the state, for the next keeper -----------------------------------------------------------------------------
+
+    def publish_state(self) -> None:
+        """Give the state to those who start the next keeper: the worker, or systemd."""
+        if self.worker is None:
+            return
+        with suppress(WorkerGoneError):
+            self.worker.send({"verb": "know", "state": self.state.to_json()})
+        if self._service:
+            self._store(self.worker)
+
+    def _store(self, worker: Child) -> None:
+        if self._state_file < 0:
+            self._state_file = os.memfd_create("pkernfs-state", os.MFD_CLOEXEC)
+            self._service.store({"state": self._state_file, **dict(zip(FD_NAMES, self.fds, strict=True))})
+        os.truncate(self._state_file, 0)
+        os.pwrite(self._state_file, json.dumps(self.state.to_json()).encode(), 0)
+        self._service.store({"worker": worker.socket.fileno()})
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def has_ended(self) -> bool:
+        """Whether the kernel has ended the mount."""
+        return self.device.has_ended()
+
+    def umount_lazily(self) -> None:
+        """Take the mount out of the tree, whoever uses it."""
+        subprocess.run(umount_command(self.state.mountpoint, lazy=True), stderr=subprocess.DEVNULL, check=False)
+
+    def remove_sockets(self) -> None:
+        """Nobody finds the mount any more."""
+        for path in (self.state.control_path, self.state.commands_path):
+            if path:
+                remove(path)
