@@ -70,15 +70,15 @@ def _path(ino: int, paths: dict[int, str]) -> str:
 
 def _space(checker: Checker) -> str:
     volume = checker.volume
-    blocks, first = volume.allocator.blocks, volume.allocator.first_block
-    return f", {blocks - first - volume.allocator.free_blocks} of {blocks - first} blocks in use"
+    blocks, first = volume.space.blocks, volume.space.first_block
+    return f", {blocks - first - volume.space.free_blocks} of {blocks - first} blocks in use"
 
 
 def _figures(checker: Checker) -> Iterator[str]:
     slabs = checker.ledger.slabs.values()
     volume = checker.volume
     yield f"{volume.sb.blocks} blocks ({human(volume.sb.blocks * BLOCK)}), {volume.sb.first_block} of them metadata"
-    yield f"{volume.allocator.free_blocks} blocks free ({human(volume.allocator.free_blocks * BLOCK)})"
+    yield f"{volume.space.free_blocks} blocks free ({human(volume.space.free_blocks * BLOCK)})"
     yield f"{len(slabs)} slabs, {sum(slab.free for slab in slabs)} of their pages free"
     yield f"{sum(slab.inodes for slab in slabs)} inodes in use, {len(checker.listed)} of them orphans"
 

@@ -1,7 +1,7 @@
 """B+trees of 4 KiB nodes: u64 keys, values of up to 1000 bytes.  The one ordered map of the format.
 
-A Tree is a short-lived handle: (volume, owner inode, root page).  Changes happen in the open transaction; afterwards
-the caller stores ``tree.root`` and ``tree.pages`` in its inode.
+A Tree is a short-lived handle: (volume, owner inode, root page).  After changes the caller stores ``tree.root`` and
+``tree.pages`` in its inode, within the same transaction.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import errno
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import KEY_SLOTS, PAGE, PAGE_BODY, PAGE_NODE
 from pkernfs.fs.node import INNER_ITEM, INNER_MAX, LEAF_ITEM, Node
-
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Volume
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
 
 KEY_END = 1 << 64
 
@@ -42,11 +40,10 @@ class Tree:
     def _node(self, page: int, level: int | None = None) -> Node:
         node = self.volume.nodes.get(page * PAGE)
         if node is None:
-            self.volume.trim()
-            self.volume.allocator.check_page_kind(page, PAGE_NODE, f"a tree node of inode {self.owner}", self.owner)
+            self.volume.cache.trim()
+            self.volume.space.check_page_kind(page, PAGE_NODE, f"a tree node of inode {self.owner}", self.owner)
             node = Node.decode(self.volume.region.read(page * PAGE, PAGE), page, self.owner)
             self.volume.nodes[page * PAGE] = node
-        assert isinstance(node, Node)
         if node.owner != self.owner or (level is not None and node.level != level):
             raise self._bad(page, f"owner {node.owner}, level {node.level}, wanted {level}")
         return node
@@ -177,31 +174,31 @@ class Tree:
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    def _new(self, level: int) -> Node:
-        page = self.volume.allocator.alloc_page(PAGE_NODE)
+    def new_node(self, tx: Transaction, level: int) -> Node:
+        """A node in a page of its own."""
+        page = self.volume.allocator.alloc_page(tx, PAGE_NODE)
         node = Node(page, self.owner, level, fresh=True)
         self.volume.nodes[node.offset] = node
-        self.volume.change(node)
+        tx.change(node)
         self.pages += 1
         return node
 
-    def _drop(self, node: Node) -> None:
+    def _drop(self, tx: Transaction, node: Node) -> None:
         self.volume.nodes.pop(node.offset, None)
-        assert self.volume.tx is not None
-        self.volume.tx.pages.pop(node.offset, None)
-        self.volume.allocator.free_pages_later(node.page)
+        tx.pages.pop(node.offset, None)
+        tx.free_pages(node.page)
         self.pages -= 1
 
-    def put(self, key: int, value: bytes) -> None:
+    def put(self, tx: Transaction, key: int, value: bytes) -> None:
         """Insert, or replace the value of ``key``.  Raises FsError(ENOSPC)."""
         if not self.root:
-            leaf = self._new(0)
+            leaf = self.new_node(tx, 0)
             self.root = leaf.page
             path = [(leaf, -1)]
         else:
             path = self._path(key)
         leaf = path.pop()[0]
-        self.volume.change(leaf)
+        tx.change(leaf)
         keys = leaf.keys
         index = bisect_left(keys, key)
         if index < len(keys) and keys[index] == key:
@@ -212,9 +209,9 @@ class Tree:
             leaf.values.insert(index, value)
             leaf.used += LEAF_ITEM + len(value)
         if leaf.used > PAGE_BODY:
-            self._split_leaf(leaf, index, path)
+            self._split_leaf(tx, leaf, index, path)
 
-    def _split_leaf(self, leaf: Node, index: int, path: list[tuple[Node, int]]) -> None:
+    def _split_leaf(self, tx: Transaction, leaf: Node, index: int, path: list[tuple[Node, int]]) -> None:
         # An item appended at the end goes to a node of its own, so that ascending keys fill their nodes.
         cut = index
         if index != len(leaf.keys) - 1:
@@ -222,22 +219,22 @@ class Tree:
             while half < leaf.used // 2:
                 half += LEAF_ITEM + len(leaf.values[cut])
                 cut += 1
-        right = self._new(0)
+        right = self.new_node(tx, 0)
         right.keys, right.values = leaf.keys[cut:], leaf.values[cut:]
         del leaf.keys[cut:], leaf.values[cut:]
         right.used = len(right.keys) * LEAF_ITEM + sum(map(len, right.values))
         leaf.used -= right.used
-        self._add_child(leaf, right, path)
+        self._add_child(tx, leaf, right, path)
 
-    def _add_child(self, left: Node, right: Node, path: list[tuple[Node, int]]) -> None:
+    def _add_child(self, tx: Transaction, left: Node, right: Node, path: list[tuple[Node, int]]) -> None:
         if not path:
-            root = self._new(left.level + 1)
+            root = self.new_node(tx, left.level + 1)
             root.keys = array("Q", [left.keys[0], right.keys[0]])
             root.children = [left.page, right.page]
             self.root = root.page
             return
         parent, taken = path.pop()
-        self.volume.change(parent)
+        tx.change(parent)
         if not taken:
             # The first key is not looked at and may have become too large; next to a second one it must not.
             parent.keys[0] = min(parent.keys[0], left.keys[0])
@@ -245,48 +242,48 @@ class Tree:
         parent.children.insert(taken + 1, right.page)
         if len(parent.keys) > INNER_MAX:
             cut = len(parent.keys) // 2 if taken + 2 < len(parent.keys) else len(parent.keys) - 1
-            sibling = self._new(parent.level)
+            sibling = self.new_node(tx, parent.level)
             sibling.keys, sibling.children = parent.keys[cut:], parent.children[cut:]
             del parent.keys[cut:], parent.children[cut:]
-            self._add_child(parent, sibling, path)
+            self._add_child(tx, parent, sibling, path)
 
-    def delete(self, key: int) -> None:
+    def delete(self, tx: Transaction, key: int) -> None:
         """Remove ``key``, which must be there (KeyError).  Never allocates."""
         path = self._path(key) if self.root else []
         leaf = path.pop()[0] if path else None
         index = bisect_left(leaf.keys, key) if leaf else 0
         if leaf is None or index == len(leaf.keys) or leaf.keys[index] != key:
             raise KeyError(key)
-        self.volume.change(leaf)
+        tx.change(leaf)
         leaf.used -= LEAF_ITEM + len(leaf.values[index])
         del leaf.keys[index], leaf.values[index]
-        self._shrink(leaf, path)
+        self._shrink(tx, leaf, path)
 
-    def _shrink(self, node: Node, path: list[tuple[Node, int]]) -> None:
+    def _shrink(self, tx: Transaction, node: Node, path: list[tuple[Node, int]]) -> None:
         """Drop an empty node, merge a nearly empty one with a neighbour, take away roots with one child."""
         if not path:
             if not node.keys:
-                self._drop(node)
+                self._drop(tx, node)
                 self.root = 0
             while self.root and node.level and len(node.children) == 1:
-                self._drop(node)
+                self._drop(tx, node)
                 node = self._node(node.children[0], node.level - 1)
                 self.root = node.page
             return
         parent, taken = path.pop()
         if not node.keys:
-            self.volume.change(parent)
+            tx.change(parent)
             del parent.keys[taken], parent.children[taken]
-            self._drop(node)
+            self._drop(tx, node)
         else:
             for left_at in (taken - 1, taken):
-                if 0 <= left_at < len(parent.children) - 1 and self._merge(parent, left_at, node):
+                if 0 <= left_at < len(parent.children) - 1 and self._merge(tx, parent, left_at, node):
                     break
             else:
                 return
-        self._shrink(parent, path)
+        self._shrink(tx, parent, path)
 
-    def _merge(self, parent: Node, left_at: int, shrunk: Node) -> bool:
+    def _merge(self, tx: Transaction, parent: Node, left_at: int, shrunk: Node) -> bool:
         """Merge the children ``left_at`` and ``left_at + 1`` when ``shrunk``, one of them, is less than a quarter full
         and both fit in three quarters of a node."""
         size = len(shrunk.keys) * INNER_ITEM if shrunk.level else shrunk.used
@@ -297,8 +294,8 @@ class Tree:
         both = (len(left.keys) + len(right.keys)) * INNER_ITEM if left.level else left.used + right.used
         if both > PAGE_BODY * 3 // 4:
             return False
-        self.volume.change(parent)
-        self.volume.change(left)
+        tx.change(parent)
+        tx.change(left)
         left.keys += right.keys
         left.values += right.values
         left.children += right.children
@@ -307,5 +304,5 @@ class Tree:
             # The first key of an inner node may be above its least: what separates the two is the parent's key.
             left.keys[len(left.keys) - len(right.keys)] = parent.keys[left_at + 1]
         del parent.keys[left_at + 1], parent.children[left_at + 1]
-        self._drop(right)
+        self._drop(tx, right)
         return True

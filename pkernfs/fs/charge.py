@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INLINE_SIZE, INODE_SIZE, PAGE, QUOTA, ROOT_INO, Inode, Quota
+from pkernfs.fs.cache import Cache
 from pkernfs.fs.damage import corrupt_inode
-
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Transaction, Volume
+from pkernfs.fs.transaction import Transaction
 
 
 def cost(inode: Inode) -> int:
@@ -35,24 +33,24 @@ def with_quota(inode: Inode, quota: Quota) -> Inode:
     return inode._replace(inline=QUOTA.pack(quota) + bytes(INLINE_SIZE - QUOTA.size))
 
 
-def without_quota(inode: Inode, above: int) -> Inode:
-    """A directory whose quota is taken away, in project ``above``."""
-    return inode._replace(project=above, inline=bytes(INLINE_SIZE))
+def without_quota(inode: Inode, enclosing: int) -> Inode:
+    """A directory whose quota is taken away, in project ``enclosing``."""
+    return inode._replace(project=enclosing, inline=bytes(INLINE_SIZE))
 
 
-def project_above(volume: Volume, ino: int, inode: Inode) -> int:
+def enclosing_project(cache: Cache, ino: int, inode: Inode) -> int:
     """The project that the directory with a quota ``ino`` itself is in, or 0."""
-    return 0 if ino == ROOT_INO else volume.inode_named_by(ino, inode.parent).project
+    return 0 if ino == ROOT_INO else cache.inode_named_by(ino, inode.parent).project
 
 
-def chain(volume: Volume, tx: Transaction | None, ino: int, project: int) -> Iterator[tuple[int, Inode]]:
+def chain(cache: Cache, tx: Transaction | None, ino: int, project: int) -> Iterator[tuple[int, Inode]]:
     """The directories with a quota against which inode ``ino``, which names ``project``, counts.
 
     Raises CorruptError.
     """
     seen = set()
     while project:
-        inode = (tx and tx.inodes.get(project)) or volume.inode_named_by(ino, project)
+        inode = (tx and tx.inodes.get(project)) or cache.inode_named_by(ino, project)
         # This very transaction may give or take the quota, or remove the directory.
         before = tx.before.get(project, inode) if tx else inode
         if project in seen or not stat.S_ISDIR(before.mode) or project not in (before.project, inode.project):
@@ -64,16 +62,17 @@ def chain(volume: Volume, tx: Transaction | None, ino: int, project: int) -> Ite
         ino = project
         if inode.project == project:
             yield project, inode
-            project = project_above(volume, project, inode)
+            project = enclosing_project(cache, project, inode)
         else:
             project = inode.project
 
 
-def charge(volume: Volume, tx: Transaction) -> None:
+def charge(tx: Transaction) -> None:
     """Add to the quotas what the transaction takes, and subtract what it gives back.  Raises FsError(EDQUOT).
 
     What only gives back always succeeds, also beyond the limit.
     """
+    cache = tx.cache
     sums: dict[int, int] = {}
     for ino, inode in tx.inodes.items():
         before = tx.before[ino]
@@ -83,34 +82,34 @@ def charge(volume: Volume, tx: Transaction) -> None:
             moved = [(before.project, -cost(before)), (inode.project, cost(inode))]
         for project, amount in moved:
             try:
-                for above, _ in chain(volume, tx, ino, project) if amount else ():
-                    sums[above] = sums.get(above, 0) + amount
+                for counted, _ in chain(cache, tx, ino, project) if amount else ():
+                    sums[counted] = sums.get(counted, 0) + amount
             except CorruptError as error:
                 if amount > 0:
                     raise
                 # What is damaged must not keep anything from being removed.
-                volume.damage.note(CorruptError(error.what, error.offset, error.found))
+                cache.damage.note(CorruptError(error.what, error.offset, error.found))
     for project, amount in sums.items():
-        inode = tx.inodes.get(project) or volume.inode(project)
+        inode = tx.inodes.get(project) or cache.inode(project)
         if not inode.mode:
             continue  # freed in this very transaction
         quota = quota_of(inode)
         if not quota.limit or not amount:
             continue
-        if not -amount <= quota.used <= volume.total_pages * PAGE:
-            volume.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, f"{quota}"))
+        if not -amount <= quota.used <= cache.total_pages * PAGE:
+            cache.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, f"{quota}"))
         elif amount > 0 and quota.used + amount > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {amount} more wanted")
-        if project in volume.damage.inodes:
+        if project in cache.damage.inodes:
             continue  # frozen: fsck counts anew
         # A wrong count is damage, which fsck mends: it must not keep anything from being removed.
-        used = min(max(quota.used + amount, 0), volume.total_pages * PAGE)
-        volume.put_inode(project, with_quota(inode, quota._replace(used=used)))
+        used = min(max(quota.used + amount, 0), cache.total_pages * PAGE)
+        tx.put_inode(project, with_quota(inode, quota._replace(used=used)))
 
 
-def check_room(volume: Volume, ino: int, inode: Inode, pages: int) -> None:
+def check_room(tx: Transaction, ino: int, inode: Inode, pages: int) -> None:
     """Raise FsError(EDQUOT) when ``pages`` more of an inode do not fit: before they are allocated."""
-    for _, above in chain(volume, volume.tx, ino, inode.project):
-        quota = quota_of(above)
+    for _, directory in chain(tx.cache, tx, ino, inode.project):
+        quota = quota_of(directory)
         if quota.limit and quota.used + pages * PAGE > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {pages * PAGE} more wanted")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Callable
-from typing import TypeVar
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
@@ -24,15 +23,13 @@ from pkernfs.format import (
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import has_extents
-from pkernfs.fs.volume import Volume
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import OUT_OF_SPACE, Volume
 
-T = TypeVar("T")
-
-#: errnos that say that a change would take too much, of the region or of a quota
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DAY = 86400 * 10**9
 NO_PIECE = (0, -1, 0)
 I64_MAX = (1 << 63) - 1
+WORD = (1 << 64) - 1
 
 
 def clamp_time(ns: int) -> int:
@@ -57,20 +54,6 @@ class Content:
     def now(self) -> int:
         """The time for time stamps, ns since the epoch."""
         return self.volume.clock()
-
-    def compacting(self, change: Callable[[bool], T]) -> T:
-        """Run ``change(compact)`` in a transaction; when the space runs out with compaction, again without.
-
-        Without, no more is taken than is asked for.  Raises FsError: ENOSPC, EDQUOT.
-        """
-        try:
-            with self.volume.transaction():
-                return change(True)
-        except FsError as error:
-            if error.errno not in OUT_OF_SPACE:
-                raise
-        with self.volume.transaction():
-            return change(False)
 
     def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
         """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
@@ -146,7 +129,8 @@ class Content:
         """Store a new atime when the policy asks for it; not in an inode that was found damaged."""
         if self.atime_due(inode) and ino not in self.volume.damage.inodes:
             now = self.now()
-            self.volume.put_word(ino, inode._replace(atime=now), INODE_ATIME_AT, now)
+            self.volume.inodes[ino] = inode._replace(atime=now)
+            self.region.store_word(ino * INODE_SIZE + INODE_ATIME_AT, now & WORD)
 
     def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
@@ -185,16 +169,16 @@ class Content:
             return len(data)
         first, last = offset // PAGE, -(-end // PAGE)
 
-        def extend(compact: bool) -> None:
+        def extend(tx: Transaction, compact: bool) -> None:
             filemap = FileMap(volume, ino, inode, compact=compact)
-            filemap.allocate(first, last)
+            filemap.allocate(tx, first, last)
             if offset > inode.size:
                 self._zero_mapped(filemap, inode.size, offset)
             self._store(filemap, offset, data)
-            volume.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=mtime, ctime=ctime))
+            tx.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=mtime, ctime=ctime))
 
         try:
-            self.compacting(extend)
+            volume.compacting(extend)
         except FsError as error:
             if error.errno not in OUT_OF_SPACE or last - first == 1:
                 raise
@@ -220,9 +204,9 @@ class Content:
     def _kill_priv(self, ino: int, inode: Inode) -> Inode:
         mode = killed_mode(inode.mode)
         if mode != inode.mode:
-            with self.volume.transaction():
+            with self.volume.transaction() as tx:
                 inode = inode._replace(mode=mode)
-                self.volume.put_inode(ino, inode)
+                tx.put_inode(ino, inode)
         return inode
 
     def _store(self, filemap: FileMap, offset: int, data: bytes | memoryview) -> None:
@@ -248,8 +232,8 @@ class Content:
                 self.region.zero(page * PAGE + skip, step)
             start += step
 
-    def resized(self, ino: int, inode: Inode, size: int, *, compact: bool = True) -> Inode:
-        """The inode with its content cut or grown to ``size``, within the open transaction; mtime is the caller's.
+    def resized(self, tx: Transaction, ino: int, inode: Inode, size: int, *, compact: bool = True) -> Inode:
+        """The inode with its content cut or grown to ``size``; mtime is the caller's.
 
         Growing maps all of the new range to memory: a promise that no later store into it fails.  What a cut leaves
         beyond the end is still mapped.  Raises FsError: EFBIG, ENOSPC, EDQUOT.
@@ -263,7 +247,7 @@ class Content:
             if last - first > self.volume.total_pages:
                 raise FsError(errno.ENOSPC, f"{size} bytes in a region of {self.volume.total_pages * PAGE}")
             self._zero_mapped(filemap, inode.size, size)
-            filemap.allocate(first, last)
+            filemap.allocate(tx, first, last)
         return filemap.finish()._replace(size=size)
 
     def readlink(self, ino: int) -> bytes:

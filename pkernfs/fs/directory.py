@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
-
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Volume
-
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
 
 KEYS_END = (1 << 62) + KEY_SLOTS  #: of the keys that names have; readdir cookies are a little larger, and signed
 
@@ -28,7 +26,7 @@ class Entry(NamedTuple):
 
 
 class Directory:
-    """The entries of directory ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode."""
+    """The entries of directory ``ino``.  ``finish`` gives the changed inode."""
 
     def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
         self.volume = volume
@@ -99,25 +97,25 @@ class Directory:
         if ino in known or self.ino in known:
             return ino not in known
         try:
-            above = Directory(self.volume, inode.parent, self.volume.inode(inode.parent))
-            return stat.S_ISDIR(above.inode.mode) and any(one.ino == ino for one in above.scan())
+            parent = Directory(self.volume, inode.parent, self.volume.inode(inode.parent))
+            return stat.S_ISDIR(parent.inode.mode) and any(one.ino == ino for one in parent.scan())
         except PkernfsError:
             return False
 
-    def add(self, name: bytes, ino: int, mode: int) -> None:
+    def add(self, tx: Transaction, name: bytes, ino: int, mode: int) -> None:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""
         first = name_key(self.volume.sb.hash_seed, name)
         key = self.tree.free_key(first)
-        self.tree.put(key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(name)) + name)
+        self.tree.put(tx, key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(name)) + name)
         self.entries += 1
 
-    def replace(self, entry: Entry, ino: int, mode: int) -> None:
+    def replace(self, tx: Transaction, entry: Entry, ino: int, mode: int) -> None:
         """Let an existing name stand for another inode."""
-        self.tree.put(entry.key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(entry.name)) + entry.name)
+        self.tree.put(tx, entry.key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(entry.name)) + entry.name)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, tx: Transaction, entry: Entry) -> None:
         """Remove an entry that was found.  Never allocates."""
-        self.tree.delete(entry.key)
+        self.tree.delete(tx, entry.key)
         self.entries -= 1
 
     def finish(self, now: int) -> Inode:

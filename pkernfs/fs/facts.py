@@ -58,9 +58,9 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
         "block_size": BLOCK,
         "page_size": PAGE,
         "blocks": sb.blocks,
-        "blocks_free": volume.allocator.free_blocks,
+        "blocks_free": volume.space.free_blocks,
         "blocks_largest_free_run": _largest_free_run(fs),
-        "slabs": len(volume.allocator.slab_blocks()),
+        "slabs": len(volume.space.slab_blocks()),
         "space": figures.blocks * PAGE,
         "space_free": figures.free * PAGE,
         "inodes": figures.files - figures.free_files,
@@ -93,6 +93,6 @@ def _orphans(fs: Filesystem) -> int | None:
 
 def _largest_free_run(fs: Filesystem) -> int:
     """Blocks of the largest free piece: what a contiguous file can have."""
-    allocator = fs.volume.allocator
-    used_or_not = bytes(allocator.table[allocator.first_block :]).translate(b"\0" + b"\1" * 255)
+    space = fs.volume.space
+    used_or_not = bytes(space.table[space.first_block :]).translate(b"\0" + b"\1" * 255)
     return max(map(len, used_or_not.split(b"\1")))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
@@ -17,8 +16,7 @@ from pkernfs.format import (
     EXTENT,
     EXTENT_VALUE,
     FLAG_DIRECT,
-    FLAG_IOMMU_DOMAIN_PGTABLES,
-    FLAG_IOMMU_ROOT_PGTABLES,
+    GUARDED,
     INLINE_EXTENTS,
     INLINE_SIZE,
     MAX_FILE_SIZE,
@@ -32,21 +30,21 @@ from pkernfs.format import (
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.charge import check_room
 from pkernfs.fs.damage import corrupt_inode
-
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Volume
+from pkernfs.fs.guard import pins
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
 
 HALF = PAGES_PER_BLOCK // 2
 MAX_PAGES = 1 << 52  #: more than any file has
 #: flags of inodes whose pages must stay where they are
-PINNED = FLAG_DIRECT | FLAG_IOMMU_DOMAIN_PGTABLES | FLAG_IOMMU_ROOT_PGTABLES
+PINNED = FLAG_DIRECT | GUARDED
 
 
 class FileMap:
-    """The extents of inode ``ino``.  Changes need an open transaction; ``finish`` gives the changed inode.
+    """The extents of inode ``ino``.  ``finish`` gives the changed inode.
 
     ``compact``: a block may be taken where pages would do, and pages may be moved together into a block, or out of one
-    that is hardly used.  That can need space that is not there: see Content.compacting.
+    that is hardly used.  That can need space that is not there: see Volume.compacting.
     """
 
     def __init__(self, volume: Volume, ino: int, inode: Inode, *, compact: bool = True) -> None:
@@ -76,7 +74,7 @@ class FileMap:
         return corrupt_inode(self.ino, found, f"the extents of inode {self.ino}")
 
     def _check(self, extent: Extent) -> None:
-        if extent.start + extent.length > MAX_FILE_SIZE // PAGE or not self.volume.allocator.is_data(*extent):
+        if extent.start + extent.length > MAX_FILE_SIZE // PAGE or not self.volume.space.is_data(*extent):
             raise self._bad(f"{extent} is not memory for data")
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -119,11 +117,11 @@ class FileMap:
 
     def is_block(self, page: int) -> bool:
         """Whether region page ``page`` is in a data block (and not in a slab)."""
-        return self.volume.allocator.table[page // PAGES_PER_BLOCK] == BLOCK_DATA
+        return self.volume.space.table[page // PAGES_PER_BLOCK] == BLOCK_DATA
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    def _put(self, extent: Extent) -> None:
+    def _put(self, tx: Transaction, extent: Extent) -> None:
         if not self.tree.root:
             self.inline.append(extent)
             self.inline.sort()
@@ -131,34 +129,34 @@ class FileMap:
                 return
             extents, self.inline = self.inline, []
             for one in extents:
-                self.tree.put(one.start, EXTENT_VALUE.pack(ExtentValue(one.page, one.length)))
+                self.tree.put(tx, one.start, EXTENT_VALUE.pack(ExtentValue(one.page, one.length)))
         else:
-            self.tree.put(extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, extent.length)))
+            self.tree.put(tx, extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, extent.length)))
 
-    def _delete(self, extent: Extent) -> None:
+    def _delete(self, tx: Transaction, extent: Extent) -> None:
         if self.tree.root:
-            self.tree.delete(extent.start)
+            self.tree.delete(tx, extent.start)
         else:
             self.inline.remove(extent)
 
-    def _shorten(self, extent: Extent, length: int) -> None:
+    def _shorten(self, tx: Transaction, extent: Extent, length: int) -> None:
         """Keep the first ``length`` pages of an extent.  In place: allocates nothing."""
         if self.tree.root:
-            self.tree.put(extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, length)))
+            self.tree.put(tx, extent.start, EXTENT_VALUE.pack(ExtentValue(extent.page, length)))
         else:
             self.inline[self.inline.index(extent)] = extent._replace(length=length)
 
-    def _add(self, start: int, page: int, count: int) -> None:
+    def _add(self, tx: Transaction, start: int, page: int, count: int) -> None:
         """Map a hole, merging with the extents before and behind where the pages go on."""
         self.pages += count
         for extent in list(self._around(start, count)):
             if extent.start + extent.length == start and extent.page + extent.length == page:
-                self._delete(extent)
+                self._delete(tx, extent)
                 start, page, count = extent.start, extent.page, extent.length + count
             elif extent.start == start + count and extent.page == page + count:
-                self._delete(extent)
+                self._delete(tx, extent)
                 count += extent.length
-        self._put(Extent(start, page, count))
+        self._put(tx, Extent(start, page, count))
 
     def _around(self, start: int, count: int) -> Iterator[Extent]:
         for extent in self.extents(max(start - 1, 0)):
@@ -166,7 +164,7 @@ class FileMap:
                 return
             yield extent
 
-    def remove(self, first: int, end: int, most: int | None = None) -> bool:
+    def remove(self, tx: Transaction, first: int, end: int, most: int | None = None) -> bool:
         """Unmap pages [first, end), or the first ``most`` extents there, and free what they held at the commit.
 
         True: all is unmapped.  Allocates nothing unless it cuts out the middle of an extent.
@@ -175,13 +173,13 @@ class FileMap:
         for extent in extents[:most]:
             cut_first, cut_end = max(first, extent.start), min(end, extent.start + extent.length)
             if extent.start < cut_first:
-                self._shorten(extent, cut_first - extent.start)
+                self._shorten(tx, extent, cut_first - extent.start)
             else:
-                self._delete(extent)
+                self._delete(tx, extent)
             if cut_end < extent.start + extent.length:
                 skip = cut_end - extent.start
-                self._put(Extent(cut_end, extent.page + skip, extent.length - skip))
-            self._free(extent.page + cut_first - extent.start, cut_end - cut_first)
+                self._put(tx, Extent(cut_end, extent.page + skip, extent.length - skip))
+            self._free(tx, extent.page + cut_first - extent.start, cut_end - cut_first)
             self.pages -= cut_end - cut_first
         return most is None or len(extents) <= most
 
@@ -191,8 +189,7 @@ class FileMap:
                 return
             yield extent
 
-    def _free(self, page: int, count: int) -> None:
-        allocator = self.volume.allocator
+    def _free(self, tx: Transaction, page: int, count: int) -> None:
         while count:
             block, index = divmod(page, PAGES_PER_BLOCK)
             if self.is_block(page):
@@ -201,20 +198,20 @@ class FileMap:
                 blocks = 1
                 while (blocks + 1) * PAGES_PER_BLOCK <= count and self.is_block((block + blocks) * PAGES_PER_BLOCK):
                     blocks += 1
-                allocator.free_blocks_later(block, blocks)
+                tx.free_blocks(block, blocks)
                 step = blocks * PAGES_PER_BLOCK
             else:
                 step = min(count, PAGES_PER_BLOCK - index)
-                allocator.free_pages_later(page, step)
+                tx.free_pages(page, step)
             page += step
             count -= step
 
-    def allocate(self, first: int, end: int) -> None:
+    def allocate(self, tx: Transaction, first: int, end: int) -> None:
         """Map every hole in pages [first, end) to zeroed memory.  Raises FsError: ENOSPC, EDQUOT."""
         if self.inode.project:
-            check_room(self.volume, self.ino, self.inode, sum(until - at for at, until in self._holes(first, end)))
+            check_room(tx, self.ino, self.inode, sum(until - at for at, until in self._holes(first, end)))
         for at, until in self._holes(first, end):
-            self._fill(at, until)
+            self._fill(tx, at, until)
 
     def _holes(self, first: int, end: int) -> Iterator[tuple[int, int]]:
         """The holes in pages [first, end), each as it is when the one before has been looked at."""
@@ -225,7 +222,7 @@ class FileMap:
                 yield first, first + run
             first += run
 
-    def _fill(self, first: int, end: int) -> None:
+    def _fill(self, tx: Transaction, first: int, end: int) -> None:
         """Allocate the hole [first, end)."""
         while first < end:
             chunk = first - first % PAGES_PER_BLOCK
@@ -233,16 +230,16 @@ class FileMap:
             if last > chunk:
                 # All whole chunks at once, and the rest of the last one with them: in one piece where possible.
                 count = (last - chunk) // PAGES_PER_BLOCK
-                for block, blocks in self.volume.allocator.alloc_blocks(count, self._block_behind(chunk)):
-                    self._add(chunk, block * PAGES_PER_BLOCK, blocks * PAGES_PER_BLOCK)
+                for block, blocks in self.volume.allocator.alloc_blocks(tx, count, self._block_behind(chunk)):
+                    self._add(tx, chunk, block * PAGES_PER_BLOCK, blocks * PAGES_PER_BLOCK)
                     chunk += blocks * PAGES_PER_BLOCK
                 first = last
                 continue
             step = min(end, chunk + PAGES_PER_BLOCK)
-            if not self._make_block(chunk, step - first):
+            if not self._make_block(tx, chunk, step - first):
                 at = first
-                for page, count in self.volume.allocator.alloc_pages(step - first, PAGE_DATA):
-                    self._add(at, page, count)
+                for page, count in self.volume.allocator.alloc_pages(tx, step - first, PAGE_DATA):
+                    self._add(tx, at, page, count)
                     at += count
             first = step
 
@@ -267,24 +264,24 @@ class FileMap:
         hole = self.find(chunk)[1] // PAGES_PER_BLOCK
         whole, rest = divmod(end - chunk, PAGES_PER_BLOCK)
         count = min(whole + (rest > 0), hole)
-        if count > whole and (not self.compact or count > self.volume.allocator.free_blocks):
+        if count > whole and (not self.compact or count > self.volume.space.free_blocks):
             count = whole
         return chunk + count * PAGES_PER_BLOCK
 
-    def _make_block(self, chunk: int, more: int) -> bool:
+    def _make_block(self, tx: Transaction, chunk: int, more: int) -> bool:
         """Turn the pages of a chunk into one block when ``more`` pages make it half full; whether it is done.
 
         Moves data: never done to pinned files.
         """
         old = list(self._until(chunk, chunk + PAGES_PER_BLOCK))
         mapped = sum(min(e.start + e.length, chunk + PAGES_PER_BLOCK) - max(e.start, chunk) for e in old)
-        if mapped + more < HALF or not self._may_move() or not self.volume.allocator.free_blocks:
+        if mapped + more < HALF or not self._may_move() or not self.volume.space.free_blocks:
             return False
-        page = self.volume.allocator.alloc_blocks(1, self._block_behind(chunk))[0][0] * PAGES_PER_BLOCK
-        self._move(chunk, chunk + PAGES_PER_BLOCK, [(page, PAGES_PER_BLOCK)])
+        page = self.volume.allocator.alloc_blocks(tx, 1, self._block_behind(chunk))[0][0] * PAGES_PER_BLOCK
+        self._move(tx, chunk, chunk + PAGES_PER_BLOCK, [(page, PAGES_PER_BLOCK)])
         return True
 
-    def truncate(self, end: int, most: int) -> bool:
+    def truncate(self, tx: Transaction, end: int, most: int) -> bool:
         """Unmap what lies beyond ``end`` pages, or the first ``most`` extents of that; True: all of it.
 
         A block that is needed in part stays, unless it can become pages.
@@ -292,19 +289,19 @@ class FileMap:
         chunk = end - end % PAGES_PER_BLOCK
         page, _ = self.find(chunk)
         if end == chunk or not page or not self.is_block(page):
-            return self.remove(end, MAX_PAGES, most)
-        if not self.remove(chunk + PAGES_PER_BLOCK, MAX_PAGES, most):
+            return self.remove(tx, end, MAX_PAGES, most)
+        if not self.remove(tx, chunk + PAGES_PER_BLOCK, MAX_PAGES, most):
             return False
         left = end - chunk
         allocator = self.volume.allocator
-        if left < HALF and self._may_move() and allocator.has_pages(left):
-            self._move(chunk, chunk + PAGES_PER_BLOCK, allocator.alloc_pages(left, PAGE_DATA))
+        if left < HALF and self._may_move() and self.volume.space.has_pages(left):
+            self._move(tx, chunk, chunk + PAGES_PER_BLOCK, allocator.alloc_pages(tx, left, PAGE_DATA))
         return True
 
     def _may_move(self) -> bool:
-        return self.compact and not self.inode.flags & PINNED and not self.inode.iommu
+        return self.compact and not self.inode.flags & PINNED and not pins(self.inode)
 
-    def _move(self, first: int, end: int, runs: list[tuple[int, int]]) -> None:
+    def _move(self, tx: Transaction, first: int, end: int, runs: list[tuple[int, int]]) -> None:
         """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""
         region = self.volume.region
         at = first
@@ -316,9 +313,9 @@ class FileMap:
                 source = (extent.page + low - extent.start) * PAGE
                 region.store((page + low - at) * PAGE, region.view[source : source + (high - low) * PAGE])
             at += count
-        self.remove(first, end)
+        self.remove(tx, first, end)
         for start, page, count in copies:
-            self._add(start, page, count)
+            self._add(tx, start, page, count)
 
     def finish(self) -> Inode:
         """The inode with the changes."""

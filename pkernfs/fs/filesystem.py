@@ -27,6 +27,7 @@ from pkernfs.fs.guard import Guard, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import STEP
 from pkernfs.fs.rename import Renames
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import Region
@@ -130,31 +131,30 @@ class Filesystem(Renames):
             self.finish_cut(ino)
             inode = self.volume.inode(ino)
 
-        def apply(compact: bool) -> bool:
-            new = inode if change.size is None else self.resized(ino, inode, change.size, compact=compact)
+        def apply(tx: Transaction, compact: bool) -> bool:
+            new = inode if change.size is None else self.resized(tx, ino, inode, change.size, compact=compact)
             if guarded and new.size > inode.size:
-                assert self.volume.tx is not None
-                self.guard.resized(self.volume.tx, Ino(ino), new)
+                self.guard.resized(tx, Ino(ino), new)
             new = new._replace(**changed)
-            self.volume.put_inode(ino, new)
-            return change.size is None or change.size > inode.size or self._cut(ino, new, compact)
+            tx.put_inode(ino, new)
+            return change.size is None or change.size > inode.size or self._cut(tx, ino, new, compact)
 
-        if not self.compacting(apply):
+        if not self.volume.compacting(apply):
             self.begin_freeing(ino)
         return self.volume.inode(ino)
 
-    def _cut(self, ino: int, inode: Inode, compact: bool) -> bool:
-        """Free what lies beyond the end, within the transaction when it is little; else list the inode for it.
+    def _cut(self, tx: Transaction, ino: int, inode: Inode, compact: bool) -> bool:
+        """Free what lies beyond the end when it is little; else list the inode for it.
 
         True: all is freed.
         """
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         end = -(-inode.size // PAGE)
         if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
-            filemap.truncate(end, STEP)
-            self.volume.put_inode(ino, filemap.finish())
+            filemap.truncate(tx, end, STEP)
+            tx.put_inode(ino, filemap.finish())
             return True
-        self.list_orphan(ino)
+        self.list_orphan(tx, ino)
         return False
 
     def set_direct(self, ino: int, direct: bool) -> Inode:
@@ -169,8 +169,8 @@ class Filesystem(Renames):
         flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
         if flags != inode.flags:
             inode = inode._replace(flags=flags)
-            with self.volume.transaction():
-                self.volume.put_inode(ino, inode)
+            with self.volume.transaction() as tx:
+                tx.put_inode(ino, inode)
         return inode
 
     def check_open(self, ino: int, flags: int) -> None:
@@ -200,9 +200,9 @@ class Filesystem(Renames):
         xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
         if sum(len(a.name) + 1 for a in xattrs.all() if a.name != name) + len(name) + 1 > XATTR_LIST_MAX:
             raise FsError(errno.ENOSPC, "the names of the attributes would take more than 64 KiB")
-        with self.volume.transaction():
-            xattrs.set(name, value)
-            self.volume.put_inode(ino, xattrs.finish(self.now()))
+        with self.volume.transaction() as tx:
+            xattrs.set(tx, name, value)
+            tx.put_inode(ino, xattrs.finish(self.now()))
 
     def removexattr(self, ino: int, name: bytes) -> None:
         """Remove.  Raises FsError(ENODATA)."""
@@ -210,19 +210,19 @@ class Filesystem(Renames):
         attribute = xattrs.find(name)
         if attribute is None:
             raise FsError(errno.ENODATA, repr(name))
-        with self.volume.transaction():
-            xattrs.remove(attribute)
-            self.volume.put_inode(ino, xattrs.finish(self.now()))
+        with self.volume.transaction() as tx:
+            xattrs.remove(tx, attribute)
+            tx.put_inode(ino, xattrs.finish(self.now()))
 
     # -- the whole ------------------------------------------------------------------------------------------------
 
     def statfs(self) -> Statfs:
         """Space in pages of 4 KiB, and inodes: as many more as the free pages can hold."""
-        allocator = self.volume.allocator
-        free = allocator.free_pages()
-        used = allocator.inodes_in_use()
+        space = self.volume.space
+        free = space.free_pages()
+        used = space.inodes_in_use()
         free_files = free * INODES_PER_PAGE
-        blocks = (allocator.blocks - allocator.first_block) * PAGES_PER_BLOCK
+        blocks = (space.blocks - space.first_block) * PAGES_PER_BLOCK
         return Statfs(blocks, free, used + free_files, free_files)
 
     def physical(self, offset: int) -> int:

@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from pkernfs.format import GUARDED, Ino, Inode
-from pkernfs.fs.volume import Transaction, Volume
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
 
 
 def pins(inode: Inode) -> int:

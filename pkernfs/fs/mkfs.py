@@ -141,14 +141,14 @@ def _add_iommu(fs: Filesystem) -> None:
     """``iommu/`` and ``iommu/root-pgtables``: the RFC's names, in reserved slots."""
     root = fs.getattr(ROOT_INO)
     directory = fs.directory(ROOT_INO)
-    with fs.volume.transaction():
-        directory.add(b"iommu", IOMMU_INO, stat.S_IFDIR)
-        above = directory.finish(root.ctime)
-        fs.volume.put_inode(ROOT_INO, above._replace(nlink=above.nlink + 1))
-        fs.volume.put_inode(IOMMU_INO, root._replace(flags=FLAG_DIR | FLAG_IOMMU_DIR, nlink=2))
+    with fs.volume.transaction() as tx:
+        directory.add(tx, b"iommu", IOMMU_INO, stat.S_IFDIR)
+        parent = directory.finish(root.ctime)
+        tx.put_inode(ROOT_INO, parent._replace(nlink=parent.nlink + 1))
+        tx.put_inode(IOMMU_INO, root._replace(flags=FLAG_DIR | FLAG_IOMMU_DIR, nlink=2))
     iommu = fs.directory(IOMMU_INO)
-    with fs.volume.transaction():
-        iommu.add(b"root-pgtables", ROOT_PGTABLES_INO, stat.S_IFREG)
-        fs.volume.put_inode(IOMMU_INO, iommu.finish(root.ctime))
+    with fs.volume.transaction() as tx:
+        iommu.add(tx, b"root-pgtables", ROOT_PGTABLES_INO, stat.S_IFREG)
+        tx.put_inode(IOMMU_INO, iommu.finish(root.ctime))
         inode = root._replace(mode=stat.S_IFREG | 0o600, nlink=1, parent=0, flags=FLAG_FILE | FLAG_IOMMU_ROOT_PGTABLES)
-        fs.volume.put_inode(ROOT_PGTABLES_INO, inode)
+        tx.put_inode(ROOT_PGTABLES_INO, inode)

@@ -23,10 +23,11 @@ from pkernfs.format import (
     Inode,
     Quota,
 )
-from pkernfs.fs.charge import project_above, with_quota, without_quota
+from pkernfs.fs.charge import enclosing_project, with_quota, without_quota
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.orphans import Orphans
+from pkernfs.fs.transaction import Transaction
 
 
 class Caller(NamedTuple):
@@ -109,11 +110,11 @@ class Names(Orphans):
         caller: Caller,
         rdev: int = 0,
         target: bytes = b"",
-        furnish: Callable[[Ino], object] | None = None,
+        init_inode: Callable[[Transaction, Ino], object] | None = None,
     ) -> Ino:
         """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
 
-        ``furnish``: what else belongs to it is done within the same transaction.
+        ``init_inode``: what else belongs to it is done within the same transaction.
         Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT, EPERM (in iommu/ all but files).
         """
         volume = self.volume
@@ -129,8 +130,8 @@ class Names(Orphans):
             mode |= stat.S_ISGID if is_dir else 0
         if len(target) > SYMLINK_MAX:
             raise FsError(errno.ENAMETOOLONG, f"a target of {len(target)} bytes")
-        with volume.transaction():
-            ino = Ino(volume.allocator.alloc_inode())
+        with volume.transaction() as tx:
+            ino = Ino(volume.allocator.alloc_inode(tx))
             inode = Inode(
                 atime=now,
                 mtime=now,
@@ -147,20 +148,20 @@ class Names(Orphans):
                 project=above.project,
             )
             if target:
-                inode = self._with_target(ino, inode, target)
-            directory.add(name, ino, mode)
+                inode = self._with_target(tx, ino, inode, target)
+            directory.add(tx, name, ino, mode)
             above = directory.finish(now)
-            volume.put_inode(parent, above._replace(nlink=above.nlink + 1) if is_dir else above)
-            volume.put_inode(ino, inode)
-            if furnish:
-                furnish(ino)
+            tx.put_inode(parent, above._replace(nlink=above.nlink + 1) if is_dir else above)
+            tx.put_inode(ino, inode)
+            if init_inode:
+                init_inode(tx, ino)
         return ino
 
-    def _with_target(self, ino: int, inode: Inode, target: bytes) -> Inode:
+    def _with_target(self, tx: Transaction, ino: int, inode: Inode, target: bytes) -> Inode:
         if len(target) <= INLINE_SIZE:
             return inode._replace(size=len(target), inline=target + bytes(INLINE_SIZE - len(target)))
         filemap = FileMap(self.volume, ino, inode)
-        filemap.allocate(0, 1)
+        filemap.allocate(tx, 0, 1)
         self._store(filemap, 0, target + bytes(-len(target) % 8))
         return filemap.finish()._replace(size=len(target))
 
@@ -182,10 +183,10 @@ class Names(Orphans):
         directory = self._new_name(parent, name)
         self.guard.may_link(inode, directory.inode)
         self._check_project(inode, directory.inode)
-        with self.volume.transaction():
-            directory.add(name, ino, inode.mode)
-            self.volume.put_inode(parent, directory.finish(now))
-            self.volume.put_inode(ino, inode._replace(nlink=inode.nlink + 1, ctime=now))
+        with self.volume.transaction() as tx:
+            directory.add(tx, name, ino, inode.mode)
+            tx.put_inode(parent, directory.finish(now))
+            tx.put_inode(ino, inode._replace(nlink=inode.nlink + 1, ctime=now))
 
     def _check_project(self, one: Inode, other: Inode) -> None:
         if one.project != other.project:
@@ -193,8 +194,10 @@ class Names(Orphans):
 
     # -- removing -------------------------------------------------------------------------------------------------
 
-    def unlink(self, parent: int, name: bytes, also: Callable[[], object] | None = None) -> None:
-        """Remove the name of a file; ``also``: what else happens in the same transaction.
+    def unlink(
+        self, parent: int, name: bytes, in_same_transaction: Callable[[Transaction], object] | None = None
+    ) -> None:
+        """Remove the name of a file; ``in_same_transaction``: what else happens with it.
 
         Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (a domain with a device).
         """
@@ -207,12 +210,12 @@ class Names(Orphans):
         if inode.flags & GUARDED:
             self.guard.may_unlink(entry.ino, inode)
         now = self.now()
-        with self.volume.transaction():
-            directory.remove(entry)
-            self.volume.put_inode(parent, directory.finish(now))
-            self._drop_name(entry.ino, inode, now)
-            if also:
-                also()
+        with self.volume.transaction() as tx:
+            directory.remove(tx, entry)
+            tx.put_inode(parent, directory.finish(now))
+            self._drop_name(tx, entry.ino, inode, now)
+            if in_same_transaction:
+                in_same_transaction(tx)
         self.reap(entry.ino)
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -228,36 +231,36 @@ class Names(Orphans):
         self.drop_quota(entry.ino, parent)
         inode = self.volume.inode(entry.ino)
         now = self.now()
-        with self.volume.transaction():
-            directory.remove(entry)
+        with self.volume.transaction() as tx:
+            directory.remove(tx, entry)
             above = directory.finish(now)
-            self.volume.put_inode(parent, above._replace(nlink=above.nlink - 1))
-            self._drop_name(entry.ino, inode, now)
+            tx.put_inode(parent, above._replace(nlink=above.nlink - 1))
+            self._drop_name(tx, entry.ino, inode, now)
         self.reap(entry.ino)
 
     def _check_removable(self, ino: int, name: bytes) -> None:
         if ino < FIRST_FREE_SLOT:
             raise FsError(errno.EPERM, f"{name!r} is part of every pkernfs region")
 
-    def _drop_name(self, ino: int, inode: Inode, now: int) -> None:
-        """Take one name from an inode, within a transaction: without one it goes, or is an orphan for now."""
+    def _drop_name(self, tx: Transaction, ino: int, inode: Inode, now: int) -> None:
+        """Take one name from an inode: without one it goes, or is an orphan for now."""
         left = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         if not left:
             self.check_unmapped(ino, inode, 0)
         inode = inode._replace(nlink=left, ctime=now)
-        self.volume.put_inode(ino, inode)
+        tx.put_inode(ino, inode)
         if left:
             return
         if not self.referenced(ino) and self.is_small(ino, inode):
-            self.free_part(ino, inode)
+            self.free_part(tx, ino, inode)
         else:
-            self.list_orphan(ino)
+            self.list_orphan(tx, ino)
 
     def drop_quota(self, ino: int, *others: int) -> None:
         """Take the quota away of a directory that is about to go, if it has one.
 
-        Files without a name that count against it count against what is above it from now on.  ``others``: the inodes
-        that will be changed with it, and must not be frozen: nothing is half done.
+        Files without a name that count against it count against the quota around it from now on.
+        ``others``: the inodes that will be changed with it, and must not be frozen: nothing is half done.
         """
         volume = self.volume
         inode = volume.inode(ino)
@@ -265,12 +268,12 @@ class Names(Orphans):
             return
         for other in others:
             volume.damage.check_changeable(other)
-        above = project_above(volume, ino, inode)
-        with volume.transaction(preparing=True):
-            volume.put_inode(ino, with_quota(inode, Quota(0, 0)))
-        self.move_orphans(ino, above)
-        with volume.transaction(preparing=True):
-            volume.put_inode(ino, without_quota(volume.inode(ino), above))
+        enclosing = enclosing_project(volume.cache, ino, inode)
+        with volume.transaction(preparing=True) as tx:
+            tx.put_inode(ino, with_quota(inode, Quota(0, 0)))
+        self.move_orphans(ino, enclosing)
+        with volume.transaction(preparing=True) as tx:
+            tx.put_inode(ino, without_quota(volume.inode(ino), enclosing))
 
     def remember(self, ino: int) -> None:
         """Somebody refers to the inode (FUSE: the kernel looked it up)."""

@@ -20,6 +20,7 @@ from pkernfs.fs.filemap import MAX_PAGES, FileMap
 from pkernfs.fs.guard import Guard, has_records, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.pages import has_extents
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
 
@@ -101,8 +102,8 @@ class Orphans(Content):
         """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
         return not all(map(self._is_kept, self.orphans()))
 
-    def list_orphan(self, ino: int) -> None:
-        """Put an inode at the head of the list, within a transaction.
+    def list_orphan(self, tx: Transaction, ino: int) -> None:
+        """Put an inode at the head of the list.
 
         Where the list is damaged the inode is not listed, so that files can still be removed: a crash before it is
         freed then leaves it to fsck.
@@ -119,12 +120,12 @@ class Orphans(Content):
         except PkernfsError as error:
             self.complain(error)
             return
-        volume.put_inode(ORPHANS_INO, volume.inode(ORPHANS_INO)._replace(orphan_next=ino))
-        volume.put_inode(ino, inode._replace(orphan_next=first, orphan_prev=ORPHANS_INO))
-        volume.put_inode(first, volume.inode(first)._replace(orphan_prev=ino))
+        tx.put_inode(ORPHANS_INO, volume.inode(ORPHANS_INO)._replace(orphan_next=ino))
+        tx.put_inode(ino, inode._replace(orphan_next=first, orphan_prev=ORPHANS_INO))
+        tx.put_inode(first, volume.inode(first)._replace(orphan_prev=ino))
 
-    def unlist_orphan(self, ino: int) -> None:
-        """Take an inode from the list if it is there, within a transaction."""
+    def unlist_orphan(self, tx: Transaction, ino: int) -> None:
+        """Take an inode from the list if it is there."""
         volume = self.volume
         inode = volume.inode(ino)
         if not inode.orphan_next:
@@ -132,18 +133,18 @@ class Orphans(Content):
         before, after = inode.orphan_prev, inode.orphan_next
         if self._linked(before).orphan_next != ino or self._linked(after).orphan_prev != ino:
             raise bad_list(f"inode {ino} between {before} and {after}, which name others")
-        volume.put_inode(before, volume.inode(before)._replace(orphan_next=after))
-        volume.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
-        volume.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
+        tx.put_inode(before, volume.inode(before)._replace(orphan_next=after))
+        tx.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
+        tx.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
 
     def move_orphans(self, project: int, to: int) -> None:
         """Let what is listed and counts against one project count against another."""
         volume = self.volume
         inos = [ino for ino in self.orphans() if volume.inode(ino).project == project]
         for at in range(0, len(inos), BATCH):
-            with volume.transaction(preparing=True):
+            with volume.transaction(preparing=True) as tx:
                 for ino in inos[at : at + BATCH]:
-                    volume.put_inode(ino, volume.inode(ino)._replace(project=to))
+                    tx.put_inode(ino, volume.inode(ino)._replace(project=to))
 
     def is_small(self, ino: int, inode: Inode) -> bool:
         """Whether one transaction can free all that belongs to the inode."""
@@ -163,42 +164,41 @@ class Orphans(Content):
             return tiny and not inode.nlink and not self.referenced(ino)
         return False
 
-    def free_part(self, ino: int, inode: Inode) -> bool:
-        """Give back a part of an inode without a name, within a transaction; True: all of it, and the inode."""
+    def free_part(self, tx: Transaction, ino: int, inode: Inode) -> bool:
+        """Give back a part of an inode without a name; True: all of it, and the inode."""
         volume = self.volume
         if stat.S_ISDIR(inode.mode) and inode.root:
             found = "a directory without a name that has entries"
             raise corrupt_inode(ino, found)
         if has_records(inode):
-            assert volume.tx is not None
-            self.guard.drop_records(volume.tx, Ino(ino))
+            self.guard.drop_records(tx, Ino(ino))
             inode = volume.inode(ino)
         done = True
         if inode.xattrs:
             xattrs = Xattrs(volume, ino, inode)
             for attribute in xattrs.some(STEP):
-                xattrs.remove(attribute)
+                xattrs.remove(tx, attribute)
             inode = xattrs.finish(inode.ctime)
             done = not inode.xattrs
         if done and has_extents(inode):
             filemap = FileMap(volume, ino, inode)
-            done = filemap.remove(0, MAX_PAGES, STEP)
+            done = filemap.remove(tx, 0, MAX_PAGES, STEP)
             inode = filemap.finish()
-        volume.put_inode(ino, inode)
+        tx.put_inode(ino, inode)
         if done:
-            self.unlist_orphan(ino)
-            volume.free_inode(ino, volume.inode(ino))
+            self.unlist_orphan(tx, ino)
+            tx.free_inode(ino, volume.inode(ino))
         return done
 
-    def _truncate_part(self, ino: int, inode: Inode, compact: bool) -> bool:
-        """Free a part of what lies beyond the end of a file, within a transaction; True: all of it."""
+    def _truncate_part(self, tx: Transaction, ino: int, inode: Inode, compact: bool) -> bool:
+        """Free a part of what lies beyond the end of a file; True: all of it."""
         done = True
         if has_extents(inode):
             filemap = FileMap(self.volume, ino, inode, compact=compact)
-            done = filemap.truncate(-(-inode.size // PAGE), STEP)
-            self.volume.put_inode(ino, filemap.finish())
+            done = filemap.truncate(tx, -(-inode.size // PAGE), STEP)
+            tx.put_inode(ino, filemap.finish())
         if done and inode.nlink:
-            self.unlist_orphan(ino)
+            self.unlist_orphan(tx, ino)
         return done
 
     def free_step(self, ino: int) -> bool:
@@ -207,13 +207,13 @@ class Orphans(Content):
             self._unmap_part(ino)
             return False
 
-        def step(compact: bool) -> bool:
+        def step(tx: Transaction, compact: bool) -> bool:
             inode = self.volume.inode(ino)
             # A file that was cut may have been removed since, and still be open.
             is_used = inode.nlink or self.referenced(ino)
-            return self._truncate_part(ino, inode, compact) if is_used else self.free_part(ino, inode)
+            return self._truncate_part(tx, ino, inode, compact) if is_used else self.free_part(tx, ino, inode)
 
-        return self.compacting(step)
+        return self.volume.compacting(step)
 
     def _maps_for_nobody(self, ino: int) -> bool:
         """Whether the inode is a domain without a name that still has mappings."""
@@ -249,7 +249,7 @@ class Orphans(Content):
 
         The mappings of a domain without a name go at once.
         """
-        if not self.volume.allocator.inode_in_use(ino):
+        if not self.volume.space.inode_in_use(ino):
             self.pending.pop(ino, None)
             return
         if self._maps_for_nobody(ino):
@@ -284,9 +284,9 @@ class Orphans(Content):
         small = list(takewhile(self._is_tiny, islice(self.pending, TINY_BATCH)))
         if len(small) > 1:
             try:
-                with self.volume.transaction():
+                with self.volume.transaction() as tx:
                     for ino in small:
-                        self.free_part(ino, self.volume.inode(ino))
+                        self.free_part(tx, ino, self.volume.inode(ino))
             except PkernfsError:
                 pass  # one after the other, to see which
             else:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.format import Inode, Quota
-from pkernfs.fs.charge import chain, cost, project_above, quota_of, with_quota, without_quota
+from pkernfs.fs.charge import chain, cost, enclosing_project, quota_of, with_quota, without_quota
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.orphans import BATCH
 from pkernfs.fs.volume import Volume
@@ -32,7 +32,7 @@ class Use(NamedTuple):
 
 def get_quota(fs: Filesystem, ino: int) -> Use:
     """The quota that counts first for what is made in (or written to) ``ino``."""
-    for project, inode in chain(fs.volume, None, ino, fs.getattr(ino).project):
+    for project, inode in chain(fs.volume.cache, None, ino, fs.getattr(ino).project):
         quota = quota_of(inode)
         if quota.limit:
             return Use(project, quota.limit, quota.used)
@@ -55,9 +55,9 @@ def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
         return get_quota(fs, ino)
     if limit:
         _check_links(fs, ino)
-    above = project_above(volume, ino, inode)
+    enclosing = enclosing_project(volume.cache, ino, inode)
     _store(volume, ino, with_quota(inode._replace(project=ino), Quota(0, 0)))
-    used = cost(volume.inode(ino)) + _mark(fs, ino, ino if limit else above)
+    used = cost(volume.inode(ino)) + _mark(fs, ino, ino if limit else enclosing)
     inode = volume.inode(ino)
     if limit:
         _store(volume, ino, with_quota(inode, Quota(limit, used)))
@@ -67,8 +67,8 @@ def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
 
 
 def _store(volume: Volume, ino: int, inode: Inode) -> None:
-    with volume.transaction():
-        volume.put_inode(ino, inode)
+    with volume.transaction() as tx:
+        tx.put_inode(ino, inode)
 
 
 def _below(fs: Filesystem, top: int) -> Iterator[tuple[int, Inode]]:
@@ -108,7 +108,7 @@ def _mark(fs: Filesystem, top: int, project: int) -> int:
     seen: set[int] = set()
     below = _below(fs, top)
     while batch := list(islice(below, BATCH)):
-        with volume.transaction():
+        with volume.transaction() as tx:
             for ino, inode in batch:
                 if stat.S_ISDIR(inode.mode) and _counts(ino, inode):
                     used += quota_of(inode).used
@@ -119,7 +119,7 @@ def _mark(fs: Filesystem, top: int, project: int) -> int:
                     seen.add(ino)
                 used += cost(inode)
                 if inode.project == ino:
-                    volume.put_inode(ino, without_quota(inode, project))
+                    tx.put_inode(ino, without_quota(inode, project))
                 elif inode.project != project:
-                    volume.put_inode(ino, inode._replace(project=project))
+                    tx.put_inode(ino, inode._replace(project=project))
     return used

@@ -10,6 +10,7 @@ from pkernfs.format import GUARDED, NAME_MAX, ROOT_INO, Inode
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.directory import Directory, Entry
 from pkernfs.fs.names import Names
+from pkernfs.fs.transaction import Transaction
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -59,34 +60,34 @@ class Renames(Names):
                 self.guard.may_unlink(new.ino, replaced)
             self.drop_quota(new.ino, parent, new_parent, old.ino)
         now = self.now()
-        with self.volume.transaction():
+        with self.volume.transaction() as tx:
             if flags == RENAME_EXCHANGE and new is not None:
                 other = self.volume.inode(new.ino)
                 if stat.S_ISDIR(other.mode):
                     self._check_not_below(new.ino, parent)
-                source.replace(old, new.ino, other.mode)
-                target.replace(new, old.ino, moved.mode)
-                self._moved(new.ino, other, parent, now)
+                source.replace(tx, old, new.ino, other.mode)
+                target.replace(tx, new, old.ino, moved.mode)
+                self._moved(tx, new.ino, other, parent, now)
                 links = stat.S_ISDIR(moved.mode) - stat.S_ISDIR(other.mode)
             else:
                 links = stat.S_ISDIR(moved.mode) + 0
                 if new is not None:
-                    self._drop_name(new.ino, self.volume.inode(new.ino), now)
-                    target.replace(new, old.ino, moved.mode)
+                    self._drop_name(tx, new.ino, self.volume.inode(new.ino), now)
+                    target.replace(tx, new, old.ino, moved.mode)
                 else:
-                    target.add(new_name, old.ino, moved.mode)
-                source.remove(old)
+                    target.add(tx, new_name, old.ino, moved.mode)
+                source.remove(tx, old)
             # Read again: listing the target as an orphan may have changed the links of this one.
-            self._moved(old.ino, self.volume.inode(old.ino), new_parent, now)
+            self._moved(tx, old.ino, self.volume.inode(old.ino), new_parent, now)
             lost = stat.S_ISDIR(new.mode) + 0 if new is not None and flags != RENAME_EXCHANGE else 0
             if source is target:
                 inode = source.finish(now)
-                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - lost))
+                tx.put_inode(parent, inode._replace(nlink=inode.nlink - lost))
             else:
                 inode = source.finish(now)
-                self.volume.put_inode(parent, inode._replace(nlink=inode.nlink - links))
+                tx.put_inode(parent, inode._replace(nlink=inode.nlink - links))
                 inode = target.finish(now)
-                self.volume.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
+                tx.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
         if new is not None and flags != RENAME_EXCHANGE:
             self.reap(new.ino)
 
@@ -118,6 +119,6 @@ class Renames(Names):
         if stat.S_ISDIR(inode.mode) and inode.root:
             raise FsError(errno.ENOTEMPTY, repr(new.name))
 
-    def _moved(self, ino: int, inode: Inode, parent: int, now: int) -> None:
+    def _moved(self, tx: Transaction, ino: int, inode: Inode, parent: int, now: int) -> None:
         is_dir = stat.S_ISDIR(inode.mode)
-        self.volume.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else 0))
+        tx.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else 0))

@@ -4,33 +4,22 @@ import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, INODE_SIZE, PAGE, SUPERBLOCK, Inode, Superblock
+from pkernfs.format import INODE_SIZE, SUPERBLOCK, Inode, Superblock
 from pkernfs.fs.allocator import Allocator
+from pkernfs.fs.cache import Cache
 from pkernfs.fs.charge import charge
-from pkernfs.fs.damage import Damage, corrupt_inode
 from pkernfs.fs.journal import ASKED, Journal
-from pkernfs.fs.pages import Page, check_inode, read_inode, seal_inode
+from pkernfs.fs.pages import Page, seal_inode
+from pkernfs.fs.transaction import Transaction
 from pkernfs.region import Region, read_superblock
 
-CACHED_INODES = 65536  #: decoded inodes kept
-CACHED_NODES = 8192  #: decoded tree nodes kept
+T = TypeVar("T")
 
-
-class Transaction:
-    """What one transaction has changed so far."""
-
-    def __init__(self, preparing: bool = False) -> None:
-        self.preparing = preparing
-        self.pages: dict[int, Page] = {}  #: by offset
-        self.inodes: dict[int, Inode] = {}
-        self.before: dict[int, Inode] = {}  #: what those were; a free slot has mode 0
-        self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
-        self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
-        self.freed_inodes: list[int] = []
-        self.words: list[tuple[int, bytes]] = []  #: (offset, data): stored last, word by word, in order
-        self.undo: list[Callable[[], None]] = []
+#: errnos that say that a change would take too much, of the region or of a quota
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Volume:
@@ -44,15 +33,13 @@ class Volume:
         self.sb = sb or read_superblock(region, readonly=region.readonly)
         self.journal = Journal(region, self.sb)
         self.recovered = self.journal.recover()
-        self.inodes: dict[int, Inode] = {}
-        self.nodes: dict[int, Page] = {}
-        #: by file: the piece of it that was found last: from byte, to byte, and the distance from the file's bytes to
-        #: the region's.  Nothing that a transaction has changed or freed is in here.
-        self.pieces: dict[int, tuple[int, int, int]] = {}
+        self.cache = cache = Cache(region, self.sb)
+        self.inode = cache.inode  #: bound here and not a method: one call less in each request
+        self.inode_named_by = cache.inode_named_by
+        self.inodes, self.nodes, self.pieces = cache.inodes, cache.nodes, cache.pieces
+        self.damage, self.space, self.total_pages = cache.damage, cache.space, cache.total_pages
+        self.allocator = Allocator(self.space)
         self.tx: Transaction | None = None
-        self.total_pages = self.sb.blocks * BLOCK // PAGE
-        self.damage = Damage()
-        self.allocator = Allocator(self)
         self.tables_checked: set[int] = set()  #: domains whose tables were found in pages that are marked as used
         self.asked = 0  #: names the request at work, if it must not be executed twice
         self.unanswered = False
@@ -68,23 +55,39 @@ class Volume:
 
         ``preparing``: the request at work is not done with that yet (``asked``).
         """
-        if self.tx is not None:
+        if self.cache.in_transaction:
             raise AssertionError("a transaction inside a transaction")
         if self.region.readonly:
             raise FsError(errno.EROFS, "the region is open for reading only")
-        tx = self.tx = Transaction(preparing)
+        self.cache.in_transaction = True
+        tx = self.tx = Transaction(self.cache, preparing=preparing, charges=self.charges)
         try:
             yield tx
             self._commit(tx)
         except BaseException:
-            self._abort(tx)
+            tx.abort()
             raise
         finally:
             self.tx = None
+            self.cache.in_transaction = False
+
+    def compacting(self, change: Callable[[Transaction, bool], T]) -> T:
+        """Run ``change(tx, compact)`` in a transaction; when the space runs out with compaction, again without.
+
+        Without, no more is taken than is asked for.  Raises FsError: ENOSPC, EDQUOT.
+        """
+        try:
+            with self.transaction() as tx:
+                return change(tx, True)
+        except FsError as error:
+            if error.errno not in OUT_OF_SPACE:
+                raise
+        with self.transaction() as tx:
+            return change(tx, False)
 
     def _commit(self, tx: Transaction) -> None:
-        if self.charges:
-            charge(self, tx)
+        if tx.charges:
+            charge(tx)
         discards = self.allocator.apply_frees(tx)
         if tx.freed_blocks or tx.freed_pages:
             self.pieces.clear()
@@ -103,87 +106,25 @@ class Volume:
         for page in tx.pages.values():
             page.fresh = False
 
-    def trim(self) -> None:
-        """Keep no more decoded objects than there is room for; while a transaction is open it may need them all."""
-        if self.tx is None:
-            if len(self.inodes) > CACHED_INODES:
-                self.inodes.clear()
-                self.pieces.clear()
-            if len(self.nodes) > CACHED_NODES:
-                self.nodes.clear()
+    # -- until all callers pass the transaction on ----------------------------------------------------------------
 
-    def _abort(self, tx: Transaction) -> None:
-        """Forget what was decoded and changed: the region still holds the state before."""
-        self.pieces.clear()
-        for offset in tx.pages:
-            self.nodes.pop(offset, None)
-        for ino in tx.inodes:
-            self.inodes.pop(ino, None)
-        self.allocator.forget(tx)
-        for undo in reversed(tx.undo):
-            undo()
-
-    def change(self, page: Page) -> None:
-        """Note that the open transaction changes ``page``: to be called before it is changed."""
+    @property
+    def open_tx(self) -> Transaction:
+        """The open transaction."""
         assert self.tx is not None
-        self.tx.pages[page.offset] = page
-
-    # -- inodes ---------------------------------------------------------------------------------------------------
-
-    def inode(self, ino: int) -> Inode:
-        """The inode, which must be in use.  Raises FsError(ESTALE) when it is not, CorruptError when it is damaged."""
-        inode = self.inodes.get(ino)
-        if inode is None:
-            self.trim()
-            if not self.allocator.inode_in_use(ino):
-                raise FsError(errno.ESTALE, f"inode {ino}")
-            inode = read_inode(self.region, ino)
-            if not inode.mode:
-                raise FsError(errno.ESTALE, f"inode {ino}")
-            check_inode(ino, inode, self.total_pages)
-            self.inodes[ino] = inode
-        return inode
-
-    def inode_named_by(self, owner: int, ino: int) -> Inode:
-        """The inode that something of inode ``owner`` names.  Raises CorruptError, of the owner when it is free."""
-        try:
-            return self.inode(ino)
-        except FsError:
-            found = f"it names inode {ino:#x}, which is free"
-            raise corrupt_inode(owner, found) from None
+        return self.tx
 
     def put_inode(self, ino: int, inode: Inode) -> None:
-        """Change an inode within the open transaction.  Raises FsError(EROFS) when it was found damaged."""
-        assert self.tx is not None
-        self.damage.check_changeable(ino)
-        self._keep_before(self.tx, ino)
-        self.pieces.pop(ino, None)
-        self.inodes[ino] = inode
-        self.tx.inodes[ino] = inode
-
-    def _keep_before(self, tx: Transaction, ino: int) -> None:
-        if self.charges and ino not in tx.before:
-            tx.before[ino] = self.inodes.get(ino) or read_inode(self.region, ino)
+        """Change an inode within the open transaction."""
+        self.open_tx.put_inode(ino, inode)
 
     def free_inode(self, ino: int, inode: Inode) -> None:
-        """Empty the slot and free it when the open transaction commits."""
-        assert self.tx is not None
-        self._keep_before(self.tx, ino)
-        self.pieces.pop(ino, None)
-        self.inodes.pop(ino, None)
-        self.tx.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=0, xattrs=0, inline=b"")
-        self.allocator.free_inode_later(ino)
+        """Free an inode within the open transaction."""
+        self.open_tx.free_inode(ino, inode)
 
-    def put_word(self, ino: int, inode: Inode, at: int, value: int) -> None:
-        """Store one of the words at the start of a slot in place; ``inode`` is the record that has it already.
-
-        Inside a transaction that changes the inode too, the transaction carries it.
-        """
-        self.inodes[ino] = inode
-        if self.tx is not None and ino in self.tx.inodes:
-            self.tx.inodes[ino] = inode
-        else:
-            self.region.store_word(ino * INODE_SIZE + at, value & 0xFFFFFFFFFFFFFFFF)
+    def change(self, page: Page) -> None:
+        """Note that the open transaction changes ``page``."""
+        self.open_tx.change(page)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

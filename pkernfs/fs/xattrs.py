@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -25,9 +25,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
-
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Volume
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
 
 
 class Attribute(NamedTuple):
@@ -46,7 +45,7 @@ class Attribute(NamedTuple):
 
 
 class Xattrs:
-    """The extended attributes of inode ``ino``.  Changes need an open transaction; ``finish`` gives the inode."""
+    """The extended attributes of inode ``ino``.  ``finish`` gives the changed inode."""
 
     def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
         self.volume = volume
@@ -82,7 +81,7 @@ class Xattrs:
             raise self._bad(f"a value of {attribute.head.size} bytes in {runs}")
         for run in runs:
             for page in range(run.page, run.page + run.length):
-                self.volume.allocator.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}", self.ino)
+                self.volume.space.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}", self.ino)
         return runs
 
     def find(self, name: bytes) -> Attribute | None:
@@ -112,7 +111,7 @@ class Xattrs:
             raise self._bad(f"the value of {attribute.name!r} has checksum {checksum(value):#x}")
         return value
 
-    def set(self, name: bytes, value: bytes) -> None:
+    def set(self, tx: Transaction, name: bytes, value: bytes) -> None:
         """Create or replace.  Raises FsError: ERANGE (name), E2BIG (value), ENOSPC."""
         if not 0 < len(name) <= NAME_MAX:
             raise FsError(errno.ERANGE, f"attribute name of {len(name)} bytes")
@@ -120,7 +119,7 @@ class Xattrs:
             raise FsError(errno.E2BIG, f"attribute value of {len(value)} bytes")
         old = self.find(name)
         if old:
-            self._free_value(old)
+            self._free_value(tx, old)
             key = old.key
         else:
             key = self.tree.free_key(name_key(self.volume.sb.hash_seed, name))
@@ -130,23 +129,23 @@ class Xattrs:
             pages = -(-len(value) // PAGE)
             at = 0
             runs = b""
-            for page, count in self.volume.allocator.alloc_pages(pages, PAGE_XATTR):
+            for page, count in self.volume.allocator.alloc_pages(tx, pages, PAGE_XATTR):
                 part = value[at : at + count * PAGE]
                 self.volume.region.store(page * PAGE, part + bytes(-len(part) % 8))
                 runs += EXTENT_VALUE.pack(ExtentValue(page, count))
                 at += count * PAGE
             item = XATTR_HEAD.pack(XattrHead(len(name), 1, 0, len(value), checksum(value), 0)) + name + runs
             self.value_pages += pages
-        self.tree.put(key, item)
+        self.tree.put(tx, key, item)
 
-    def remove(self, attribute: Attribute) -> None:
+    def remove(self, tx: Transaction, attribute: Attribute) -> None:
         """Remove an attribute that was found.  Never allocates."""
-        self._free_value(attribute)
-        self.tree.delete(attribute.key)
+        self._free_value(tx, attribute)
+        self.tree.delete(tx, attribute.key)
 
-    def _free_value(self, attribute: Attribute) -> None:
+    def _free_value(self, tx: Transaction, attribute: Attribute) -> None:
         for run in self.runs(attribute):
-            self.volume.allocator.free_pages_later(run.page, run.length)
+            tx.free_pages(run.page, run.length)
             self.value_pages -= run.length
 
     def some(self, most: int) -> list[Attribute]:

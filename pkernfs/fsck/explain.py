@@ -62,16 +62,16 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
         "physical": fs.physical(offset),
         "block": block,
         "page": page,
-        "block_kind": BLOCK_KINDS[fs.volume.allocator.table[block]],
+        "block_kind": BLOCK_KINDS[fs.volume.space.table[block]],
     }
-    kind = fs.volume.allocator.table[block]
+    kind = fs.volume.space.table[block]
     if kind == BLOCK_META:
         return facts | _of_metadata(fs, offset)
     if kind == BLOCK_FREE:
         return facts | {"structure": "free"}
     if kind == BLOCK_DATA:
         return facts | _owned(fs, offset, "data")
-    slab = fs.volume.allocator.slab(block)
+    slab = fs.volume.space.slab(block)
     index = page % PAGES_PER_BLOCK
     structure = PAGE_KINDS[slab.kinds[index]]
     facts["page_kind"] = structure

@@ -63,9 +63,9 @@ def scrub_step(fs: Filesystem, page: int) -> Scrubbed:
     while page < fs.volume.total_pages and step.structures < STEP:
         block = page // PAGES_PER_BLOCK
         # It may have become something else since it was named.
-        if fs.volume.allocator.table[block] == BLOCK_SLAB:
+        if fs.volume.space.table[block] == BLOCK_SLAB:
             page = step.slab(block, page % PAGES_PER_BLOCK)
-        if not page % PAGES_PER_BLOCK or fs.volume.allocator.table[block] != BLOCK_SLAB:
+        if not page % PAGES_PER_BLOCK or fs.volume.space.table[block] != BLOCK_SLAB:
             page = _next_slab(fs, block)
     return Scrubbed(page, step.structures, step.problems)
 
@@ -81,7 +81,7 @@ def scrub_all(fs: Filesystem) -> Iterator[Scrubbed]:
 
 def _next_slab(fs: Filesystem, block: int) -> int:
     """The first page of the first slab behind ``block``, or the number of pages."""
-    found = fs.volume.allocator.table.find(BLOCK_SLAB, block + 1)
+    found = fs.volume.space.table.find(BLOCK_SLAB, block + 1)
     return found * PAGES_PER_BLOCK if found >= 0 else fs.volume.total_pages
 
 

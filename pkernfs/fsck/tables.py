@@ -68,7 +68,7 @@ def _lead_devices(fs: Filesystem) -> None:
         Contexts(volume).mend_bitmap()
     known = {ino for _, ino in named_domains(fs.volume)}
     for requester, attachment in attachments.items():
-        with volume.transaction():
+        with volume.transaction() as tx:
             records = Records(volume, ROOT_PGTABLES_INO)
             contexts = Contexts(volume, records)
             domain = Domain(volume, attachment.domain) if attachment.domain in known else None
@@ -78,4 +78,4 @@ def _lead_devices(fs: Filesystem) -> None:
                 contexts.store(domain.record.tables, requester, domain.entry)
                 add(records, Invalidation(attachment.id, requester=requester))
             contexts.finish()
-            records.finish()
+            records.finish(tx)

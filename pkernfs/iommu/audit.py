@@ -205,10 +205,10 @@ def owner(volume: Volume, physical: int) -> str:
     block, page = divmod(offset // PAGE, PAGES_PER_BLOCK)
     if not 0 <= offset < volume.sb.blocks * BLOCK:
         return ""
-    kind = volume.allocator.table[block]
+    kind = volume.space.table[block]
     if kind == BLOCK_SLAB:
         try:
-            return "" if volume.allocator.slab(block).kinds[page] == PAGE_FREE else "a page of something else"
+            return "" if volume.space.slab(block).kinds[page] == PAGE_FREE else "a page of something else"
         except CorruptError:
             return "in a damaged slab"
     return {BLOCK_FREE: "", BLOCK_DATA: "a block of another file, or of another part of it"}.get(kind, "metadata")

@@ -75,7 +75,9 @@ class Contexts:
             page = self.pages.allocate_block()
             blocked = array("Q", device.blocked * (ENTRIES // device.words))
             self.pages.store(page, blocked * PAGES_PER_BLOCK)
-        self.records.put(ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page)))
+        self.records.put(
+            self.records.volume.open_tx, ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page))
+        )
         return page
 
     # -- the entries of devices -----------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False
                 add(roots, Invalidation(domain.record.id, requester=requester))
             contexts.finish()
         flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
-        roots.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags)))
+        roots.put(
+            roots.volume.open_tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags))
+        )
         domain.save()
         return 0
 
@@ -81,7 +83,7 @@ def cut_off(contexts: Contexts, requester: int) -> None:
 
 def forget(roots: Records, requester: int, number: int) -> None:
     """Drop the attachment of a device that is blocked to domain id ``number``, which hardware may have cached."""
-    roots.delete(ATTACHMENT_KEY + requester)
+    roots.delete(roots.volume.open_tx, ATTACHMENT_KEY + requester)
     add(roots, Invalidation(number, requester=requester))
     add(roots, Invalidation(number))
 

@@ -25,6 +25,7 @@ from pkernfs.format import (
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.contexts import EMPTY
 from pkernfs.iommu.directory import name_of, named_domains
@@ -120,8 +121,8 @@ class Domain:
     def save(self) -> None:
         """Put everything into the transaction."""
         self.pages.finish()
-        self.records.put(DOMAIN_KEY, DOMAIN.pack(self.record))
-        self.records.finish()
+        self.records.put(self.records.volume.open_tx, DOMAIN_KEY, DOMAIN.pack(self.record))
+        self.records.finish(self.records.volume.open_tx)
 
 
 # -- all of them ----------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
     if again is not None:
         return again
 
-    def furnish(ino: int) -> None:
+    def init_inode(tx: Transaction, ino: int) -> None:
         domain = Domain(fs.volume, ino)
         domain.record = domain.record._replace(tables=BY_NAME[form].number, levels=levels)
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
@@ -160,7 +161,7 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
         domain.save()
         executed(roots, request, ino)
 
-    return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, furnish=furnish)
+    return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, init_inode=init_inode)
 
 
 def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
@@ -171,5 +172,9 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
     name = name_of(fs.volume, ino)
     if name is None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
-    fs.unlink(IOMMU_INO, name, also=lambda: executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0))
+
+    def note(tx: Transaction) -> None:
+        executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0)
+
+    fs.unlink(IOMMU_INO, name, in_same_transaction=note)
     return name

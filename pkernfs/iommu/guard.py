@@ -29,7 +29,7 @@ from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.lookups import Lookups
-from pkernfs.fs.volume import Transaction
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.pins import pins_of
 from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached, is_stale
 from pkernfs.region import Region
@@ -136,11 +136,11 @@ class PageTableGuard(Guard):
 
     def unpin(self, tx: Transaction, ino: Ino, most: int) -> list[Ino]:
         """Drop the first ``most`` mappings of a domain; the files that no mapping names any more."""
-        return drop_mappings(self.volume, ino, most)
+        return drop_mappings(tx, self.volume, ino, most)
 
     def drop_records(self, tx: Transaction, ino: Ino) -> None:
         """Drop the few records of a domain beside its mappings, which are gone."""
-        drop_records(self.volume, ino)
+        drop_records(tx, self.volume, ino)
 
     def _roots(self) -> Records:
         return Records(self.volume, ROOT_PGTABLES_INO)

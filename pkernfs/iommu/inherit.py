@@ -46,11 +46,11 @@ def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
         with volume.transaction():
             records = Records(volume, ROOT_PGTABLES_INO)
             for key in answered:
-                records.delete(key)
+                records.delete(records.volume.open_tx, key)
             for requester, one in claimed.items():
                 deferred = ATTACHMENT.pack(one._replace(flags=PERSISTENT | DEFERRED))
-                records.put(ATTACHMENT_KEY + requester, deferred)
-            records.finish()
+                records.put(records.volume.open_tx, ATTACHMENT_KEY + requester, deferred)
+            records.finish(records.volume.open_tx)
     if cold:
         # The machine has come up anew: its IOMMUs remember nothing.
         forgotten(fs)
@@ -71,8 +71,8 @@ def _forget(fs: Filesystem, ids: dict[int, int]) -> None:
                     if noting:
                         forget(records, requester, number)
                     else:
-                        records.delete(ATTACHMENT_KEY + requester)
-                records.finish()
+                        records.delete(records.volume.open_tx, ATTACHMENT_KEY + requester)
+                records.finish(records.volume.open_tx)
         except FsError as error:
             if error.errno != errno.ENOSPC or not noting:
                 raise

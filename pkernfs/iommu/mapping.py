@@ -14,7 +14,7 @@ from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, P
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu.domain import Domain
-from pkernfs.iommu.records import Records, pin
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit, done_before
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
@@ -100,9 +100,9 @@ def map_file(
     def change(roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
         filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
-        filemap.allocate(mapping.start, mapping.start + mapping.length)
+        filemap.allocate(filemap.volume.open_tx, mapping.start, mapping.start + mapping.length)
         volume.put_inode(file_ino, filemap.finish())
-        pin(volume, file_ino, 1)
+        volume.open_tx.pin(file_ino, 1)
         _make_room(domain, roots)
         domain.prepare(roots)
         editor = domain.editor()
@@ -110,7 +110,7 @@ def map_file(
             domain.record.levels, domain.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap)))
         )
         domain.edited(editor, roots)
-        domain.records.put(first, MAPPING.pack(mapping))
+        domain.records.put(domain.records.volume.open_tx, first, MAPPING.pack(mapping))
         domain.save()
         return editor.stored
 
@@ -189,13 +189,13 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
         unmapped = 0
         for at, mapping in list(domain.records.mappings(first, end - 1)):
             left, right = max(first - at, 0), max(at + mapping.length - end, 0)
-            domain.records.delete(at)
+            domain.records.delete(domain.records.volume.open_tx, at)
             if left:
-                domain.records.put(at, MAPPING.pack(mapping._replace(length=left)))
+                domain.records.put(domain.records.volume.open_tx, at, MAPPING.pack(mapping._replace(length=left)))
             if right:
                 rest = mapping._replace(start=mapping.start + mapping.length - right, length=right)
-                domain.records.put(end, MAPPING.pack(rest))
-            pin(volume, mapping.ino, bool(left) + bool(right) - 1)
+                domain.records.put(domain.records.volume.open_tx, end, MAPPING.pack(rest))
+            volume.open_tx.pin(mapping.ino, bool(left) + bool(right) - 1)
             files.add(mapping.ino)
             unmapped += mapping.length - left - right
         domain.save()

@@ -130,10 +130,10 @@ class TablePages:
         """Add blocks of 2 MiB; the first of their pages.  Raises FsError: ENOSPC, EDQUOT, and changes nothing then."""
         first = self.inode.size // PAGE
         end = first + blocks * PAGES_PER_BLOCK
-        if self.volume.allocator.free_blocks < blocks:
+        if self.volume.space.free_blocks < blocks:
             waiting = f"; {self.waiting} pages wait for pkernfs iommu iotlb-needed --done" if self.waiting else ""
             raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{waiting}")
-        self.filemap.allocate(first, end)
+        self.filemap.allocate(self.filemap.volume.open_tx, first, end)
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
         for page in range(-(-first // BITMAP_PAGES) * BITMAP_PAGES, end, BITMAP_PAGES):
@@ -224,7 +224,7 @@ class TablePages:
                 del self.bitmaps[number]
             pages -= PAGES_PER_BLOCK
         if pages * PAGE < self.inode.size:
-            self.filemap.remove(pages, self.inode.size // PAGE)
+            self.filemap.remove(self.filemap.volume.open_tx, pages, self.inode.size // PAGE)
             self.inode = self.inode._replace(size=pages * PAGE)
             self._locate()
             self.free_runs, self.run = None, (0, 0)

@@ -27,6 +27,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.layout import Layout
 
@@ -36,7 +37,7 @@ LAST_MAPPING = (1 << IOVA_PAGE_BITS) - 1
 
 
 class Records(Tree):
-    """The records of inode ``ino``, which holds page tables.  Changes need an open transaction and end with ``finish``.
+    """The records of inode ``ino``, which holds page tables.  Changes end with ``finish``.
 
     Raises FsError(EINVAL) for other inodes.
     """
@@ -95,22 +96,13 @@ class Records(Tree):
             raise self._bad_record(key, f"{attachment}")
         return attachment
 
-    def finish(self) -> Inode:
+    def finish(self, tx: Transaction) -> Inode:
         """The inode with the changes, which is put into the transaction."""
         inode = self.volume.inode(self.owner)
         inode = inode._replace(iommu=self.root, pages=inode.pages + self.pages)
         self.pages = 0
-        self.volume.put_inode(self.owner, inode)
+        tx.put_inode(self.owner, inode)
         return inode
-
-
-def pin(volume: Volume, ino: int, count: int) -> None:
-    """Count ``count`` more (or less) mappings that name a file, within the open transaction.  Raises CorruptError."""
-    inode = volume.inode(ino)
-    if inode.flags & GUARDED or inode.iommu + count < 0:
-        found = "page tables that are mapped" if inode.flags & GUARDED else "fewer pins than mappings"
-        raise corrupt_inode(ino, found)
-    volume.put_inode(ino, inode._replace(iommu=inode.iommu + count))
 
 
 def has_mappings(volume: Volume, ino: int) -> bool:
@@ -118,30 +110,30 @@ def has_mappings(volume: Volume, ino: int) -> bool:
     return any(True for _ in Records(volume, ino).scan(0, LAST_MAPPING))
 
 
-def drop_mappings(volume: Volume, ino: int, most: int) -> list[Ino]:
-    """Drop the first ``most`` mappings of a domain, and their pins, within the open transaction.
+def drop_mappings(tx: Transaction, volume: Volume, ino: int, most: int) -> list[Ino]:
+    """Drop the first ``most`` mappings of a domain, and their pins.
 
     The files that have no pins any more.  Raises CorruptError.
     """
     records = Records(volume, ino)
     unpinned = []
     for key, value in list(islice(records.scan(0, LAST_MAPPING), most)):
-        records.delete(key)
+        records.delete(tx, key)
         file = records.mapping(key, value).ino
         volume.inode_named_by(ino, file)
-        pin(volume, file, -1)
+        tx.pin(file, -1)
         if not volume.inode(file).iommu:
             unpinned.append(Ino(file))
-    records.finish()
+    records.finish(tx)
     return unpinned
 
 
-def drop_records(volume: Volume, ino: int) -> None:
-    """Drop the few records of a domain beside its mappings, which are gone, within the open transaction."""
+def drop_records(tx: Transaction, volume: Volume, ino: int) -> None:
+    """Drop the few records of a domain beside its mappings, which are gone."""
     records = Records(volume, ino)
     for key, _ in list(records.scan()):
-        records.delete(key)
-    records.finish()
+        records.delete(tx, key)
+    records.finish(tx)
 
 
 def is_stale(roots: Records, number: int) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from pkernfs.format import REQUEST, REQUEST_KEY, REQUEST_SLOTS, ROOT_PGTABLES_INO, Request
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.records import Records
 
 
@@ -22,8 +23,8 @@ def done_before(fs: Filesystem, request: int) -> int | None:
 def executed(roots: Records, request: int, result: int) -> None:
     """Note that a request is executed by the open transaction; ``roots``, of root-pgtables, are finished."""
     if request:
-        roots.put(REQUEST_KEY + request % REQUEST_SLOTS, REQUEST.pack(Request(request, result)))
-    roots.finish()
+        roots.put(roots.volume.open_tx, REQUEST_KEY + request % REQUEST_SLOTS, REQUEST.pack(Request(request, result)))
+    roots.finish(roots.volume.open_tx)
 
 
 def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int]) -> int:
@@ -35,13 +36,13 @@ def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int])
     if again is not None:
         return again
 
-    def all_of_it(compact: bool) -> int:
+    def all_of_it(tx: Transaction, compact: bool) -> int:
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
         result = change(roots, compact)
         executed(roots, request, result)
         return result
 
-    return fs.compacting(all_of_it)
+    return fs.volume.compacting(all_of_it)
 
 
 def recorded(roots: Records) -> list[int]:

@@ -61,9 +61,9 @@ def generation(records: Records) -> int:
 
 def add(records: Records, what: Invalidation) -> None:
     """Note it, within the open transaction; what one range covers is not kept twice."""
-    records.put(GENERATION_KEY, GENERATION.pack(Generation(generation(records) + 1)))
+    records.put(records.volume.open_tx, GENERATION_KEY, GENERATION.pack(Generation(generation(records) + 1)))
     if what.requester >= 0:
-        records.put(STALE_CONTEXT_KEY + what.requester, STALE.pack(Stale(0, what.id)))
+        records.put(records.volume.open_tx, STALE_CONTEXT_KEY + what.requester, STALE.pack(Stale(0, what.id)))
         return
     base = STALE_IOTLB_KEY + (what.id << IOVA_PAGE_BITS)
     found = records.scan(base, base + (1 << IOVA_PAGE_BITS) - 1)
@@ -73,19 +73,19 @@ def add(records: Records, what: Invalidation) -> None:
         return
     if not what.length or len(known) >= MOST:
         for key, _ in known:
-            records.delete(key)
+            records.delete(records.volume.open_tx, key)
         first = end = base
     else:
         for key, length in known:
             if key <= end and first <= key + length:
                 first, end = min(first, key), max(end, key + length)
-                records.delete(key)
-    records.put(first, STALE.pack(Stale(end - first, what.id)))
+                records.delete(records.volume.open_tx, key)
+    records.put(records.volume.open_tx, first, STALE.pack(Stale(end - first, what.id)))
 
 
 def clear(records: Records) -> list[Invalidation]:
     """Everything has been invalidated; what that was."""
     done = list(pending(records))
     for key in [key for key, _ in records.scan(STALE_CONTEXT_KEY, GENERATION_KEY - 1)]:
-        records.delete(key)
+        records.delete(records.volume.open_tx, key)
     return done

@@ -12,8 +12,8 @@ import trio
 from pyfuse3 import FUSEError
 
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.server.housekeeping import Housekeeping
 from pkernfs.server.replay import KEYED, Replay
 from pkernfs.server.space import wait_for_space

@@ -28,8 +28,8 @@ from typing import TypeVar
 import trio
 
 from pkernfs.errors import PkernfsError
-from pkernfs.fs.content import OUT_OF_SPACE
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.server.replay import Replay
 
 R = TypeVar("R")

@@ -241,11 +241,11 @@ def set_superblock(fs: Filesystem, offset: int, **fields: Any) -> None:
 
 
 def leak_blocks(fs: Filesystem) -> None:
-    set_block(fs, fs.volume.allocator.table.find(0), f.BLOCK_DATA)
+    set_block(fs, fs.volume.space.table.find(0), f.BLOCK_DATA)
 
 
 def empty_slab(fs: Filesystem) -> None:
-    block = fs.volume.allocator.table.find(0)
+    block = fs.volume.space.table.find(0)
     fs.region.store(block * f.BLOCK, Slab.empty(block).encode())
     set_block(fs, block, f.BLOCK_SLAB)
 
@@ -290,7 +290,7 @@ def free_slot(fs: Filesystem) -> int:
     """A free slot in a page of inodes."""
     ino = fs.create(ROOT, b"slot", stat.S_IFREG, ME)
     fs.unlink(ROOT, b"slot")
-    assert fs.volume.allocator.slab(ino // 16 // 512).kinds[ino // 16 % 512] == f.PAGE_INODES
+    assert fs.volume.space.slab(ino // 16 // 512).kinds[ino // 16 % 512] == f.PAGE_INODES
     return int(ino)
 
 
@@ -340,8 +340,8 @@ def directory_loop(fs: Filesystem, *, apart: bool = False) -> None:
         drop_name(fs, b"d")
         patch_inode(fs, outer, parent=inner)
     directory = fs.directory(inner)
-    with fs.volume.transaction():
-        directory.add(b"loop", outer, stat.S_IFDIR)
+    with fs.volume.transaction() as tx:
+        directory.add(tx, b"loop", outer, stat.S_IFDIR)
         fs.volume.put_inode(inner, directory.finish(0)._replace(nlink=3))
 
 
@@ -373,7 +373,7 @@ def other_owner(fs: Filesystem) -> None:
 
 def free_page(fs: Filesystem, *, zero: bool = False) -> int:
     block = slab_of(fs)
-    page = block * 512 + fs.volume.allocator.slab(block).kinds.find(0)
+    page = block * 512 + fs.volume.space.slab(block).kinds.find(0)
     if zero:
         fs.region.zero(page * f.PAGE, f.PAGE)
     return page
@@ -454,7 +454,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "metadata-block-not-marked": ("block-kind", lambda fs: set_block(fs, 0, f.BLOCK_FREE)),
     "metadata-block-elsewhere": (
         "block-kind",
-        lambda fs: set_block(fs, fs.volume.allocator.table.find(0), f.BLOCK_META),
+        lambda fs: set_block(fs, fs.volume.space.table.find(0), f.BLOCK_META),
     ),
     "slab-header-damaged": ("slab-header", lambda fs: flip(fs, slab_of(fs) * f.BLOCK + 100)),
     "slab-header-of-another-block": ("slab-header", move_header),

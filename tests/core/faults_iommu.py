@@ -28,10 +28,10 @@ def domain(fs: Filesystem) -> int:
 
 def put(fs: Filesystem, ino: int, key: int, value: bytes) -> None:
     """Put any record, and leave pins alone."""
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         records = Records(fs.volume, ino)
-        records.put(key, value)
-        records.finish()
+        records.put(tx, key, value)
+        records.finish(tx)
 
 
 def put_mapping(fs: Filesystem, key: int = 0x200, **fields: int) -> None:
@@ -115,13 +115,13 @@ def move_domain(fs: Filesystem) -> None:
     ino = domain(fs)
     for parent, added in ((f.IOMMU_INO, False), (f.ROOT_INO, True)):
         directory = fs.directory(parent)
-        with fs.volume.transaction():
+        with fs.volume.transaction() as tx:
             if added:
-                directory.add(b"dom-0", ino, stat.S_IFREG)
+                directory.add(tx, b"dom-0", ino, stat.S_IFREG)
             else:
                 entry = directory.find(b"dom-0")
                 assert entry
-                directory.remove(entry)
+                directory.remove(tx, entry)
             fs.volume.put_inode(parent, directory.finish(0))
 
 

@@ -42,8 +42,8 @@ def add_name(fs: Filesystem, parent: bytes, name: bytes, ino: int, kind: int) ->
     """A name more, by the filesystem's own means."""
     place = fs.resolve(parent)
     directory = fs.directory(place)
-    with fs.volume.transaction():
-        directory.add(name, ino, kind)
+    with fs.volume.transaction() as tx:
+        directory.add(tx, name, ino, kind)
         fs.volume.put_inode(place, directory.finish(1))
 
 
@@ -207,7 +207,7 @@ CASES: dict[str, Case] = {
     "extent-over-a-directory": Case(lambda fs: patch_extent(fs, b"g", page=inode_of(fs, b"").root), FILE),
     "extent-over-an-attribute": Case(lambda fs: patch_extent(fs, b"g", page=external_page(fs)), FILE),
     "extent-over-free-blocks": Case(
-        lambda fs: patch_extent(fs, b"big", page=fs.volume.allocator.table.find(0) * 512), {b"big"}
+        lambda fs: patch_extent(fs, b"big", page=fs.volume.space.table.find(0) * 512), {b"big"}
     ),
     "extent-over-a-part-of-a-block": Case(lambda fs: patch_extent(fs, b"g", page=extent_of_big(fs) + 1), FILE),
     "extent-beyond-the-end": Case(lambda fs: patch_extent(fs, b"big", page=fs.volume.total_pages - 1), {b"big"}),

@@ -30,10 +30,10 @@ from pkernfs.format import (
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
-from pkernfs.fs.pages import read_inode, seal_inode
+from pkernfs.fs.pages import Page, read_inode, seal_inode
 from pkernfs.fsck.check import check
 from pkernfs.iommu.guard import open_filesystem
-from pkernfs.iommu.records import Records, pin
+from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, Region
 
 MiB = 1 << 20
@@ -87,39 +87,39 @@ def mkdomain(fs: Filesystem, name: bytes = b"dom-0", size: int = 2 * MiB) -> int
 
 def map_file(fs: Filesystem, domain: int, iova: int, ino: int, start: int = 0, length: int = 1) -> None:
     """A mapping, in pages, as the API of the IOMMU records it: without tables."""
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         records = Records(fs.volume, domain)
-        records.put(iova, MAPPING.pack(Mapping(ino, start, length, READ | WRITE)))
-        records.finish()
-        pin(fs.volume, ino, 1)
+        records.put(tx, iova, MAPPING.pack(Mapping(ino, start, length, READ | WRITE)))
+        records.finish(tx)
+        tx.pin(ino, 1)
 
 
 def unmap(fs: Filesystem, domain: int, iova: int) -> None:
     """Take a mapping away, which begins at page ``iova``, as the API of the IOMMU does."""
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         records = Records(fs.volume, domain)
         (value,) = [value for key, value in records.scan(iova, iova)]
-        records.delete(iova)
-        records.finish()
+        records.delete(tx, iova)
+        records.finish(tx)
         ino = MAPPING.unpack(value).ino
-        pin(fs.volume, ino, -1)
+        tx.pin(ino, -1)
     fs.reap(ino)
 
 
 def attach(fs: Filesystem, requester: int, domain: int, number: int = 1) -> None:
     """Attach a device, without tables."""
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         records = Records(fs.volume, ROOT_PGTABLES_INO)
-        records.put(ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(domain, number, 0)))
-        records.finish()
+        records.put(tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(domain, number, 0)))
+        records.finish(tx)
 
 
 def detach(fs: Filesystem, requester: int) -> None:
     """Detach a device."""
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         records = Records(fs.volume, ROOT_PGTABLES_INO)
-        records.delete(ATTACHMENT_KEY + requester)
-        records.finish()
+        records.delete(tx, ATTACHMENT_KEY + requester)
+        records.finish(tx)
 
 
 def mkdir(fs: Filesystem, name: bytes, parent: int = ROOT) -> int:
@@ -175,17 +175,18 @@ def assert_sound(fs: Filesystem) -> None:
     """fsck finds nothing, and what the volume holds decoded is what the region holds."""
     assert check(fs.volume) == []
     volume = fs.volume
-    allocator = volume.allocator
+    space = volume.space
     assert volume.tx is None
-    assert allocator.free_blocks == allocator.table.count(0, allocator.first_block)
+    assert space.free_blocks == space.table.count(0, space.first_block)
     for ino, inode in volume.inodes.items():
         assert read_inode(volume.region, ino)[:4] == inode[:4], f"words of cached inode {ino}"
         assert seal_inode(ino, inode) == volume.region.read(ino * INODE_SIZE, INODE_SIZE), f"cached inode {ino}"
-    for page in [*volume.nodes.values(), *allocator.slabs.values()]:
+    pages: list[Page] = [*volume.nodes.values(), *space.slabs.values()]
+    for page in pages:
         assert page.encode() == volume.region.read(page.offset, 4096), f"cached page at {page.offset:#x}"
-    for block, slab in allocator.slabs.items():
+    for block, slab in space.slabs.items():
         assert slab.free == slab.kinds.count(0), f"free pages of slab {block}"
-        assert not slab.free or block in allocator.with_pages, f"slab {block} has free pages, and is not listed"
+        assert not slab.free or block in space.with_pages, f"slab {block} has free pages, and is not listed"
 
 
 def unchanged(fs: Filesystem, number: int, operation: Callable[[], object]) -> None:

@@ -181,7 +181,7 @@ def test_large_attributes_in_scattered_pages(make_fs: Callable[..., Filesystem])
     for name in names:
         mkfile(fs, name, b"x")
     blocker = mkfile(fs, b"blocker")
-    fs.setattr(blocker, SetAttr(size=fs.volume.allocator.free_blocks * BLOCK))
+    fs.setattr(blocker, SetAttr(size=fs.volume.space.free_blocks * BLOCK))
     while fs.statfs().free:
         mkfile(fs, b"more%d" % fs.statfs().free, b"x")
     for name in names[::2]:

@@ -27,13 +27,13 @@ class Twin:
         self.items: dict[int, bytes] = {}
 
     def put(self, key: int, value: bytes) -> None:
-        with self.fs.volume.transaction():
-            self.tree.put(key, value)
+        with self.fs.volume.transaction() as tx:
+            self.tree.put(tx, key, value)
         self.items[key] = value
 
     def delete(self, key: int) -> None:
-        with self.fs.volume.transaction():
-            self.tree.delete(key)
+        with self.fs.volume.transaction() as tx:
+            self.tree.delete(tx, key)
         del self.items[key]
 
     def check(self, rng: random.Random) -> None:
@@ -138,20 +138,20 @@ def test_deep_trees(twin: Twin) -> None:
     """Three levels: more leaves than an inner node has room for."""
     rng = random.Random(1)
     keys = rng.sample(range(1 << 60), 5 * INNER_MAX)
-    with twin.fs.volume.transaction():
+    with twin.fs.volume.transaction() as tx:
         for key in keys:
-            twin.tree.put(key, b"x" * 1000)
+            twin.tree.put(tx, key, b"x" * 1000)
             twin.items[key] = b"x" * 1000
     assert Node.decode(twin.fs.region.read(twin.tree.root * PAGE, PAGE), twin.tree.root, OWNER).level == 2
     twin.check(rng)
-    with twin.fs.volume.transaction():
+    with twin.fs.volume.transaction() as tx:
         for key in keys[: 4 * INNER_MAX]:
-            twin.tree.delete(key)
+            twin.tree.delete(tx, key)
             del twin.items[key]
     twin.check(rng)
-    with twin.fs.volume.transaction():
+    with twin.fs.volume.transaction() as tx:
         for key in keys[4 * INNER_MAX :]:
-            twin.tree.delete(key)
+            twin.tree.delete(tx, key)
     assert (twin.tree.root, twin.tree.pages) == (0, 0)
 
 
@@ -159,8 +159,8 @@ def test_a_missing_key(twin: Twin) -> None:
     for tree_has in (False, True):
         if tree_has:
             twin.put(5, b"")
-        with pytest.raises(KeyError), twin.fs.volume.transaction():
-            twin.tree.delete(6)
+        with pytest.raises(KeyError), twin.fs.volume.transaction() as tx:
+            twin.tree.delete(tx, 6)
 
 
 def test_slots_for_equal_hashes(twin: Twin) -> None:
@@ -190,12 +190,12 @@ def test_an_aborted_change_leaves_the_tree(twin: Twin) -> None:
         twin.put(rng.randrange(1 << 60), b"x" * 100)
     root, pages = twin.tree.root, twin.tree.pages
     for n in range(20):
-        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction():  # noqa: PT012
+        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction() as tx:  # noqa: PT012
             for _ in range(n * 20):
-                twin.tree.put(rng.randrange(1 << 60), b"y" * 100)
+                twin.tree.put(tx, rng.randrange(1 << 60), b"y" * 100)
             for key in rng.sample(list(twin.items), n * 10):
                 with suppress(KeyError):
-                    twin.tree.delete(key)
+                    twin.tree.delete(tx, key)
             raise ZeroDivisionError
         twin.tree = Tree(twin.fs.volume, OWNER, root)
         twin.tree.pages = pages
@@ -270,8 +270,8 @@ def test_children_that_are_no_pages(twin: Twin, child: int) -> None:
         lambda: twin.tree.get(5),
         lambda: list(twin.tree.scan()),
         lambda: twin.tree.floor(15),
-        lambda: twin.tree.put(5, b""),
-        lambda: twin.tree.delete(5),
+        lambda: twin.tree.put(twin.tree.volume.open_tx, 5, b""),
+        lambda: twin.tree.delete(twin.tree.volume.open_tx, 5),
     ):
         with pytest.raises(CorruptError), twin.fs.volume.transaction():
             operation()
@@ -288,7 +288,7 @@ def test_a_loop_ends(twin: Twin) -> None:
 def test_a_page_of_another_kind(twin: Twin) -> None:
     twin.put(1, b"")
     block, index = divmod(twin.tree.root, BLOCK // PAGE)
-    slab = twin.fs.volume.allocator.slab(block)
+    slab = twin.fs.volume.space.slab(block)
     assert slab.kinds[index] == PAGE_NODE
     slab.kinds[index] = PAGE_FREE
     twin.fs.volume.nodes.clear()

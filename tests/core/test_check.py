@@ -172,9 +172,9 @@ def damaged_regions(seed: int, count: int) -> Iterator[CowRegion]:
 
 def is_metadata(fs: Filesystem, page: int) -> bool:
     block, index = divmod(page, 512)
-    kind = fs.volume.allocator.table[block]
+    kind = fs.volume.space.table[block]
     if kind == f.BLOCK_SLAB:
-        return fs.volume.allocator.slab(block).kinds[index] in (f.PAGE_HEADER, f.PAGE_NODE, f.PAGE_INODES)
+        return fs.volume.space.slab(block).kinds[index] in (f.PAGE_HEADER, f.PAGE_NODE, f.PAGE_INODES)
     return kind == f.BLOCK_META and any(fs.region.read(page * f.PAGE, f.PAGE))
 
 

@@ -226,7 +226,7 @@ def test_chunks_become_blocks_when_half_full(fs: Filesystem) -> None:
     expected = bytearray(BLOCK)
     pages = list(range(PAGES_PER_BLOCK))
     random.Random(1).shuffle(pages)
-    table = fs.volume.allocator.table
+    table = fs.volume.space.table
     for n, page in enumerate(pages):
         fs.write(ino, page * PAGE, b"%d" % page)
         expected[page * PAGE : page * PAGE + len(b"%d" % page)] = b"%d" % page
@@ -254,13 +254,13 @@ def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[.
     """A guest's RAM as large as the region has blocks."""
     fs = make_fs(32)
     ino = mkfile(fs, b"ram")
-    blocks = fs.volume.allocator.free_blocks
+    blocks = fs.volume.space.free_blocks
     fs.setattr(ino, SetAttr(size=blocks * BLOCK))
     assert is_contiguous(fs, ino)
     fs.set_direct(ino, True)
     assert bytes(fs.read(ino, blocks * BLOCK - 10, 100)) == bytes(10)
     fs.unlink(ROOT, b"ram")
-    assert fs.volume.allocator.free_blocks == blocks
+    assert fs.volume.space.free_blocks == blocks
 
 
 # -- the end of the space ---------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[.
 
 def test_one_block_more_than_there_is(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"abc")
-    size = (fs.volume.allocator.free_blocks + 1) * BLOCK
+    size = (fs.volume.space.free_blocks + 1) * BLOCK
     unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=size)))
     unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=1 << 45)))
 
@@ -365,10 +365,10 @@ def test_a_file_as_large_as_the_region(make_fs: Callable[..., Filesystem]) -> No
 
 def test_a_fragmented_region_gives_all_its_memory(make_fs: Callable[..., Filesystem]) -> None:
     fs = make_fs(48)
-    names = [b"f%02d" % n for n in range(fs.volume.allocator.free_blocks)]
+    names = [b"f%02d" % n for n in range(fs.volume.space.free_blocks)]
     for name in names:
         fs.setattr(mkfile(fs, name), SetAttr(size=BLOCK))
-    assert fs.volume.allocator.free_blocks == 0
+    assert fs.volume.space.free_blocks == 0
     for name in names[::2]:
         fs.unlink(ROOT, name)
     holes = len(names[::2])
@@ -387,7 +387,7 @@ def test_a_fragmented_region_gives_all_its_memory(make_fs: Callable[..., Filesys
 
 def test_a_large_run_is_found_in_a_fragmented_region(make_fs: Callable[..., Filesystem]) -> None:
     fs = make_fs(48)
-    names = [b"f%02d" % n for n in range(fs.volume.allocator.free_blocks)]
+    names = [b"f%02d" % n for n in range(fs.volume.space.free_blocks)]
     for name in names:
         fs.setattr(mkfile(fs, name), SetAttr(size=BLOCK))
     for n in (1, 3, 5, 6, 7, 8, 10):
@@ -440,7 +440,7 @@ def test_an_aborted_allocation_leaves_nothing_behind(make_fs: Callable[..., File
     """Blocks that a failing operation had taken already are zero for the next."""
     fs = make_fs(32)
     ino = mkfile(fs, b"f", b"x" * 5)
-    blocks = fs.volume.allocator.free_blocks
+    blocks = fs.volume.space.free_blocks
     unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=(blocks + 1) * BLOCK)))
     fs.setattr(ino, SetAttr(size=blocks * BLOCK))
     assert is_zero(content(fs, ino)[5:])

@@ -117,7 +117,7 @@ def test_an_orphan_has_no_path(fs: Filesystem) -> None:
 def test_memory_without_an_owner(fs: Filesystem) -> None:
     leak_blocks(fs)
     again = open_fs(fs.region)
-    block = again.volume.allocator.table.find(BLOCK_DATA)
+    block = again.volume.space.table.find(BLOCK_DATA)
     assert explain(again, block * BLOCK)["structure"] == "data, allocated but owned by nobody"
     set_block(fs, block, BLOCK_FREE)
 
@@ -178,10 +178,10 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
 
 def test_scrub_of_a_block_that_is_no_slab_any_more(fs: Filesystem) -> None:
     """The caller remembers where to go on; what was a slab then may be free now."""
-    slab = fs.volume.allocator.slab_blocks()[0]
+    slab = fs.volume.space.slab_blocks()[0]
     assert scrub_step(fs, slab * PAGES_PER_BLOCK).structures > 0
     assert scrub_step(fs, (slab - 1) * PAGES_PER_BLOCK).structures > 0
-    assert fs.volume.allocator.table[fs.volume.sb.first_block] == BLOCK_FREE
+    assert fs.volume.space.table[fs.volume.sb.first_block] == BLOCK_FREE
     last = scrub_step(fs, fs.volume.total_pages - 1)
     assert (last.next, last.problems) == (fs.volume.total_pages, [])
     assert scrub_step(fs, 10**9) == (10**9, 0, [])

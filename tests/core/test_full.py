@@ -103,12 +103,12 @@ def test_all_free_pages_can_be_written(seed: int) -> None:
     for n in rng.sample(range(150), 100):
         fs.unlink(ROOT, b"%d" % n)
     ino = mkfile(fs, b"new")
-    before, slabs = fs.statfs().free, len(fs.volume.allocator.slab_blocks())
+    before, slabs = fs.statfs().free, len(fs.volume.space.slab_blocks())
     done = 0
     with suppress(FsError):
         while True:
             done += fs.write(ino, done, b"\x55" * rng.choice([1000, PAGE, 50_000, MiB]))
-    headers = len(fs.volume.allocator.slab_blocks()) - slabs
+    headers = len(fs.volume.space.slab_blocks()) - slabs
     inode = fs.getattr(ino)
     left = fs.statfs().free
     # One page can be left where its data would need another one for a node.

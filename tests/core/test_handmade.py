@@ -12,7 +12,7 @@ import pytest
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, PkernfsError
-from pkernfs.fs import volume
+from pkernfs.fs import cache
 from pkernfs.fs.facts import region_facts
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fsck.check import check_region
@@ -208,7 +208,7 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     fs = new_fs(20)
     cast(fs)
     safe = mkfile(fs, b"safe", b"safe")
-    while fs.volume.allocator.slab(safe // 16 // 512).free:
+    while fs.volume.space.slab(safe // 16 // 512).free:
         mkfile(fs, b"filler%d" % fs.statfs().free, b"x" * 200_000)
     other = mkfile(fs, b"other", b"other", mkdir(fs, b"otherdir"))
     slab = fs.extents(other)[0].page // 512
@@ -227,8 +227,8 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
 
 
 def test_reading_keeps_a_bounded_number_of_decoded_objects(victim: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volume, "CACHED_INODES", 3)
-    monkeypatch.setattr(volume, "CACHED_NODES", 2)
+    monkeypatch.setattr(cache, "CACHED_INODES", 3)
+    monkeypatch.setattr(cache, "CACHED_NODES", 2)
     sparse_tree(victim)
     fs = open_fs(victim.region)
     for _ in range(3):

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from pkernfs.fs import volume
-from pkernfs.fs.allocator import Allocator
+from pkernfs.fs import cache
 from pkernfs.fs.damage import Damage
 from pkernfs.fs.journal import Journal
+from pkernfs.fs.space import Space
 from tests.core.fuzz.run import Failure, try_many
 
 SEED = 1
@@ -29,9 +29,9 @@ def test_hostile_images(first: int) -> None:
 Blind = Callable[[pytest.MonkeyPatch], None]
 #: What is not looked at -> the structure whose mutants show it, and the patch.
 BLIND: dict[str, tuple[str, Blind]] = {
-    "extents": ("extent", lambda patch: patch.setattr(Allocator, "is_data", lambda *_: True)),
-    "inodes": ("inode", lambda patch: patch.setattr(volume, "check_inode", lambda *_: None)),
-    "kinds-of-pages": ("inode", lambda patch: patch.setattr(Allocator, "check_page_kind", lambda *_: None)),
+    "extents": ("extent", lambda patch: patch.setattr(Space, "is_data", lambda *_: True)),
+    "inodes": ("inode", lambda patch: patch.setattr(cache, "check_inode", lambda *_: None)),
+    "kinds-of-pages": ("inode", lambda patch: patch.setattr(Space, "check_page_kind", lambda *_: None)),
     "journal-records": ("journal record", lambda patch: patch.setattr(Journal, "_is_possible", lambda *_: True)),
     "what-was-found": ("inode", lambda patch: patch.setattr(Damage, "check_changeable", lambda *_: None)),
 }

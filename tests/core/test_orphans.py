@@ -190,7 +190,7 @@ def test_large_frees_fit_in_the_journal(make_fs: Callable[..., Filesystem]) -> N
     for n in range(560):
         for ino in (a, b):
             fs.write(ino, n * 2 * MiB, part)
-    assert len(fs.volume.allocator.slab_blocks()) > 550
+    assert len(fs.volume.space.slab_blocks()) > 550
     fs.setattr(a, SetAttr(size=1))
     assert fs.getattr(a).pages == 2, "one of content, one of the tree"
     fs.unlink(ROOT, b"b")
@@ -207,7 +207,7 @@ def test_the_largest_transactions_fit_in_the_journal(make_fs: Callable[..., File
             fs.write(kept, half * 2 * MiB, b"x" * (255 * PAGE))
         fs.write(singles, n * 2 * MiB, b"x" * PAGE)
     rest = mkfile(fs, b"rest")
-    fs.setattr(rest, SetAttr(size=fs.volume.allocator.free_blocks * 2 * MiB))
+    fs.setattr(rest, SetAttr(size=fs.volume.space.free_blocks * 2 * MiB))
     with fails(errno.ENOSPC):
         while True:
             fs.write(kept, fs.getattr(kept).size, b"x" * PAGE)

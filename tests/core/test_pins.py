@@ -124,7 +124,7 @@ def test_no_block_for_the_first(fs: Filesystem, small: int) -> None:
     for n in range(0, small, 2):
         fs.unlink(ROOT, b"%d" % n)
     assert fs.statfs().free >= small / 2
-    assert not fs.volume.allocator.free_blocks
+    assert not fs.volume.space.free_blocks
     unchanged(fs, errno.ENOSPC, lambda: resize(fs, domain, BLOCK))
 
 

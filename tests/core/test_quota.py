@@ -513,9 +513,9 @@ def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
 def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
     """Which only damage makes: it counts for one of them."""
     ino = mkfile(fs, b"f", b"x", d)
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         directory = fs.directory(ROOT)
-        directory.add(b"g", ino, stat.S_IFREG)
+        directory.add(tx, b"g", ino, stat.S_IFREG)
         fs.volume.put_inode(ROOT, directory.finish(0))
         fs.volume.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
     assert check(fs.volume) == []

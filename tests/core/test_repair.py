@@ -381,8 +381,8 @@ def test_a_loop_of_lost_directories(victim: Filesystem) -> None:
     outer, inner = victim.resolve(b"d"), victim.resolve(b"d/e")
     drop_name(victim, b"d")
     directory = victim.directory(inner)
-    with victim.volume.transaction():
-        directory.add(b"loop", outer, stat.S_IFDIR)
+    with victim.volume.transaction() as tx:
+        directory.add(tx, b"loop", outer, stat.S_IFDIR)
         inode = directory.finish(0)
         victim.volume.put_inode(inner, inode._replace(nlink=3))
         victim.volume.put_inode(outer, victim.volume.inode(outer)._replace(parent=inner))

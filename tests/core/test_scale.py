@@ -83,7 +83,7 @@ def test_a_region_of_a_tebibyte() -> None:
     fs = open_fs(region)
     space = fs.statfs()
     ino = mkfile(fs, b"ram")
-    size = fs.volume.allocator.free_blocks * BLOCK
+    size = fs.volume.space.free_blocks * BLOCK
     begin = time.process_time()
     fs.setattr(ino, SetAttr(size=size))
     assert len(fs.extents(ino)) == 1

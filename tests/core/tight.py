@@ -59,8 +59,8 @@ def cast(fs: Filesystem) -> None:
 
 def free_slots(fs: Filesystem) -> int:
     """Inodes that fit in pages of inodes that are there."""
-    allocator = fs.volume.allocator
-    slabs = [allocator.slab(block) for block in allocator.slab_blocks()]
+    space = fs.volume.space
+    slabs = [space.slab(block) for block in space.slab_blocks()]
     return sum(slab.kinds.count(PAGE_INODES) * INODES_PER_PAGE - slab.inodes for slab in slabs)
 
 
@@ -100,7 +100,7 @@ def no_host(fs: Filesystem) -> None:
     fs.setattr(mkfile(fs, b"blocks", parent=d), SetAttr(size=2 * BLOCK))
     fill_pages(fs)
     fs.unlink(d, b"blocks")
-    assert fs.volume.allocator.free_blocks * PAGES_PER_BLOCK == fs.statfs().free > 0
+    assert fs.volume.space.free_blocks * PAGES_PER_BLOCK == fs.statfs().free > 0
 
 
 def _reserve_nothing(offset: int, length: int) -> None:

@@ -58,7 +58,7 @@ def physical(fs: Filesystem, name: bytes) -> int:
 
 def free_block(fs: Filesystem) -> int:
     """The physical address of a block that nobody uses."""
-    return BASE + bytes(fs.volume.allocator.table).rindex(b"\0") * 2 * MiB
+    return BASE + bytes(fs.volume.space.table).rindex(b"\0") * 2 * MiB
 
 
 def of_other_domain(fs: Filesystem, entry: int) -> int:
@@ -93,10 +93,10 @@ def records(ino_of: bytes, change: Callable[[Records], None]) -> Callable[[Files
     """Change records."""
 
     def plant(fs: Filesystem) -> None:
-        with fs.volume.transaction():
+        with fs.volume.transaction() as tx:
             found = Records(fs.volume, fs.resolve(ino_of))
             change(found)
-            found.finish()
+            found.finish(tx)
 
     return plant
 
@@ -116,11 +116,11 @@ def context_word(requester: int, word: int, change: Callable[[int], int]) -> Cal
 def lost_mapping(found: Records) -> None:
     """A mapping that gives fewer rights than the tables."""
     key = IOVA // 4096
-    found.put(key, MAPPING.pack(MAPPING.unpack(found.get(key) or b"")._replace(access=READ)))
+    found.put(found.volume.open_tx, key, MAPPING.pack(MAPPING.unpack(found.get(key) or b"")._replace(access=READ)))
 
 
 def attach_to_nothing(found: Records) -> None:
-    found.put(ATTACHMENT_KEY + 0x77, ATTACHMENT.pack(Attachment(ROOT_PGTABLES_INO, 9, 0)))
+    found.put(found.volume.open_tx, ATTACHMENT_KEY + 0x77, ATTACHMENT.pack(Attachment(ROOT_PGTABLES_INO, 9, 0)))
 
 
 #: Kinds and faults that are not of a domain's tables.
@@ -162,7 +162,10 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {
     "attached-to-no-domain": ("attachment", records(b"iommu/root-pgtables", attach_to_nothing)),
     "root-table-marked-as-free": ("bitmap", set_bit(1, b"iommu/root-pgtables", on=False)),
     "no-page-marked": ("unreachable", set_bit(200, b"iommu/root-pgtables")),
-    "mapping-of-nothing": ("record", records(b"iommu/dom-0", lambda found: found.put(9, b"short"))),
+    "mapping-of-nothing": (
+        "record",
+        records(b"iommu/dom-0", lambda found: found.put(found.volume.open_tx, 9, b"short")),
+    ),
 }
 
 

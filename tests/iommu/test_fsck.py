@@ -48,7 +48,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     def spoil(found: Records) -> None:
         value = found.get(key)
         assert value is not None
-        found.put(key, MAPPING.pack(MAPPING.unpack(value)._replace(reserved=1)))
+        found.put(found.volume.open_tx, key, MAPPING.pack(MAPPING.unpack(value)._replace(reserved=1)))
 
     records(b"iommu/dom-0", spoil)(fs)
     region = fs.region

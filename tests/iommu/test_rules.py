@@ -101,7 +101,7 @@ def test_a_full_region() -> None:
     for at in range(1, 165):  # three tables each: of levels 3, 2 and 1
         mapping.map_file(fs, dom, at << 39, file, 0, 4 * KiB)
     filler = guest(fs, b"filler", 2 * MiB)
-    while fs.volume.allocator.free_blocks:
+    while fs.volume.space.free_blocks:
         fs.setattr(filler, SetAttr(size=fs.getattr(filler).size + 2 * MiB))
     for at in range(165, 255):
         if views.domain_facts(fs, dom, "")["tables"] + 3 > 511:

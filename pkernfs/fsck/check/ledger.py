@@ -71,7 +71,7 @@ class Ledger:
     def __init__(self, volume: Volume, *, salvage: bool = False) -> None:
         self.volume = volume
         self.region = volume.region
-        self.table = volume.allocator.table
+        self.table = volume.space.table
         self.first_block = volume.sb.first_block
         self.blocks = array("Q", bytes(8 * len(self.table)))
         self.pages: dict[int, array[int]] = {}  #: by block, for slabs
@@ -112,7 +112,7 @@ class Ledger:
 
     def load_slabs(self) -> None:
         """Decode the headers of all slabs."""
-        for block in self.volume.allocator.slab_blocks():
+        for block in self.volume.space.slab_blocks():
             self.pages[block] = array("Q", bytes(8 * PAGES_PER_BLOCK))
             try:
                 self.slabs[block] = Slab.decode(self.region.read(block * BLOCK, PAGE), block)

@@ -72,7 +72,7 @@ def block_table(checker: Checker) -> None:
     wanted = bytes([BLOCK_META]) * sb.first_block
     if table[: sb.first_block] != wanted or table.count(BLOCK_META) != sb.first_block:
         checker.note("block-kind", f"expected metadata in blocks 0 to {sb.first_block - 1} and nowhere else")
-    if table[: sb.blocks] != checker.volume.allocator.table or any(table[sb.blocks : sb.table_pages * TABLE_FANOUT]):
+    if table[: sb.blocks] != checker.volume.space.table or any(table[sb.blocks : sb.table_pages * TABLE_FANOUT]):
         checker.note("block-table", "expected the kinds that the volume was opened with, and zeros behind them")
 
 

@@ -29,6 +29,7 @@ from pkernfs.fs.btree import Tree
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.inodes import PLACES, in_its_place
 from pkernfs.fsck.check.trees import Salvage
@@ -47,12 +48,13 @@ class NewTree(Tree):
         super().__init__(volume, owner, 0)
         self.old = old[:BATCH]
 
-    def _new(self, level: int) -> Node:
+    def new_node(self, tx: Transaction, level: int) -> Node:
+        """In a page of the old tree, while there are any."""
         if not self.old:
-            return super()._new(level)
+            return super().new_node(tx, level)
         node = Node(self.old.pop(), self.owner, level, fresh=False)
         self.volume.nodes[node.offset] = node
-        self.volume.change(node)
+        tx.change(node)
         self.pages += 1
         return node
 
@@ -107,9 +109,9 @@ def _tree(volume: Volume, ino: int, salvage: Salvage, what: str) -> int:
                 key = next((k for k in range(first, first + KEY_SLOTS) if k not in items), old)
         items.setdefault(key, value)
     for key, value in sorted(items.items()):
-        tree.put(key, value)
+        tree.put(tree.volume.open_tx, key, value)
     for page in {*salvage.nodes[BATCH:], *tree.old}:
-        volume.allocator.free_pages_later(page)
+        volume.open_tx.free_pages(page)
     return tree.root
 
 
@@ -174,8 +176,8 @@ def _lost_found(work: Work) -> int:
             return entry.ino
         name += b"~"
     now = volume.clock()
-    with volume.transaction():
-        ino = volume.allocator.alloc_inode()
+    with volume.transaction() as tx:
+        ino = volume.allocator.alloc_inode(tx)
         made = Inode(
             atime=now,
             mtime=now,
@@ -190,7 +192,7 @@ def _lost_found(work: Work) -> int:
             parent=ROOT_INO,
         )
         directory = Directory(volume, ROOT_INO, root)
-        directory.add(name, ino, made.mode)
+        directory.add(tx, name, ino, made.mode)
         root = directory.finish(now)
         volume.put_inode(ROOT_INO, root._replace(nlink=root.nlink + 1))
         volume.put_inode(ino, made)
@@ -201,9 +203,9 @@ def _lost_found(work: Work) -> int:
 def _add_name(volume: Volume, parent: int, name: bytes, ino: int, inode: Inode) -> None:
     """Name an inode that no directory names.  A file's count of names may be wrong then: the next round's work."""
     is_dir = stat.S_ISDIR(inode.mode)
-    with volume.transaction():
+    with volume.transaction() as tx:
         directory = Directory(volume, parent, volume.inode(parent))
-        directory.add(name, ino, inode.mode)
+        directory.add(tx, name, ino, inode.mode)
         above = directory.finish(volume.clock())
         volume.put_inode(parent, above._replace(nlink=above.nlink + is_dir))
         if is_dir:

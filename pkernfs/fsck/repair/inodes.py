@@ -32,7 +32,7 @@ def bad_inodes(work: Work) -> None:
 
     Only the slot: the names that are left lead to nothing then, and go in the next round.
     """
-    volume, allocator = work.volume, work.volume.allocator
+    volume, space = work.volume, work.volume.space
     for batch in batches(work.checker.bad.items()):
         with volume.transaction():
             for ino, why in batch:
@@ -44,7 +44,7 @@ def bad_inodes(work: Work) -> None:
                         ino=ino,
                     )
                     continue
-                if not allocator.inode_in_use(ino):
+                if not space.inode_in_use(ino):
                     continue
                 volume.free_inode(ino, empty_slot(volume, ino))
                 work.note("inode-checksum", f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
@@ -159,6 +159,6 @@ def orphans(work: Work) -> None:
 
 def _usable(volume: Volume, ino: int) -> bool:
     try:
-        return bool(volume.allocator.inode_in_use(ino) and volume.inode(ino).mode)
+        return bool(volume.space.inode_in_use(ino) and volume.inode(ino).mode)
     except (CorruptError, FsError):
         return False

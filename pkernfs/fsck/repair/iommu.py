@@ -13,11 +13,11 @@ def records(work: Work) -> None:
     for ino, keys in work.checker.bad_records.items():
         for batch in batches(sorted(set(keys))):
             try:
-                with work.volume.transaction():
+                with work.volume.transaction() as tx:
                     tree = Records(work.volume, ino)
                     for key in batch:
-                        tree.delete(key)
-                    tree.finish()
+                        tree.delete(tx, key)
+                    tree.finish(tx)
             except (PkernfsError, KeyError):
                 break  # the inode is to be mended first
             for key in batch:
@@ -29,13 +29,13 @@ def domain_ids(work: Work) -> None:
     for ino, number in work.checker.new_ids.items():
         if not number:
             continue
-        with work.volume.transaction():
+        with work.volume.transaction() as tx:
             tree = Records(work.volume, ino)
             value = tree.get(DOMAIN_KEY)
             if value is None:
                 continue
-            tree.put(DOMAIN_KEY, DOMAIN.pack(DOMAIN.unpack(value)._replace(id=number)))
-            tree.finish()
+            tree.put(tx, DOMAIN_KEY, DOMAIN.pack(DOMAIN.unpack(value)._replace(id=number)))
+            tree.finish(tx)
         work.note("iommu-domain-id", f"domain {ino:#x}: its id is {number} now", ino=ino)
 
 

@@ -47,7 +47,7 @@ def seals(work: Work) -> None:
     for inodes in batches(checker.unsealed.items()):
         with volume.transaction():
             for ino, inode in inodes:
-                if ino < FIRST_FREE_SLOT or volume.allocator.inode_in_use(ino):
+                if ino < FIRST_FREE_SLOT or volume.space.inode_in_use(ino):
                     volume.put_inode(ino, _sealable(work, ino, inode))
                     text = f"inode {ino:#x} had a wrong checksum, and looked right: sealed again"
                     work.note("inode-checksum", text, ino=ino, offset=ino * INODE_SIZE)

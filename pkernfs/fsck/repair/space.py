@@ -50,8 +50,8 @@ def block_kinds(work: Work) -> None:
     for batch in batches(wanted.items()):
         with work.volume.transaction():
             for block, kind in batch:
-                work.volume.allocator.table[block] = kind
-                work.volume.change(work.volume.allocator.pages[block // TABLE_FANOUT])
+                work.volume.space.table[block] = kind
+                work.volume.change(work.volume.space.pages[block // TABLE_FANOUT])
                 name = "a slab" if kind == BLOCK_SLAB else "data"
                 work.note("block-kind", f"block {block} is in use, and marked as {name} now", offset=block * BLOCK)
 
@@ -62,7 +62,7 @@ def slab_headers(work: Work) -> None:
         with work.volume.transaction():
             for block, kinds in batch:
                 slab = _rebuilt(work.volume, block, kinds)
-                work.volume.allocator.slabs[block] = slab
+                work.volume.space.slabs[block] = slab
                 work.volume.change(slab)
                 text = f"the header of slab {block} was made anew: {PAGES_PER_BLOCK - 1 - slab.free} pages in use"
                 work.note("slab-header", text, offset=block * BLOCK)
@@ -128,7 +128,7 @@ def page_kinds(work: Work) -> None:
     for batch in batches(wanted.items()):
         with work.volume.transaction():
             for block, changes in batch:
-                slab = work.volume.allocator.slab(block)
+                slab = work.volume.space.slab(block)
                 work.volume.change(slab)
                 for index, kind in changes.items():
                     slab.kinds[index] = kind
@@ -156,7 +156,7 @@ def slots(work: Work) -> None:
     for batch in batches(used.items()):
         with volume.transaction():
             for block, inos in batch:
-                slab = volume.allocator.slab(block)
+                slab = volume.space.slab(block)
                 volume.change(slab)
                 for ino in inos:
                     index = ino // INODES_PER_PAGE % PAGES_PER_BLOCK
@@ -171,7 +171,7 @@ def slots(work: Work) -> None:
         with volume.transaction():
             for page in pages:
                 block, index = divmod(page, PAGES_PER_BLOCK)
-                slab = volume.allocator.slab(block)
+                slab = volume.space.slab(block)
                 volume.change(slab)
                 slab.slots[index] = 0
                 work.note("slab-slots", f"page {page:#x} holds no inodes: its slots were cleared", offset=page * PAGE)
@@ -181,11 +181,11 @@ def leaks(work: Work) -> None:
     """Free what nobody owns."""
     volume = work.volume
     for pages in batches(work.ledger.leaked_pages):
-        with volume.transaction():
+        with volume.transaction() as tx:
             for page, count in pages:
-                volume.allocator.free_pages_later(page, count)
+                tx.free_pages(page, count)
                 block, index = divmod(page, PAGES_PER_BLOCK)
-                slab = volume.allocator.slab(block)
+                slab = volume.space.slab(block)
                 volume.change(slab)
                 slab.slots[index : index + count] = array("H", bytes(2 * count))
                 work.note("leaked-page", f"pages {page:#x}+{count} had no owner: freed", offset=page * PAGE)
@@ -193,6 +193,6 @@ def leaks(work: Work) -> None:
         with volume.transaction() as tx:
             for block, count in batch:
                 # A slab may be free already, with the last of its pages.
-                if volume.allocator.table[block]:
+                if volume.space.table[block]:
                     tx.freed_blocks.append((block, count))
                     work.note("leaked-block", f"blocks {block}+{count} had no owner: freed", offset=block * BLOCK)

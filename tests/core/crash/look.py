@@ -82,11 +82,11 @@ def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:
 
 def metadata_key(fs: Filesystem) -> int:
     """A hash of all metadata: the block table, reserved inodes, slab headers, inodes, nodes."""
-    allocator = fs.volume.allocator
+    space = fs.volume.space
     view = fs.region.view
     found = hash(bytes(view[: PAGE * (1 + fs.volume.sb.table_pages)]))
-    for block in allocator.slab_blocks():
-        for index, kind in enumerate(allocator.slab(block).kinds):
+    for block in space.slab_blocks():
+        for index, kind in enumerate(space.slab(block).kinds):
             if kind in (PAGE_HEADER, PAGE_INODES, PAGE_NODE):
                 at = block * BLOCK + index * PAGE
                 found = hash((found, at, bytes(view[at : at + PAGE])))
@@ -136,7 +136,7 @@ def _take_all(fs: Filesystem) -> None:
         if error.errno != errno.ENOSPC:
             raise
         return
-    blocks = fs.volume.allocator.free_blocks
+    blocks = fs.volume.space.free_blocks
     for size in (blocks * BLOCK, (blocks - 1) * BLOCK, 200 * PAGE, PAGE):
         try:
             fs.setattr(ino, SetAttr(size=max(size, 0)))

@@ -102,7 +102,7 @@ def no_slots(fs: Filesystem) -> None:
 
 def fill_slots(fs: Filesystem) -> None:
     for n in range(INODES_PER_PAGE):
-        if not any(slab.page_with_slots() >= 0 for slab in fs.volume.allocator.slabs.values()):
+        if not any(slab.page_with_slots() >= 0 for slab in fs.volume.space.slabs.values()):
             return
         mkfile(fs, b"slot%d" % n)
     raise AssertionError("there are always free slots")
@@ -120,7 +120,7 @@ def no_pages(fs: Filesystem) -> None:
     ino = mkfile(fs, b"filler")
     fill_slots(fs)
     for n in range(10 * PAGES_PER_BLOCK):
-        if not any(slab.free for slab in fs.volume.allocator.slabs.values()):
+        if not any(slab.free for slab in fs.volume.space.slabs.values()):
             return
         fs.write(ino, n * 3 * PAGE, b"f")
     raise AssertionError("there are always free pages")
@@ -130,14 +130,14 @@ def holes(fs: Filesystem) -> None:
     """All blocks are slabs, with a few free pages in each: what takes many pages changes the headers of all."""
     everything(fs)
     fs.unlink(ROOT, b"big")
-    allocator = fs.volume.allocator
+    space = fs.volume.space
     for n in range(20):
         for hole in range(6):
             mkfile(fs, b"hole-%d-%d" % (n, hole), b"h")
         ino = mkfile(fs, b"filler%d" % n)
-        slabs = len(allocator.slab_blocks())
+        slabs = len(space.slab_blocks())
         for page in range(PAGES_PER_BLOCK):
-            if len(allocator.slab_blocks()) > slabs or fs.statfs().free < 3:
+            if len(space.slab_blocks()) > slabs or fs.statfs().free < 3:
                 break
             fs.write(ino, page * 3 * PAGE, b"f")
         if fs.statfs().free < 3:
@@ -157,9 +157,9 @@ def quotas(fs: Filesystem) -> None:
 def last_page(fs: Filesystem) -> None:
     """A slab holds one page only, of "last": it is given back with it."""
     no_pages(fs)
-    before = len(fs.volume.allocator.slab_blocks())
+    before = len(fs.volume.space.slab_blocks())
     fs.setxattr(fs.resolve(b"filler"), b"user.last", b"v" * 600)
-    assert len(fs.volume.allocator.slab_blocks()) == before + 1
+    assert len(fs.volume.space.slab_blocks()) == before + 1
 
 
 def leaves(fs: Filesystem) -> None:
@@ -182,9 +182,9 @@ def removed(fs: Filesystem) -> None:
         fs.unlink(ROOT, path)
     fs.unlink(fs.resolve(b"d/e"), b"inner")
     cut = scattered(fs, b"cut", 70, 3)
-    with fs.volume.transaction():
+    with fs.volume.transaction() as tx:
         fs.volume.put_inode(cut, fs.getattr(cut)._replace(size=3 * PAGE + 7))
-        fs.list_orphan(cut)
+        fs.list_orphan(tx, cut)
 
 
 def domains(fs: Filesystem) -> None:
@@ -234,13 +234,13 @@ def image_of(state: str) -> bytes:
 
 def spoil(fs: Filesystem) -> None:
     """Old bytes wherever old bytes can be: in free memory, behind the ends of files, in the journal's body."""
-    region, journal, allocator = fs.region, fs.volume.journal, fs.volume.allocator
+    region, journal, space = fs.region, fs.volume.journal, fs.volume.space
     _soil(region, journal.body_at, fs.volume.sb.first_block * BLOCK - journal.body_at)
-    for block in range(allocator.first_block, allocator.blocks):
-        if allocator.table[block] == BLOCK_FREE:
+    for block in range(space.first_block, space.blocks):
+        if space.table[block] == BLOCK_FREE:
             _soil(region, block * BLOCK, BLOCK)
-    for block in allocator.slab_blocks():
-        for index, kind in enumerate(allocator.slab(block).kinds):
+    for block in space.slab_blocks():
+        for index, kind in enumerate(space.slab(block).kinds):
             if kind == PAGE_FREE:
                 _soil(region, block * BLOCK + index * PAGE, PAGE)
     for extent, beyond in ends(fs):

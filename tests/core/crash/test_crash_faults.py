@@ -14,6 +14,7 @@ from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.content import Content
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.orphans import Orphans
+from pkernfs.fs.transaction import Transaction
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash import proof
 from tests.core.crash.operations import OPERATIONS
@@ -184,9 +185,9 @@ def table_in_place(patch: pytest.MonkeyPatch) -> None:
     """The allocation table is stored when it changes, and not by the journal."""
     real = Allocator._set_kind
 
-    def set_kind(self: Allocator, block: int, count: int, kind: int) -> None:
-        real(self, block, count, kind)
-        for page in self.pages:
+    def set_kind(self: Allocator, tx: Transaction, block: int, count: int, kind: int) -> None:
+        real(self, tx, block, count, kind)
+        for page in self.space.pages:
             self.region.store(page.offset, page.encode())
 
     patch.setattr(Allocator, "_set_kind", set_kind)
@@ -196,10 +197,10 @@ def slabs_in_place(patch: pytest.MonkeyPatch) -> None:
     """The header of a slab is stored when a page of it is allocated."""
     real = Allocator.alloc_pages
 
-    def alloc_pages(self: Allocator, count: int, kind: int) -> list[tuple[int, int]]:
-        runs = real(self, count, kind)
+    def alloc_pages(self: Allocator, tx: Transaction, count: int, kind: int) -> list[tuple[int, int]]:
+        runs = real(self, tx, count, kind)
         for page, _ in runs:
-            slab = self.slab(page // PAGES_PER_BLOCK)
+            slab = self.space.slab(page // PAGES_PER_BLOCK)
             if not slab.fresh:
                 self.region.store(slab.offset, slab.encode())
         return runs
@@ -210,23 +211,23 @@ def slabs_in_place(patch: pytest.MonkeyPatch) -> None:
 def pages_free_at_once(patch: pytest.MonkeyPatch) -> None:
     """What a transaction frees it allocates again itself, before it is sealed."""
 
-    def free_pages_later(self: Allocator, page: int, count: int = 1) -> None:
+    def free_pages(self: Transaction, page: int, count: int = 1) -> None:
         block, index = divmod(page, PAGES_PER_BLOCK)
-        slab = self.slab(block)
-        self.volume.change(slab)
+        slab = self.cache.space.slab(block)
+        self.change(slab)
         slab.kinds[index : index + count] = bytes(count)
         slab.free += count
-        self.with_pages.add(block)
+        self.cache.space.with_pages.add(block)
 
-    patch.setattr(Allocator, "free_pages_later", free_pages_later)
+    patch.setattr(Transaction, "free_pages", free_pages)
 
 
 def blocks_free_at_once(patch: pytest.MonkeyPatch) -> None:
-    def free_blocks_later(self: Allocator, block: int, count: int) -> None:
-        self._set_kind(block, count, BLOCK_FREE)
-        self.region.discard(block << 21, count << 21)
+    def free_blocks(self: Transaction, block: int, count: int) -> None:
+        Allocator(self.cache.space)._set_kind(self, block, count, BLOCK_FREE)
+        self.cache.region.discard(block << 21, count << 21)
 
-    patch.setattr(Allocator, "free_blocks_later", free_blocks_later)
+    patch.setattr(Transaction, "free_blocks", free_blocks)
 
 
 def memory_as_it_is(patch: pytest.MonkeyPatch) -> None:
@@ -236,7 +237,7 @@ def memory_as_it_is(patch: pytest.MonkeyPatch) -> None:
 
 def orphans_unlisted_first(patch: pytest.MonkeyPatch) -> None:
     """What takes several transactions is not listed meanwhile."""
-    patch.setattr(Orphans, "list_orphan", lambda self, ino: None)
+    patch.setattr(Orphans, "list_orphan", lambda self, tx, ino: None)
 
 
 class Fault(NamedTuple):

@@ -13,13 +13,13 @@ from tests.core.support import open_fs
 
 def structures(fs: Filesystem) -> dict[str, int]:
     """How many there are of each."""
-    allocator = fs.volume.allocator
-    kinds = [kind for block in allocator.slab_blocks() for kind in allocator.slab(block).kinds]
+    space = fs.volume.space
+    kinds = [kind for block in space.slab_blocks() for kind in space.slab(block).kinds]
     return {
-        "slabs": len(allocator.slab_blocks()),
+        "slabs": len(space.slab_blocks()),
         "pages of inodes": kinds.count(PAGE_INODES),
         "nodes": kinds.count(PAGE_NODE),
-        "blocks": allocator.blocks - allocator.free_blocks,
+        "blocks": space.blocks - space.free_blocks,
         "orphans": len(fs.orphans()),
         "sequence": fs.volume.journal.sequence,
     }
@@ -63,7 +63,7 @@ def test_the_largest_transaction() -> None:
     """It changes the headers of all slabs that have room, and fits the journal that mkfs makes for it."""
     fs = open_fs(MemoryRegion(image=image_of("holes")))
     slabs = structures(fs)["slabs"]
-    assert slabs == fs.volume.allocator.blocks - fs.volume.allocator.first_block
+    assert slabs == fs.volume.space.blocks - fs.volume.space.first_block
     OPERATIONS["fill-holes"].run(fs)
     journal = fs.volume.journal
     header = JOURNAL_HEADER.unpack(fs.region.read(journal.header_at, JOURNAL_HEADER.size))

@@ -100,7 +100,7 @@ class _Walk:
             yield Field("block table", "kind", f.PAGE + BODY_AT + block, 1, "page", f.PAGE)
         for ino in range(1, f.FIRST_FREE_SLOT):
             yield from self.inode(ino, "reserved inode" if ino <= f.ROOT_PGTABLES_INO else "free inode")
-        for block, kind in enumerate(self.fs.volume.allocator.table):
+        for block, kind in enumerate(self.fs.volume.space.table):
             if kind == f.BLOCK_DATA:
                 self.pages[block * f.PAGES_PER_BLOCK] = f.PAGE_DATA
             elif kind == f.BLOCK_SLAB:
@@ -109,7 +109,7 @@ class _Walk:
     def slab(self, block: int) -> Iterator[Field]:
         offset = block * f.BLOCK
         yield from _record("slab header", f.PAGE_HEADER_LAYOUT, offset, "page", offset)
-        slab = self.fs.volume.allocator.slab(block)
+        slab = self.fs.volume.space.slab(block)
         free = 0
         for index, kind in enumerate(slab.kinds):
             page = block * f.PAGES_PER_BLOCK + index

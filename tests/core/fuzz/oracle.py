@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.cache import Cache
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.volume import Volume
+from pkernfs.fs.space import Space
 from pkernfs.fs.xattrs import Xattrs
 from tests.core.images import CowRegion
 
@@ -64,7 +64,7 @@ class Steps:
     def counted(cls) -> Iterator[None]:
         """Let looks at nodes, inodes and slabs count, whether they read the region or not."""
         originals: list[tuple[type, str, Any]] = []
-        places: list[tuple[type, str]] = [(Tree, "_node"), (Volume, "inode"), (Allocator, "slab")]
+        places: list[tuple[type, str]] = [(Tree, "_node"), (Cache, "inode"), (Space, "slab")]
         for owner, name in places:
             original = getattr(owner, name)
             originals.append((owner, name, original))
