@@ -51,8 +51,8 @@ to say stands in trees of records:
     a domain        key = IOVA / 4096, value = Mapping; key = DOMAIN_KEY, value = DomainRecord
     root-pgtables   key = ATTACHMENT_KEY + requester, value = Attachment
                     key = ROOT_TABLE_KEY + table format << 16 + PCI segment, value = RootTable
-                    key = STALE_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = Stale
-                    key = STALE_CONTEXT_KEY + requester, value = Stale
+                    key = PENDING_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = PendingInvalidation
+                    key = PENDING_CONTEXT_KEY + requester, value = PendingInvalidation
                     key = GENERATION_KEY, value = Generation
                     key = REQUEST_KEY + slot, value = Request
 
@@ -329,8 +329,8 @@ MAX_PHYSICAL: Final = 1 << 52  #: physical addresses that tables can hold are be
 IOVA_PAGE_BITS: Final = 45  #: of a page number of the largest address space: 5 levels, 57 bits
 ROOT_TABLE_KEY: Final = 1 << 60
 ATTACHMENT_KEY: Final = 2 << 60
-STALE_CONTEXT_KEY: Final = 3 << 60
-STALE_IOTLB_KEY: Final = 4 << 60  #: up to 6 << 60
+PENDING_CONTEXT_KEY: Final = 3 << 60
+PENDING_IOTLB_KEY: Final = 4 << 60  #: up to 6 << 60
 GENERATION_KEY: Final = 14 << 60
 REQUEST_KEY: Final = 15 << 60
 REQUEST_SLOTS: Final = 64  #: a request stands in the slot of its key modulo this
@@ -347,7 +347,7 @@ TABLES_AMD: Final = 1  #: AMD-Vi, v1 page tables
 
 
 class Mapping(NamedTuple):
-    """A range of an address space that leads to a range of a file."""
+    """A range of an address space that is mapped to a range of a file."""
 
     ino: u64
     start: u64  #: first page of the file
@@ -368,14 +368,14 @@ class DomainRecord(NamedTuple):
     reserved: u8
     id: u32  #: domain id, by which hardware tags what it caches: 1 to 0xfffe, unique among tables of all formats
     root: u64  #: page of the file that the root of the tables is; 0: none yet
-    stale: u64  #: pages of the file that tables were in, and that hardware may still be looking at
+    awaiting: u64  #: pages of the file that tables were in, and that await an invalidation: hardware may still see them
 
 
 DOMAIN = layout(DomainRecord, size=24)
 
 
 class Attachment(NamedTuple):
-    """A device whose context entry (AMD: device table entry) leads to a domain."""
+    """A device whose context entry (AMD: device table entry) points to the tables of a domain."""
 
     domain: u64  #: inode
     id: u32  #: domain id
@@ -394,18 +394,18 @@ class RootTable(NamedTuple):
 ROOT_TABLE = layout(RootTable, size=8)
 
 
-class Stale(NamedTuple):
-    """What hardware may have cached and must forget: translations of an id, or the context of a device."""
+class PendingInvalidation(NamedTuple):
+    """What hardware may have cached and is to invalidate: translations of an id, or the context of a device."""
 
     length: u64  #: pages from the key's on; 0: all of the id
     id: u64  #: domain id
 
 
-STALE = layout(Stale, size=16)
+PENDING = layout(PendingInvalidation, size=16)
 
 
 class Generation(NamedTuple):
-    """How often something became stale: names a list of it."""
+    """How many invalidations were ever added: names the list of those that are pending."""
 
     number: u64
 

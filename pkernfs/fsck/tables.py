@@ -12,13 +12,13 @@ from pkernfs.fsck.check import Problem
 from pkernfs.fsck.repair.work import Repair
 from pkernfs.iommu.audit import audit
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.devices import cut_off
+from pkernfs.iommu.devices import detach_within
 from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.guard import PageTableGuard
+from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replace import replace
-from pkernfs.iommu.stale import Invalidation, add
 from pkernfs.region import Region
 
 CODE = "iommu-tables"
@@ -37,7 +37,7 @@ def check_tables(region: Region) -> list[Problem]:
 
 
 def mend_tables(region: Region) -> list[Repair]:
-    """Rebuild the tables of domains that are not right, and lead their devices, and nobody else, to them."""
+    """Rebuild the tables of domains that are not right, and point their devices, and no others, to them."""
     fs = Filesystem(Volume(region), PageTableGuard)
     wrong = {problem.ino for problem in check_tables(region)}
     done = []
@@ -51,19 +51,19 @@ def mend_tables(region: Region) -> list[Repair]:
             done.append(Repair(CODE, text, ino))
     if ROOT_PGTABLES_INO in wrong:
         try:
-            _lead_devices(fs)
+            _point_devices(fs)
         except PkernfsError:
             return done
-        text = "devices are led to the domains that they are attached to, and all others are cut off"
+        text = "devices are pointed to the domains that they are attached to, and all others are blocked"
         done.append(Repair(CODE, text, ROOT_PGTABLES_INO))
     return done
 
 
-def _lead_devices(fs: Filesystem) -> None:
+def _point_devices(fs: Filesystem) -> None:
     volume = fs.volume
     attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
     with volume.transaction():
-        Contexts(volume).shut_out(attachments, MOST)
+        Contexts(volume).block_others(attachments, MOST)
     with volume.transaction():
         Contexts(volume).mend_bitmap()
     known = {ino for _, ino in named_domains(fs.volume)}
@@ -73,7 +73,7 @@ def _lead_devices(fs: Filesystem) -> None:
             contexts = Contexts(volume, records)
             domain = Domain(volume, attachment.domain) if attachment.domain in known else None
             if domain is None:
-                cut_off(contexts, requester)
+                detach_within(contexts, requester)
             elif contexts.entry(domain.record.tables, requester) != domain.entry:
                 contexts.store(domain.record.tables, requester, domain.entry)
                 add(records, Invalidation(attachment.id, requester=requester))

@@ -1,4 +1,4 @@
-"""The proof that each IOVA of each device leads to the memory that its mapping names, with no more rights."""
+"""The proof that each IOVA of each device translates to the memory that its mapping names, with no more rights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pkernfs.format import (
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
-from pkernfs.iommu.contexts import BUSES, Contexts
+from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, DEVICES
@@ -30,15 +30,15 @@ from pkernfs.iommu.translations import Difference, Tables, compare, expected
 
 #: What can be wrong: the name that a Problem gives, and the statement that does not hold then.
 KINDS = {
-    "dangling": "what entries lead to is in use",
-    "foreign": "a translation leads to the file that its mapping names, and to no other memory",
+    "dangling": "what entries point to is in use",
+    "foreign": "a translation is to the file that its mapping names, and to no other memory",
     "over-permissive": "a translation gives no more rights than its mapping",
     "under-mapped": "a translation is there, with all rights, wherever a mapping is",
     "reserved-bits": "entries have no bits that hardware refuses",
-    "overlap": "one entry leads to each table, and to none that belongs to another domain",
-    "unreachable": "pages that are marked as used are tables, or wait for hardware to forget them",
+    "overlap": "one entry points to each table, and to none that belongs to another domain",
+    "unreachable": "pages that are marked as used are tables, or await an invalidation",
     "bitmap": "pages of tables are marked as used",
-    "context": "only devices that are attached have entries, and these lead to their domains",
+    "context": "only devices that are attached have entries, and these point to the tables of their domains",
     "attachment": "a device that is attached has an entry, and a domain that exists",
     "record": "the records of mappings, domains and attachments can be read",
 }
@@ -113,7 +113,7 @@ class Audit:
                 self._differs(found)
             yield
         self.tables += len(tables.seen)
-        self._pages(domain.pages, tables.seen, domain.record.stale)
+        self._pages(domain.pages, tables.seen, domain.record.awaiting)
         yield
 
     def _differs(self, found: Difference) -> None:
@@ -127,7 +127,7 @@ class Audit:
             belongs = owner(self.volume, physical)
             to = f"to physical address {physical:#x}, which is {belongs or 'not in use'}"
             wanted = "nothing is mapped there" if found.left is None else f"expected {found.left[0]:#x}"
-            self.note("foreign" if belongs else "dangling", found.iova, f"{where} lead {to}: {wanted}")
+            self.note("foreign" if belongs else "dangling", found.iova, f"{where} translate {to}: {wanted}")
         elif access & ~found.left[1]:
             rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
             self.note("over-permissive", found.iova, f"{where}: the tables give {rights}")
@@ -135,14 +135,14 @@ class Audit:
             rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
             self.note("under-mapped", found.iova, f"{where}: the tables give {rights}")
 
-    def _pages(self, pages: TablePages, seen: set[int], stale: int) -> None:
+    def _pages(self, pages: TablePages, seen: set[int], awaiting: int) -> None:
         """Compare the pages that are tables with those that are marked as used."""
         unmarked = sorted(page for page in seen if not pages.in_use(page))
         if unmarked:
             self.note("bitmap", -1, f"{len(unmarked)} pages of tables are marked as free, the first is {unmarked[0]}")
         extra = pages.used_count() - (len(seen) - len(unmarked))
-        if extra != stale:
-            text = f"{extra} pages are in use and nothing leads to them; {stale} wait for hardware to forget them"
+        if extra != awaiting:
+            text = f"{extra} pages are in use and nothing points to them; {awaiting} await an invalidation"
             self.note("unreachable", -1, text)
 
     # -- devices --------------------------------------------------------------------------------------------------
@@ -166,14 +166,12 @@ class Audit:
             self._pages(contexts.pages, seen, 0)
 
     def _root_table(self, contexts: Contexts, root: int) -> Iterator[int]:
-        entries = contexts.pages.read(root)
-        for bus in range(BUSES):
-            low, high = entries[2 * bus : 2 * bus + 2]
+        entries = contexts.root(root)
+        for bus, (low, high) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
             if high or (low and (low & ~ADDRESS) != 1):
                 self.note("reserved-bits", -1, f"the root entry of bus {bus:#x}, {low:#x} {high:#x}")
-            page = contexts.context_table(root, bus)
-            if page:
-                yield page
+        for _, page in contexts.context_tables(root):
+            yield page
 
     def _device(self, requester: int, entries: list[tuple[int, tuple[int, ...]]], domains: dict[int, Domain]) -> None:
         attachment = self.attachments.get(requester)
@@ -190,7 +188,7 @@ class Audit:
                 number != domain.record.tables or words != domain.entry or attachment.id != domain.record.id
             ):
                 wanted = " ".join(f"{word:#x}" for word in domain.entry)
-                self.note("context", -1, f"{text}: expected {wanted}, which lead to its domain")
+                self.note("context", -1, f"{text}: expected {wanted}, which points to the tables of its domain")
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""

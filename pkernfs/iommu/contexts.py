@@ -1,4 +1,4 @@
-"""What leads devices to domains: root tables, context tables and device tables, in /iommu/root-pgtables."""
+"""What points devices to the tables of their domains, in /iommu/root-pgtables: root, context and device tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from pkernfs.iommu.records import Records
 log = logging.getLogger("pkernfs")
 
 EMPTY = array("Q", bytes(PAGE))
-BUSES = 256
 
 
 class Contexts:
@@ -36,7 +35,9 @@ class Contexts:
     def __init__(self, volume: Volume, records: Records | None = None) -> None:
         self.pages = TablePages(volume, ROOT_PGTABLES_INO)
         self.records = records or Records(volume, ROOT_PGTABLES_INO)
-        self.made: dict[tuple[int, int], int] = {}  #: context tables made in this transaction, by root and bus
+        #: Root tables, as they are when the open transaction commits.  Each is read once, for all of its 256 buses:
+        #: with a read of the page for each bus an attach took 1,364 calls, most of them here.
+        self.roots: dict[int, array[int]] = {}
 
     # -- the tables -----------------------------------------------------------------------------------------------
 
@@ -50,16 +51,15 @@ class Contexts:
 
     def table(self, number: int, segment: int) -> int:
         """The page of a segment's root (or device) table; 0: there is none."""
-        return next((page for form, of, page in self.tables() if (form, of) == (number, segment)), 0)
+        record = self.records.record(ROOT_TABLE, ROOT_TABLE_KEY + (number << 16) + segment)
+        return record.page if record else 0
 
     def _check_used(self) -> None:
         """Raise CorruptError when a page of a table is marked as free: it could be given away."""
         for number, _, root in self.tables():
             self.pages.check_used(root)
-            for bus in range(BUSES) if DEVICES[number].root else ():
-                page = self.context_table(root, bus)
-                if page:
-                    self.pages.check_used(page)
+            for _, page in self.context_tables(root) if DEVICES[number].root else ():
+                self.pages.check_used(page)
 
     def make_table(self, number: int, segment: int) -> int:
         """The page of a segment's root (or device) table, which is made if there is none.  Raises FsError(ENOSPC)."""
@@ -84,13 +84,29 @@ class Contexts:
 
     def context_table(self, root: int, bus: int) -> int:
         """The page of a bus's context table; 0: there is none.  Raises CorruptError."""
-        entry = self.pages.read(root)[2 * bus]
+        entry = self.root(root)[2 * bus]
         if not entry & 1:
-            return self.made.get((root, bus), 0)
+            return 0
         page = self.pages.page_at(entry & ADDRESS)
         if page < 0:
-            raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, leads out of the file")
+            raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, points out of the file")
         return page
+
+    def context_tables(self, root: int) -> list[tuple[int, int]]:
+        """(bus, page) of all context tables of a root table.  Raises CorruptError."""
+        present = [bus for bus, entry in enumerate(self.root(root)[::2]) if entry & 1]
+        return [(bus, self.context_table(root, bus)) for bus in present]
+
+    def root(self, page: int) -> array[int]:
+        """The entries of a root table, two words for each bus."""
+        if page not in self.roots:
+            self.roots[page] = self.pages.read(page)
+        return self.roots[page]
+
+    def _store_root(self, root: int, bus: int, word: int) -> None:
+        """Let the first word of a bus's root entry be this."""
+        self.root(root)[2 * bus] = word
+        self.pages.words(root, 2 * bus, [word])
 
     def place(self, number: int, requester: int) -> tuple[int, int]:
         """(page, index of its first word) of a device's entry; page 0: there is none."""
@@ -120,14 +136,14 @@ class Contexts:
             return
         self._check_used()
         bus = requester >> 8 & 0xFF
-        page = self.made[root, bus] = self.pages.allocate()
+        page = self.pages.allocate()
         entries = array("Q", EMPTY)
         entries[index : index + len(words)] = array("Q", words)
         self.pages.store(page, entries)
-        self.pages.words(root, 2 * bus, [self.pages.physical(page) | 1])
+        self._store_root(root, bus, self.pages.physical(page) | 1)
 
-    def lead(self, number: int, requester: int, word: int) -> None:
-        """Lead a device, which has an entry, to other tables: one store."""
+    def point(self, number: int, requester: int, word: int) -> None:
+        """Point a device, which has an entry, to other tables: one store."""
         page, index = self.place(number, requester)
         if not page:
             raise self.pages.bad(f"{pci.text(requester)} is attached, and has no entry")
@@ -141,18 +157,18 @@ class Contexts:
             self.pages.words(page, index, blocked[:1])
             self.pages.words(page, index + 1, blocked[1:])
 
-    def shut_out(self, kept: Container[int], most: int) -> list[int]:
-        """Block up to ``most`` devices that are not ``kept``, whatever leads them anywhere; which those were.
+    def block_others(self, kept: Container[int], most: int) -> list[int]:
+        """Block up to ``most`` devices that are not ``kept``, whatever their entries point to; which those were.
 
-        Only words are stored, nothing is allocated.  A root entry that leads out of the file goes, with all of its bus.
+        Only words are stored, nothing is allocated.  Root entries that point out of the file go, with all of their bus.
         """
         found: list[int] = []
         for number, segment, root in self.tables():
             if DEVICES[number].root:
-                for bus, entry in enumerate(self.pages.read(root)[::2]):
+                for bus, entry in enumerate(self.root(root)[::2]):
                     if entry & 1 and self.pages.page_at(entry & ADDRESS) < 0:
-                        log.error("the root entry of bus %#x, %#x, leads out of the file: it is cleared", bus, entry)
-                        self.pages.words(root, 2 * bus, [0])
+                        log.error("the root entry of bus %#x, %#x, points out of the file: it is cleared", bus, entry)
+                        self._store_root(root, bus, 0)
                         self.pages.words(root, 2 * bus + 1, [0])
             for requester, _ in self._entries(number, segment, root):
                 if requester not in kept and len(found) < most:
@@ -164,8 +180,7 @@ class Contexts:
         """(table format, requester, words) of all entries that are not blocked.  Raises CorruptError."""
         for number, segment, root in self.tables():
             if DEVICES[number].root:
-                for bus in range(BUSES):
-                    self.context_table(root, bus)
+                self.context_tables(root)  # all of them are where they can be
             for requester, words in self._entries(number, segment, root):
                 yield number, requester, words
 
@@ -174,7 +189,7 @@ class Contexts:
         device = DEVICES[number]
         step = ENTRIES // device.words
         if device.root:
-            entries = self.pages.read(root)[::2]
+            entries = self.root(root)[::2]
             tables = [(bus << 8, self.pages.page_at(entry & ADDRESS)) for bus, entry in enumerate(entries) if entry & 1]
         else:
             tables = [(at * step, root + at) for at in range(PAGES_PER_BLOCK)]
@@ -193,7 +208,7 @@ class Contexts:
         used: set[int] = set()
         for number, _, root in self.tables():
             if DEVICES[number].root:
-                used |= {root, *(self.context_table(root, bus) for bus in range(BUSES))} - {0}
+                used |= {root, *(page for _, page in self.context_tables(root))}
             else:
                 used |= set(range(root, root + PAGES_PER_BLOCK))
         if self.pages.inode.size:

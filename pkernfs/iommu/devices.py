@@ -1,4 +1,4 @@
-"""Devices: leading them to domains, and cutting them off.
+"""Devices: attaching them to domains, and detaching them.
 
 Raises FsError with the errno that VFIO gives: EBUSY, ENOENT, ENOSPC, EINVAL.
 """
@@ -15,13 +15,13 @@ from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.directory import called
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import BY_NAME, DEVICES, FORMATS
+from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit, done_before
-from pkernfs.iommu.stale import Invalidation, add
 
 
 def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
-    """Lead a device to a domain; or claim it, when that was deferred since the last mount, or declare it persistent."""
+    """Attach a device to a domain; or claim it, when it is deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Domain(volume, ino).check_named()
     if done_before(fs, request) is not None:
@@ -63,14 +63,14 @@ def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
 
     def change(roots: Records, compact: bool) -> int:
         contexts = Contexts(volume, roots)
-        cut_off(contexts, requester)
+        detach_within(contexts, requester)
         contexts.finish()
         return 0
 
     commit(fs, request, change)
 
 
-def cut_off(contexts: Contexts, requester: int) -> None:
+def detach_within(contexts: Contexts, requester: int) -> None:
     """Detach a device within the open transaction."""
     roots = contexts.records
     attachment = roots.attachment(requester)
@@ -78,14 +78,14 @@ def cut_off(contexts: Contexts, requester: int) -> None:
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:
             contexts.block(number, requester)
-    forget(roots, requester, attachment.id)
+    drop_attachment(roots, requester, attachment.id)
 
 
-def forget(roots: Records, requester: int, number: int) -> None:
-    """Drop the attachment of a device that is blocked to domain id ``number``, which hardware may have cached."""
+def drop_attachment(roots: Records, requester: int, domain_id: int) -> None:
+    """Drop the attachment of a device, which is blocked, to a domain id; hardware may have cached something of both."""
     roots.delete(roots.volume.open_tx, ATTACHMENT_KEY + requester)
-    add(roots, Invalidation(number, requester=requester))
-    add(roots, Invalidation(number))
+    add(roots, Invalidation(domain_id, requester=requester))
+    add(roots, Invalidation(domain_id))
 
 
 def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int:

@@ -21,6 +21,7 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     TABLES_VTD,
     DomainRecord,
+    Iova,
 )
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
@@ -31,12 +32,12 @@ from pkernfs.iommu.contexts import EMPTY
 from pkernfs.iommu.directory import name_of, named_domains
 from pkernfs.iommu.edit import Editor, tables_below
 from pkernfs.iommu.formats import BY_NAME, ENTRY_OF, FORMATS, TableFormat
+from pkernfs.iommu.invalidations import Invalidation, add, is_pending, pending
 from pkernfs.iommu.pages import TablePages
-from pkernfs.iommu.records import Records, is_attached, is_stale
+from pkernfs.iommu.records import Records, is_attached
 from pkernfs.iommu.requests import done_before, executed
-from pkernfs.iommu.stale import Invalidation, add, pending
 
-UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, stale=0)
+UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, awaiting=0)
 
 
 class Domain:
@@ -50,7 +51,7 @@ class Domain:
         self.records = Records(volume, ino)
         self.record = self._checked(self.records.record(DOMAIN, DOMAIN_KEY) or UNUSED)
         self.pages = TablePages(volume, ino)
-        self.pages.waiting = self.record.stale
+        self.pages.awaiting = self.record.awaiting
 
     def _checked(self, record: DomainRecord) -> DomainRecord:
         form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3
@@ -75,7 +76,7 @@ class Domain:
 
     @property
     def entry(self) -> tuple[int, ...]:
-        """The words that lead a device to this domain."""
+        """The words that point a device to the tables of this domain."""
         record = self.record
         return ENTRY_OF[record.tables](self.pages.physical(record.root), record.levels, record.id)
 
@@ -88,9 +89,9 @@ class Domain:
             self.pages.store(page, EMPTY)
             self.record = self.record._replace(root=page)
 
-    def is_hot(self, roots: Records) -> bool:
+    def hw_may_access(self, roots: Records) -> bool:
         """Whether hardware may be looking at the tables, or has cached what they say."""
-        return is_attached(roots, self.ino) or is_stale(roots, self.record.id)
+        return is_attached(roots, self.ino) or is_pending(roots, self.record.id)
 
     def editor(self, leaf: int = 0) -> Editor:
         """For changes of the tables.
@@ -106,16 +107,16 @@ class Domain:
 
     def edited(self, editor: Editor, roots: Records) -> None:
         """Account for what an editor has given up."""
-        self.record = self.record._replace(stale=self.record.stale + len(editor.given_up))
-        if editor.end and self.is_hot(roots):
-            add(roots, Invalidation(self.record.id, iova=editor.first, length=editor.end - editor.first))
+        self.record = self.record._replace(awaiting=self.record.awaiting + len(editor.given_up))
+        if editor.end and self.hw_may_access(roots):
+            add(roots, Invalidation(self.record.id, iova=Iova(editor.first), length=editor.end - editor.first))
 
-    def sweep(self) -> int:
-        """Free the pages that tables were in: hardware has forgotten them.  How many."""
+    def reclaim(self) -> int:
+        """Free the pages that tables were in, of which hardware has nothing cached any more.  How many."""
         tables: set[int] = set()
         if self.record.root:
             tables.update(tables_below(self.form, self.pages, self.record.levels, self.record.root))
-        self.record = self.record._replace(stale=0)
+        self.record = self.record._replace(awaiting=0)
         return self.pages.use_only(tables)
 
     def save(self) -> None:
@@ -130,7 +131,7 @@ class Domain:
 
 def new_id(volume: Volume, roots: Records) -> int:
     """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
-    used = {stale.id for stale in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
+    used = {one.id for one in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
     for _, ino in named_domains(volume):
         # Of one that is damaged only the ids count that devices and caches have of it.
         with suppress(CorruptError):

@@ -1,6 +1,6 @@
 """Changing tables that hardware may be walking at the same time.
 
-A walker sees a translation that stays at every moment: tables are complete before an entry leads to them; a large leaf
+A walker sees a translation that stays at every moment: tables are complete before an entry points to them; a large leaf
 is split, and a full table merged into a leaf, by one store; and pages that were given up keep what they held.
 """
 
@@ -15,7 +15,7 @@ from pkernfs.iommu.pages import TablePages
 
 
 class Piece(NamedTuple):
-    """A range of IOVAs that leads to memory in one piece; multiples of 4 KiB."""
+    """A range of IOVAs that translates to memory in one piece; multiples of 4 KiB."""
 
     iova: int
     physical: int
@@ -33,10 +33,10 @@ class Editor:
         self.form = form
         self.pages = pages
         self.leaf = leaf
-        self.given_up: dict[int, None] = {}  #: pages that nothing leads to any more
+        self.given_up: dict[int, None] = {}  #: pages that nothing points to any more
         self.made = 0  #: tables
         self.stored = 0  #: leaves
-        self.first = self.end = 0  #: the range of IOVAs whose translations hardware must forget
+        self.first = self.end = 0  #: the range of IOVAs whose translations hardware is to invalidate
 
     def _touch(self, first: int, end: int) -> None:
         self.first = min(self.first, first) if self.end else first
@@ -45,12 +45,12 @@ class Editor:
     def _child(self, entry: int) -> int:
         page = self.pages.page_at(entry & ADDRESS)
         if page < 0:
-            raise self.pages.bad(f"an entry {entry:#x} leads out of the file")
+            raise self.pages.bad(f"an entry {entry:#x} points out of the file")
         return self.pages.check_used(page)
 
     def _drop(self, page: int) -> None:
         if page in self.given_up:
-            raise self.pages.bad(f"two entries lead to page {page}")
+            raise self.pages.bad(f"two entries point to page {page}")
         self.given_up[page] = None
 
     # -- making ---------------------------------------------------------------------------------------------------
@@ -64,8 +64,8 @@ class Editor:
         self.made += 1
         return page
 
-    def _lead(self, level: int, base: int, pieces: list[Piece]) -> int:
-        """An entry of a table of ``level`` that leads to a new table."""
+    def _to_new_table(self, level: int, base: int, pieces: list[Piece]) -> int:
+        """An entry of a table of ``level`` that points to a new table."""
         return self.pages.physical(self.build(level - 1, base, pieces)) | self.form.table[level]
 
     def _fill(self, level: int, base: int, entries: array[int], pieces: list[Piece]) -> dict[int, list[Piece]]:
@@ -92,7 +92,7 @@ class Editor:
                     below.setdefault(index, []).append(Piece(iova, physical, step, access))
                 iova, physical, length = iova + step, physical + step, length - step
         for index in [index for index in below if not entries[index]]:
-            entries[index] = self._lead(level, base + index * size, below.pop(index))
+            entries[index] = self._to_new_table(level, base + index * size, below.pop(index))
         return below
 
     def enter(self, level: int, page: int, base: int, pieces: list[Piece]) -> int:
@@ -150,7 +150,7 @@ class Editor:
     def clear(self, level: int, page: int, first: int, end: int, base: int = -1) -> bool:
         """Take IOVAs [first, end) from a table that is reachable; whether nothing is left in it.
 
-        Then it stays as it is, for the entry that leads to it is to be cleared; but for a root (``base`` -1).
+        Then it stays as it is, for the entry that points to it is to be cleared; but for a root (``base`` -1).
         """
         is_root, base = base < 0, max(base, 0)
         old = self.pages.read(page)
@@ -182,7 +182,7 @@ class Editor:
         return False
 
     def _split(self, level: int, start: int, entry: int, first: int, end: int) -> int:
-        """An entry that leads to a table with what a leaf says, but for IOVAs [first, end)."""
+        """An entry that points to a table with what a leaf says, but for IOVAs [first, end)."""
         size = span(level)
         physical = entry & ADDRESS & -size
         access = self.form.access(entry)
@@ -191,7 +191,7 @@ class Editor:
             pieces.append(Piece(start, physical, first - start, access))
         if end < start + size:
             pieces.append(Piece(end, physical + end - start, start + size - end, access))
-        return self._lead(level, start, pieces)
+        return self._to_new_table(level, start, pieces)
 
     def _give_up(self, level: int, page: int, base: int) -> None:
         """Give up a table and all tables below it."""
@@ -207,7 +207,7 @@ def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) ->
     while todo:
         level, page = todo.pop()
         if page in seen:
-            raise pages.bad(f"two entries lead to page {page}")
+            raise pages.bad(f"two entries point to page {page}")
         seen.add(page)
         yield pages.check_used(page)
         if level > 1:
@@ -215,5 +215,5 @@ def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) ->
                 if entry & form.present and not form.is_leaf(entry, level):
                     child = pages.page_at(entry & ADDRESS)
                     if child < 0:
-                        raise pages.bad(f"an entry {entry:#x} leads out of the file")
+                        raise pages.bad(f"an entry {entry:#x} points out of the file")
                     todo.append((level - 1, child))

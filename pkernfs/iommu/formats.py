@@ -1,8 +1,8 @@
-"""Formats of page tables and of what leads a device to them, as data.
+"""Formats of page tables and of what points a device to them, as data.
 
 Sources: Intel Virtualization Technology for Directed I/O, chapter 9 (root entry 9.1, context entry 9.3, second-level
 paging entries 9.8); AMD I/O Virtualization Technology (IOMMU) specification, 2.2.2.1 (device table entry) and 2.2.3
-(I/O page tables).  Tables have 512 entries of 8 bytes; a table of level 1 leads to pages of 4 KiB, and an entry of
+(I/O page tables).  Tables have 512 entries of 8 bytes; a table of level 1 points to pages of 4 KiB, and an entry of
 level n spans 4 KiB * 512^(n-1).
 """
 
@@ -32,11 +32,11 @@ class TableFormat(NamedTuple):
 
     name: str
     number: int  #: TABLES_* of a region
-    present: int  #: one of these bits is set in an entry that leads anywhere
+    present: int  #: one of these bits is set in an entry that points anywhere
     read: int
     write: int
-    kind: int  #: the bits in which entries that lead to tables and leaves differ
-    table: dict[int, int]  #: by level: bits of an entry there that leads to a table of the level below
+    kind: int  #: the bits in which entries that point to tables and leaves differ
+    table: dict[int, int]  #: by level: bits of an entry there that points to a table of the level below
     leaf: dict[int, int]  #: by level: bits of a leaf there, beside its rights
     reserved: tuple[range, ...]  #: IOVAs that do not come to the tables
 
@@ -49,7 +49,7 @@ class TableFormat(NamedTuple):
         return (1 if entry & self.read else 0) | (2 if entry & self.write else 0)
 
     def is_leaf(self, entry: int, level: int) -> bool:
-        """Whether a present entry is a leaf; else it leads to a table."""
+        """Whether a present entry is a leaf; else it points to a table."""
         return level == 1 or (level in self.leaf and entry & self.kind == self.leaf[level] & self.kind)
 
     def odd_bits(self, entry: int, level: int) -> int:
@@ -87,17 +87,17 @@ BY_NAME: Final = {form.name: form for form in FORMATS.values()}
 
 
 class DeviceFormat(NamedTuple):
-    """What leads a device to the tables of its domain: an array of ``words`` 64-bit words for each device.
+    """What points a device to the tables of its domain: an array of ``words`` 64-bit words for each device.
 
     The first word has the address of the tables, and whether all of the entry counts: it is stored last when a device
-    is attached, and first when it is detached; a store of it alone leads the device to other tables.
+    is attached, and first when it is detached; a store of it alone points the device to other tables.
     """
 
     words: int
     devices: int  #: entries of one table
     blocked: tuple[int, ...]  #: an entry that lets nothing pass
     register: str  #: that gets the table's, or the root table's, address
-    root: bool  #: whether a root table leads to one such table for each bus
+    root: bool  #: whether a root table points to one such table for each bus
 
 
 def vtd_context(tables: int, levels: int, domain_id: int) -> tuple[int, ...]:

@@ -30,8 +30,9 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.transaction import Transaction
+from pkernfs.iommu.invalidations import is_pending
 from pkernfs.iommu.pins import pins_of
-from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached, is_stale
+from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached
 from pkernfs.region import Region
 
 
@@ -128,7 +129,7 @@ class PageTableGuard(Guard):
         if not inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             return True
         record = Records(self.volume, ino).record(DOMAIN, DOMAIN_KEY)
-        return record is None or not is_stale(self._roots(), record.id)
+        return record is None or not is_pending(self._roots(), record.id)
 
     def is_pinning(self, ino: Ino) -> bool:
         """Whether the domain has mappings."""

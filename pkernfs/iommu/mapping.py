@@ -119,8 +119,8 @@ def map_file(
 
 def _make_room(domain: Domain, roots: Records) -> None:
     """Use pages again that tables were in, when they are many and no hardware is looking at them."""
-    if domain.record.stale >= PAGES_PER_BLOCK // 2 and not domain.is_hot(roots):
-        domain.sweep()
+    if domain.record.awaiting >= PAGES_PER_BLOCK // 2 and not domain.hw_may_access(roots):
+        domain.reclaim()
 
 
 def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
@@ -133,8 +133,8 @@ def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
         same = (other.ino, other.start - found, other.access) == (mapping.ino, mapping.start - first, mapping.access)
         if not same or found < first or found + other.length > end:
             where = hexadecimal(found * PAGE, (found + other.length) * PAGE - 1)
-            text = f"IOVAs {where} lead to inode {other.ino} at {other.start * PAGE:#x}, {ACCESS_NAMES[other.access]}"
-            raise FsError(errno.EEXIST, text)
+            place = f"inode {other.ino} at {other.start * PAGE:#x}, {ACCESS_NAMES[other.access]}"
+            raise FsError(errno.EEXIST, f"IOVAs {where} are mapped to {place}")
         at = found + other.length
     if at < end:
         raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")

@@ -32,7 +32,7 @@ class TablePages:
         self.bitmaps: dict[int, tuple[int, int]] = {}  #: by number: as it is in the region, and as it is to be
         self.free_runs: Iterator[tuple[int, int]] | None = None
         self.run = (0, 0)
-        self.waiting = 0  #: pages that tables were in and that hardware may still be looking at, for messages
+        self.awaiting = 0  #: pages that tables were in and that await an invalidation, for messages
         self._locate()
 
     def _locate(self) -> None:
@@ -131,8 +131,8 @@ class TablePages:
         first = self.inode.size // PAGE
         end = first + blocks * PAGES_PER_BLOCK
         if self.volume.space.free_blocks < blocks:
-            waiting = f"; {self.waiting} pages wait for pkernfs iommu iotlb-needed --done" if self.waiting else ""
-            raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{waiting}")
+            awaiting = f"; {self.awaiting} pages await pkernfs iommu invalidations --ack" if self.awaiting else ""
+            raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{awaiting}")
         self.filemap.allocate(self.filemap.volume.open_tx, first, end)
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
@@ -188,7 +188,7 @@ class TablePages:
         return page
 
     def free(self, pages: Iterable[int]) -> None:
-        """Pages that nothing leads to, and that no hardware is looking at any more, may be used again."""
+        """Pages that nothing points to, and that no hardware is looking at any more, may be used again."""
         for page in pages:
             self._mark(page, 1, False)
 
@@ -230,7 +230,7 @@ class TablePages:
             self.free_runs, self.run = None, (0, 0)
 
     def store(self, page: int, entries: array[int]) -> None:
-        """Fill a page (or a block) that was allocated in this transaction, and that nothing leads to yet."""
+        """Fill a page (or a block) that was allocated in this transaction, and that nothing points to yet."""
         self.region.store(self.offset(page), entries.tobytes())
 
     def words(self, page: int, index: int, values: Iterable[int]) -> None:

@@ -24,7 +24,7 @@ class Pin(NamedTuple):
 def pins_of(volume: Volume, ino: int) -> Iterator[Pin]:
     """The mappings that name file ``ino``, by domain and IOVA.  Raises CorruptError.
 
-    No index leads from a file to its mappings: all domains are read, up to the last pin.  That is for messages and
+    There is no index from a file to its mappings: all domains are read, up to the last pin.  That is for messages and
     facts; whether a file is pinned at all is counted in its inode.
     """
     left = pins(volume.inode(ino))

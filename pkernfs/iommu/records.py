@@ -17,9 +17,7 @@ from pkernfs.format import (
     MAPPING,
     MAX_FILE_SIZE,
     PAGE,
-    STALE,
-    STALE_CONTEXT_KEY,
-    STALE_IOTLB_KEY,
+    PENDING_CONTEXT_KEY,
     Attachment,
     Ino,
     Inode,
@@ -81,7 +79,7 @@ class Records(Tree):
 
     def attachments(self) -> Iterator[tuple[int, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
-        for key, value in self.scan(ATTACHMENT_KEY, STALE_CONTEXT_KEY - 1):
+        for key, value in self.scan(ATTACHMENT_KEY, PENDING_CONTEXT_KEY - 1):
             yield key - ATTACHMENT_KEY, self._attachment(key, value)
 
     def attachment(self, requester: int) -> Attachment | None:
@@ -134,15 +132,6 @@ def drop_records(tx: Transaction, volume: Volume, ino: int) -> None:
     for key, _ in list(records.scan()):
         records.delete(tx, key)
     records.finish(tx)
-
-
-def is_stale(roots: Records, number: int) -> bool:
-    """Whether hardware may have cached something of a domain id.  ``roots``: the records of root-pgtables."""
-    first = STALE_IOTLB_KEY + (number << IOVA_PAGE_BITS)
-    if next(roots.scan(first, first + LAST_MAPPING), None):
-        return True
-    contexts = roots.scan(STALE_CONTEXT_KEY, STALE_IOTLB_KEY - 1)
-    return any(roots.decode(STALE, key, value).id == number for key, value in contexts)
 
 
 def is_attached(roots: Records, ino: int) -> bool:

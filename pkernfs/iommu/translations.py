@@ -84,16 +84,16 @@ class Tables:
         if odd:
             self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} has bits {odd:#x} wrong")
         if child < 0:
-            self.note("dangling", iova, f"entry {entry:#x} of level {level} leads to a table that is not in the file")
+            self.note("dangling", iova, f"entry {entry:#x} of level {level} points to a table that is not in the file")
         elif child in self.seen:
-            self.note("overlap", iova, f"entry {entry:#x} of level {level} leads to a table that another one leads to")
+            self.note("overlap", iova, f"entry {entry:#x} of level {level} points to a table that another entry has")
         else:
             self.seen.add(child)
             yield from self._table(level - 1, child, iova, first, end)
 
 
 def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | None = None) -> Iterator[Piece]:
-    """Where a mapping leads to, in pieces.  Raises CorruptError when the file has no memory there."""
+    """What a mapping translates to, in pieces.  Raises CorruptError when the file has no memory there."""
     filemap = filemap or FileMap(volume, mapping.ino, volume.inode(mapping.ino))
     at, end = mapping.start, mapping.start + mapping.length
     while at < end:
@@ -194,5 +194,5 @@ def differences(domain: Domain, first: int, end: int) -> Iterator[str]:
     tables = Tables(domain, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
     actual = (part for piece in tables.pieces(first, end) for part in clipped(piece, first, end))
     for found in filter(None, compare(expected(domain, first, end), actual)):
-        yield f"IOVA {found.iova:#x} leads to {found.right}, expected {found.left}"
+        yield f"IOVA {found.iova:#x} translates to {found.right}, expected {found.left}"
     yield from notes

@@ -16,11 +16,10 @@ from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.directory import called, named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
+from pkernfs.iommu.invalidations import generation, pending
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.replace import stale
-from pkernfs.iommu.stale import generation
 
-__all__ = ["attachments_of", "audit", "domain_facts", "list_all", "root", "stale_facts", "walk"]
+__all__ = ["attachments_of", "audit", "domain_facts", "list_all", "pending_facts", "root", "walk"]
 
 
 def device_facts(requester: int, attachment: Attachment, domain: str) -> dict[str, Any]:
@@ -39,15 +38,15 @@ def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
     return dict(Records(fs.volume, ROOT_PGTABLES_INO).attachments())
 
 
-def stale_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any]]:
-    """What hardware must forget; of one domain id, or all."""
-    return [one.facts() for one in stale(fs) if number in (None, one.id)]
+def pending_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any]]:
+    """The pending invalidations; of one domain id, or all."""
+    return [one.facts() for one in pending(Records(fs.volume, ROOT_PGTABLES_INO)) if number in (None, one.id)]
 
 
-def iotlb_needed(fs: Filesystem) -> dict[str, Any]:
-    """What hardware must forget, and the token that names the list."""
+def invalidations(fs: Filesystem) -> dict[str, Any]:
+    """The pending invalidations, and the token that names the list."""
     token = generation(Records(fs.volume, ROOT_PGTABLES_INO))
-    return {"stale": stale_facts(fs), "token": token, "freed": 0}
+    return {"stale": pending_facts(fs), "token": token, "freed": 0}
 
 
 def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
@@ -87,8 +86,8 @@ def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | No
         "leaf": span(record.leaf),
         "root": domain.pages.physical(record.root) if record.root else None,
         "size": domain.pages.inode.size,
-        "tables": used - record.stale,
-        "stale": record.stale,
+        "tables": used - record.awaiting,
+        "stale": record.awaiting,
         "mappings": [
             {
                 "iova": at * PAGE,
@@ -126,7 +125,7 @@ def list_all(fs: Filesystem) -> dict[str, Any]:
         "roots": [_root_facts(contexts, *table) for table in contexts.tables()],
         "domains": [domain_facts(fs, ino, name, names) for name, ino in found.items()],
         "damaged": damaged,
-        "stale": stale_facts(fs),
+        "stale": pending_facts(fs),
     }
 
 
@@ -218,7 +217,7 @@ def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[dic
         return f"PCI segment {requester >> 16:#x} has no table"
     table, index = contexts.pages.physical(top), requester & 0xFFFF
     if device.root:
-        entry = contexts.pages.read(top)[2 * bus]
+        entry = contexts.root(top)[2 * bus]
         page = contexts.context_table(top, bus)
         means = f"context table of bus {bus:#04x}" if page else "not present"
         steps.append(_step("root", table, bus, entry, means, size=16))
@@ -232,7 +231,7 @@ def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[dic
     steps.append(_step(level, table, index, words[0], means, size=8 * device.words))
     if blocked:
         return f"{pci.text(requester)} is blocked"
-    return None if words == domain.entry else "the entry does not lead to the domain: see pkernfs iommu audit"
+    return None if words == domain.entry else "the entry does not point to the domain's tables: see pkernfs iommu audit"
 
 
 def _walk_tables(domain: Domain, iova: int, steps: list[dict[str, Any]], result: dict[str, Any]) -> str | None:

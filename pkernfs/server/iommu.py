@@ -14,7 +14,7 @@ from pkernfs.errors import FsError, UsageError
 from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.iommu import devices, domain, mapping, pci, replace, views
+from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.directory import called, name_of
 from pkernfs.server.control import Verb
@@ -90,7 +90,7 @@ def _destroy(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 
 def _stale(fs: Filesystem, ino: int) -> list[dict[str, Any]]:
-    return views.stale_facts(fs, domain.Domain(fs.volume, ino).record.id)
+    return views.pending_facts(fs, domain.Domain(fs.volume, ino).record.id)
 
 
 def _map(fs: Filesystem, words: Words) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _attach(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 def _detach(fs: Filesystem, words: Words) -> dict[str, Any]:
     devices.detach(fs, words.device, words.name)
-    return {"device": pci.text(words.device), "stale": views.stale_facts(fs)}
+    return {"device": pci.text(words.device), "stale": views.pending_facts(fs)}
 
 
 def _root(fs: Filesystem, words: Words) -> dict[str, Any]:
@@ -150,10 +150,10 @@ def _replace(fs: Filesystem, words: Words) -> dict[str, Any]:
 
 def _iotlb_needed(fs: Filesystem, words: Words) -> dict[str, Any]:
     if not words.flag("done"):
-        return views.iotlb_needed(fs)
+        return views.invalidations(fs)
     token = words.number("token", 0)
-    freed = replace.forgotten(fs, token, words.name)
-    return {**views.iotlb_needed(fs), "freed": freed}
+    freed = reclaim.acknowledge(fs, token, words.name)
+    return {**views.invalidations(fs), "freed": freed}
 
 
 OPERATIONS: dict[str, Callable[[Filesystem, Words], dict[str, Any]]] = {

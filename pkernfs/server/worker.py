@@ -37,7 +37,7 @@ from pkernfs.format import ROOT_INO
 from pkernfs.fs.filesystem import SetAttr
 from pkernfs.fs.lookups import Lookups
 from pkernfs.iommu.guard import open_filesystem
-from pkernfs.iommu.inherit import inherit
+from pkernfs.iommu.restore import restore
 from pkernfs.options import MountOptions
 from pkernfs.region import Region, open_region, read_superblock
 from pkernfs.server import loop
@@ -128,7 +128,7 @@ class Worker:
         fs.atime_policy = options.atime
         if self.first and not options.readonly:
             fs.volume.mark_mounted()
-            inherit(fs, cold=options.cold)
+            restore(fs, cold=options.cold)
             if (options.uid, options.gid, options.mode) != (None, None, None):
                 fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
         return {"opened": fs.volume.recovered}

@@ -18,8 +18,8 @@ def domain(fs: Filesystem) -> int:
     put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)))
     attach(fs, 0x28, ino)
     for key, value in (
-        (f.STALE_CONTEXT_KEY + 0x30, f.STALE.pack(f.Stale(0, 1))),
-        (f.STALE_IOTLB_KEY + (1 << f.IOVA_PAGE_BITS) + 0x100, f.STALE.pack(f.Stale(3, 1))),
+        (f.PENDING_CONTEXT_KEY + 0x30, f.PENDING.pack(f.PendingInvalidation(0, 1))),
+        (f.PENDING_IOTLB_KEY + (1 << f.IOVA_PAGE_BITS) + 0x100, f.PENDING.pack(f.PendingInvalidation(3, 1))),
         (f.REQUEST_KEY, f.REQUEST.pack(f.Request(5, 6))),
     ):
         put(fs, f.ROOT_PGTABLES_INO, key, value)
@@ -148,9 +148,9 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
         "iommu-record",
         bad_record(f.ROOT_PGTABLES_INO, f.ROOT_TABLE_KEY, f.ROOT_TABLE.pack(f.RootTable(1 << 40))),
     ),
-    "iommu-stale-of-another-id": (
+    "iommu-pending-of-another-id": (
         "iommu-record",
-        bad_record(f.ROOT_PGTABLES_INO, f.STALE_IOTLB_KEY + 7, f.STALE.pack(f.Stale(1, 9))),
+        bad_record(f.ROOT_PGTABLES_INO, f.PENDING_IOTLB_KEY + 7, f.PENDING.pack(f.PendingInvalidation(1, 9))),
     ),
     **{
         f"iommu-domain-{field}": ("iommu-record", bad_domain(**{field: value}))

@@ -145,9 +145,9 @@ class Machine:
     def pid(self) -> int:
         return self.process.pid
 
-    def forget(self, stale: Iterable[dict[str, Any]]) -> None:
+    def invalidate(self, pending: Iterable[dict[str, Any]]) -> None:
         """Invalidate what `pkernfs iommu invalidations --json` names, and nothing else."""
-        for each in stale:
+        for each in pending:
             if each["kind"] == "context":
                 self.unit.invalidate_contexts(requester(each["device"].split(":", 1)[1]))
             elif each["length"] is None:

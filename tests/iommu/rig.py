@@ -65,7 +65,7 @@ class Rig:
         domains = self.iommu("list", self.mnt)["domains"]
         for device in (device for domain in domains for device in domain["devices"]):
             self.iommu("detach", self.mnt, device["device"])
-        self.forget()
+        self.invalidate()
         for domain in domains:
             self.iommu("destroy", self.mnt / "iommu" / domain["name"])
         for path in self.mnt.iterdir():
@@ -106,7 +106,7 @@ class Rig:
         self.iommu("map", path, STAGE, self.mnt / "stage")
         for device in devices:
             self.iommu("attach", path, device, "--persistent")
-        self.forget()
+        self.invalidate()
         return path
 
     def file(self, name: str, size: int) -> Path:
@@ -150,12 +150,12 @@ class Rig:
         assert process.returncode == 0, said
         return count
 
-    def forget(self) -> list[dict[str, Any]]:
-        """Let the hardware forget what it must, and say so; what that was."""
-        stale: list[dict[str, Any]] = self.iommu("invalidations", self.mnt)["stale"]
-        self.machine.forget(stale)
+    def invalidate(self) -> list[dict[str, Any]]:
+        """Let the hardware invalidate what is pending, and acknowledge it; what that was."""
+        pending: list[dict[str, Any]] = self.iommu("invalidations", self.mnt)["stale"]
+        self.machine.invalidate(pending)
         assert self.iommu("invalidations", self.mnt, "--ack", "all")["stale"] == []
-        return stale
+        return pending
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def scattered_files(fs: Filesystem, names: tuple[bytes, bytes], pages: int) -> t
 
 
 def by_page(memory: Memory, leaves: list[Range]) -> dict[int, tuple[int, int]]:
-    """By IOVA page: the stamp of the memory that it leads to, and the rights."""
+    """By IOVA page: the stamp of the memory that it translates to, and the rights."""
     words, base = memory.words, memory.base
     return {
         (leaf.iova + at) // PAGE: (words[(leaf.physical + at - base) // 8], leaf.access)
@@ -44,5 +44,5 @@ def by_page(memory: Memory, leaves: list[Range]) -> dict[int, tuple[int, int]]:
 
 
 def stamp_at(memory: Memory, found: Translation) -> int:
-    """The stamp of the page that a translation leads to."""
+    """The stamp of the page that a translation is to."""
     return memory.words[(found.physical - memory.base) // 8 & -512]

@@ -9,7 +9,7 @@ import pytest
 
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.iommu import devices, mapping, replace, views
+from pkernfs.iommu import devices, mapping, reclaim, replace, views
 from pkernfs.iommu.audit import KINDS
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.domain import Domain
@@ -62,12 +62,12 @@ def free_block(fs: Filesystem) -> int:
 
 
 def of_other_domain(fs: Filesystem, entry: int) -> int:
-    """An entry that leads to a table of the other domain."""
+    """An entry that points to a table of the other domain."""
     return entry_of(fs, 0, 4, b"dom-1")[1]
 
 
 def twice(fs: Filesystem) -> None:
-    """An empty entry that leads to a table which another one leads to."""
+    """An empty entry that points to a table which another one points to."""
     at, entry = entry_of(fs, IOVA, 3)
     fs.region.store_word(at + 8 * 7, entry)
 
@@ -155,7 +155,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {
     "table-twice": ("overlap", twice),
     "page-in-use-that-is-no-table": ("unreachable", last_page),
     "table-marked-as-free": ("bitmap", set_bit(1, on=False)),
-    "entry-leads-elsewhere": ("context", context_word(DEVICE, 0, lambda word: word + 4096)),
+    "entry-points-elsewhere": ("context", context_word(DEVICE, 0, lambda word: word + 4096)),
     "entry-with-other-id": ("context", context_word(DEVICE, 1, lambda word: word ^ 1 << 8)),
     "entry-of-a-stranger": ("context", context_word(0x30, 0, lambda word: 4096 | 1)),
     "entry-is-gone": ("attachment", context_word(DEVICE, 0, lambda word: 0)),
@@ -182,14 +182,14 @@ def test_a_fault_is_reported(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in FAULTS.items() if not {kind, name} & NOT_OF_TABLES])
 def test_tables_are_made_anew(name: str) -> None:
-    """Of the mappings, whatever is wrong with the old ones, and devices are led to them."""
+    """Of the mappings, whatever is wrong with the old ones, and devices are pointed to them."""
     fs = prepared()
     FAULTS[name][1](fs)
     dom = fs.resolve(b"iommu/dom-0")
     assert replace.replace(fs, dom, rebuild=True).compared == 0
     assert views.audit(fs)["problems"] == []
-    assert {one["kind"] for one in views.stale_facts(fs)} == {"context", "iotlb"}
-    replace.forgotten(fs)
+    assert {one["kind"] for one in views.pending_facts(fs)} == {"context", "iotlb"}
+    reclaim.acknowledge(fs)
     assert views.audit(fs)["problems"] == []
     assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB)["offset"] == 65 * KiB
 
@@ -209,7 +209,7 @@ def test_what_waits_for_hardware_is_no_fault() -> None:
     facts = views.domain_facts(fs, dom, "")
     assert facts["stale"] > 0
     assert views.audit(fs)["problems"] == []
-    assert replace.forgotten(fs) == facts["stale"]
+    assert reclaim.acknowledge(fs) == facts["stale"]
     assert views.audit(fs)["problems"] == []
 
 

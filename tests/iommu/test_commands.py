@@ -100,7 +100,7 @@ def test_map_attach_walk_unmap(place: Site) -> None:
     assert iommu(place, "invalidations", place.mnt)["stale"] == done["stale"]
     token = iommu(place, "invalidations", place.mnt)["token"]
     iommu(place, "unmap", dom, "0x40200000", "4K")
-    assert "has become stale" in refused(place, "invalidations", place.mnt, "--ack", str(token))
+    assert "has become pending" in refused(place, "invalidations", place.mnt, "--ack", str(token))
     token = iommu(place, "invalidations", place.mnt)["token"]
     assert iommu(place, "invalidations", place.mnt, "--ack", token)["stale"] == []
     iommu(place, "detach", place.mnt, "00:05.0")
@@ -142,7 +142,7 @@ def test_refusals(place: Site) -> None:
 
 
 def test_devices_go_on_when_the_server_is_replaced(place: Site) -> None:
-    """A takeover is no kexec: nothing is cut off."""
+    """A takeover is no kexec: nothing is blocked."""
     dom = place.mnt / "iommu/dom-0"
     iommu(place, "map", dom, 0, place.mnt / "guest-ram")
     iommu(place, "attach", dom, "00:05.0")

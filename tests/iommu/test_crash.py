@@ -14,9 +14,9 @@ from pkernfs.format import GiB, KiB, MiB
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fsck.check import check
-from pkernfs.iommu import devices, domain, mapping, pci, replace, views
+from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
 from pkernfs.iommu.directory import named_domains
-from pkernfs.iommu.inherit import inherit
+from pkernfs.iommu.restore import restore
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn
 from tests.core.support import ME, SEED, UUID, mkfile, open_fs
@@ -57,10 +57,10 @@ OPERATIONS: dict[str, Run] = {
     "attach-new-bus": lambda fs: devices.attach(fs, dom(fs), THIRD, persistent=True),
     "attach-amd": lambda fs: devices.attach(fs, dom(fs, b"amd"), OTHER),
     "detach": lambda fs: devices.detach(fs, DEVICE),
-    "mount": inherit,
-    "mount-cold": lambda fs: inherit(fs, cold=True),
+    "mount": restore,
+    "mount-cold": lambda fs: restore(fs, cold=True),
     "replace": lambda fs: replace.replace(fs, dom(fs), 1),
-    "forgotten": replace.forgotten,
+    "acknowledged": reclaim.acknowledge,
 }
 
 
@@ -177,7 +177,7 @@ def judge(
     for iova in before.keys() | after.keys() | reach.keys():
         allowed = {before.get(iova), after.get(iova)}
         assert reach.get(iova) in allowed, (
-            f"{where}: IOVA {iova:#x} leads to {reach.get(iova)}, expected one of {allowed}"
+            f"{where}: IOVA {iova:#x} translates to {reach.get(iova)}, expected one of {allowed}"
         )
     mark = region.mark()
     fs = open_fs(region)

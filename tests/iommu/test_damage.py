@@ -9,8 +9,8 @@ import pytest
 
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.iommu import devices, domain, mapping, replace, views
-from pkernfs.iommu.inherit import inherit
+from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
+from pkernfs.iommu.restore import restore
 from tests.core.support import fails, open_fs
 from tests.iommu.space import BASE, DEVICE, OTHER, THIRD, GiB, KiB, MiB, guest, make, new
 
@@ -79,7 +79,7 @@ def test_tables_are_made_anew_after_damage_was_noticed(word: int) -> None:
         fs.volume.damage.note(caught.value)
     replace.replace(fs, dom, rebuild=True)
     assert views.audit(fs)["problems"] == []
-    replace.forgotten(fs)
+    reclaim.acknowledge(fs)
     assert views.audit(fs)["problems"] == []
 
 
@@ -91,9 +91,9 @@ def test_one_domain_does_not_stop_the_others() -> None:
     listed = views.list_all(fs)
     assert [one["name"] for one in listed["domains"]] == ["dom-1"]
     assert [one["name"] for one in listed["damaged"]] == ["dom-0"]
-    assert replace.forgotten(fs) > 0
+    assert reclaim.acknowledge(fs) > 0
     assert views.domain_facts(fs, new(fs, b"dom-2"), "")["id"] == 3
-    assert inherit(fs, cold=True) == ["0000:00:05.0", "0000:00:06.0"]
+    assert restore(fs, cold=True) == ["0000:00:05.0", "0000:00:06.0"]
 
 
 @pytest.mark.parametrize("which", ["domain", "root-pgtables"])

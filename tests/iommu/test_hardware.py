@@ -110,7 +110,7 @@ def test_devices_of_other_buses(qemu: None) -> None:
         for device, name in ((first, "a"), (second, "b"), (third, "a")):
             rig.lands(device, 0x1234, DATA, [(rig.at(name, 0x1234), 4096)])
         rig.iommu("detach", rig.mnt, first.name)
-        rig.forget()
+        rig.invalidate()
         rig.refuses(first, 0, WRITE)
         rig.lands(third, 0, DATA, [(rig.at("a", 0), 4096)])
 
@@ -224,11 +224,11 @@ def test_the_server_is_killed(rig: Rig) -> None:
 
 @BOTH
 def test_the_mount_is_killed_and_made_again(rig: Rig) -> None:
-    """A kexec with the hardware running: persistent devices go on throughout, others are cut off by the next mount."""
+    """A kexec with the hardware running: persistent devices go on throughout, others are detached by the next mount."""
     kept, other = traffic(rig), traffic(rig, 2 * GiB, "dom-1", 1)
     rig.iommu("detach", rig.mnt, TWO)
     rig.iommu("attach", rig.mnt / "iommu/dom-1", TWO)
-    rig.forget()
+    rig.invalidate()
     kept.go()
     other.go()
     before = rig.site.digest()
@@ -238,8 +238,8 @@ def test_the_mount_is_killed_and_made_again(rig: Rig) -> None:
     other.go()
     rig.site.mount()
     kept.go()
-    stale = rig.forget()
-    assert {"context"} == {each["kind"] for each in stale if each["device"]}
+    pending = rig.invalidate()
+    assert {"context"} == {each["kind"] for each in pending if each["device"]}
     kept.go()
     fault = rig.refuses(other.device, 2 * GiB, WRITE)
     assert fault.reason in (VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED)
@@ -251,7 +251,7 @@ def test_the_mount_is_killed_and_made_again(rig: Rig) -> None:
     rig.iommu("map", rig.mnt / "iommu/dom-0", GiB, rig.mnt / "ram-dom-0", "--live-update")
     device = rig.iommu("attach", rig.mnt / "iommu/dom-0", ONE)
     assert (device["state"], device["persistent"]) == ("attached", True)
-    assert rig.forget() == []
+    assert rig.invalidate() == []
     kept.go()
     # The other one is attached anew.
     rig.iommu("attach", rig.mnt / "iommu/dom-1", TWO)
@@ -280,8 +280,8 @@ def test_tables_are_replaced_under_dma(rig: Rig) -> None:
     for leaf in ("4K", "2M", "1G"):
         samples += rig.during(("replace", rig.mnt / "iommu/dom-0", "--leaf", leaf), device.round)
         device.go(10)
-        stale = rig.forget()
-        assert {each["kind"] for each in stale} == {"context", "iotlb"}
+        pending = rig.invalidate()
+        assert {each["kind"] for each in pending} == {"context", "iotlb"}
         device.go(10)
         sizes = {each.length for each in rig.walker.leaves(device.device.id)}
         assert sizes == ({PAGE} if leaf == "4K" else {PAGE, BLOCK})
@@ -297,7 +297,7 @@ def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
     rig.write(device.device, hole, DATA)  # so that it is cached
     samples = rig.during(("unmap", domain, hex(hole), "4K"), device.round)
     device.go(10)
-    rig.forget()
+    rig.invalidate()
     device.go(10)
     rig.refuses(device.device, hole, WRITE)
     rig.refuses(device.device, hole, READ)
@@ -305,7 +305,7 @@ def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
     offset = BLOCK + 5 * PAGE
     words = ("map", domain, hex(hole), rig.mnt / "ram-dom-0", "--offset", hex(offset), "--length", "4K")
     samples += rig.during(words, device.round)
-    rig.forget()
+    rig.invalidate()
     device.size = 4 * BLOCK
     device.go()
     found = rig.walker.translate(device.device.id, hole, WRITE)
@@ -322,12 +322,12 @@ def test_unmapped_memory_is_out_of_reach_after_the_invalidation_that_is_asked_fo
     device.go()
     other.go()
     rig.read(device.device, GiB, 4)
-    stale = rig.iommu("unmap", domain, GiB, 4 * BLOCK)["stale"]
+    pending = rig.iommu("unmap", domain, GiB, 4 * BLOCK)["stale"]
     # The hardware has it cached: this is what the invalidation is for.
     rig.memory[device.ram : device.ram + 4] = b"gone"
     assert rig.read(device.device, GiB, 4) == b"gone"
-    assert {(each["kind"], each["device"]) for each in stale} == {("iotlb", None)}
-    assert rig.forget() == stale
+    assert {(each["kind"], each["device"]) for each in pending} == {("iotlb", None)}
+    assert rig.invalidate() == pending
     assert rig.refuses(device.device, GiB, READ).reason in (VtdReason.NO_READ, AmdReason.PAGE_FAULT)
     rig.refuses(device.device, GiB + 4 * BLOCK - PAGE, WRITE)
     other.go()
@@ -343,8 +343,8 @@ def test_a_detached_device(rig: Rig) -> None:
     device.go(5)
     other.go(5)
     rig.iommu("detach", rig.mnt, ONE)
-    stale = rig.forget()
-    assert sorted(each["kind"] for each in stale) == ["context", "iotlb"]
+    pending = rig.invalidate()
+    assert sorted(each["kind"] for each in pending) == ["context", "iotlb"]
     fault = rig.refuses(device.device, GiB, WRITE)
     assert fault.reason in (VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED)
     rig.refuses(device.device, GiB, READ)
@@ -356,7 +356,7 @@ def test_the_steps_of_walk_are_what_the_hardware_takes(rig: Rig) -> None:
     device = traffic(rig)
     domain = rig.mnt / "iommu/dom-0"
     rig.iommu("unmap", domain, GiB + 0x3000, PAGE)
-    rig.forget()
+    rig.invalidate()
     for at in (0, 0x2FF8, 0x4000, BLOCK + 0x1234):
         said = rig.iommu("walk", rig.mnt, ONE, GiB + at)
         assert said["physical"] == rig.base + rig.reaches(device.device, GiB + at) == rig.base + device.ram + at

@@ -14,7 +14,7 @@ from pkernfs.errors import FsError
 from pkernfs.format import PAGE, GiB, MiB
 from pkernfs.fs.filesystem import SetAttr
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.iommu import devices, domain, mapping, replace
+from pkernfs.iommu import devices, domain, mapping, reclaim, replace
 from pkernfs.iommu.audit import Audit
 from pkernfs.region import MemoryRegion
 from tests.core.support import ME, assert_sound, open_fs
@@ -130,12 +130,12 @@ class World:
         with self.watching(self.pages):
             replace.replace(self.fs, self.ino, self.random.choice((0, 1, 2, 3)))
 
-    def forget(self) -> None:
+    def acknowledge(self) -> None:
         with self.watching(self.pages):
-            replace.forgotten(self.fs)
+            reclaim.acknowledge(self.fs)
 
     def step(self) -> None:
-        choices = (self.map, self.unmap, self.pierce, self.heal, self.replace, self.forget)
+        choices = (self.map, self.unmap, self.pierce, self.heal, self.replace, self.acknowledge)
         self.random.choices(choices, weights=(10, 6, 6, 6, 1, 1))[0]()
 
     @contextmanager
@@ -172,7 +172,7 @@ class World:
 
     @contextmanager
     def watching(self, after: dict[int, tuple[int, int]]) -> Iterator[None]:
-        """After every store in the block, some pages lead where they did, or where they are to.
+        """After every store in the block, some pages translate to what they did, or to what they are to.
 
         They are those at the edges of what changes, and of what lies about it.
         """
@@ -238,8 +238,8 @@ def test_many_random_mappings(form: str, levels: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", ["vtd", "amd"])
-def test_tables_that_were_given_up_are_good_until_hardware_has_forgotten_them(form: str) -> None:
-    """Hardware caches entries that lead to tables too: walks go on from any table that was reachable once.
+def test_tables_that_were_given_up_are_good_until_hardware_has_invalidated_them(form: str) -> None:
+    """Hardware caches entries that point to tables too: walks go on from any table that was reachable once.
 
     What stays is found; what does not is found where it was, or where it is now, or not at all: never in other memory.
     """
@@ -270,7 +270,7 @@ def test_tables_that_were_given_up_are_good_until_hardware_has_forgotten_them(fo
                     assert page in gone, where
     assert 0 < len(gone) < len(cached)
     assert seen != before, "no table was given up"
-    replace.forgotten(world.fs)
+    reclaim.acknowledge(world.fs)
     world.finish()
 
 
@@ -282,7 +282,7 @@ def pages_below(world: World, level: int) -> Any:
 
 
 def walk_of(world: World, page: int) -> list[tuple[int, int]]:
-    """(level, physical address) of all tables that lead to a page."""
+    """(level, physical address) of all tables that point to a page."""
     entry = world.walker.context(DEVICE) if hasattr(world.walker, "context") else world.walker.device(DEVICE)
     level, table, found = entry.levels, entry.table, []
     while level:
@@ -294,7 +294,7 @@ def walk_of(world: World, page: int) -> list[tuple[int, int]]:
 
 
 def tables_of(world: World) -> set[int]:
-    """The physical addresses of all tables that lead to anything."""
+    """The physical addresses of all tables that point to anything."""
     entry = world.walker.context(DEVICE) if hasattr(world.walker, "context") else world.walker.device(DEVICE)
     todo, found = [(entry.levels, entry.table)], set()
     while todo:

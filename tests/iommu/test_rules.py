@@ -11,8 +11,8 @@ import pytest
 from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem, SetAttr
 from pkernfs.fsck.check import check
-from pkernfs.iommu import devices, domain, mapping, replace, views
-from pkernfs.iommu.inherit import inherit
+from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
+from pkernfs.iommu.restore import restore
 from tests.core.support import ME, ROOT, mkdir
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
@@ -50,10 +50,16 @@ def refused(fs: Filesystem, number: int, call: Callable[[], Any]) -> str:
         pytest.param({"access": "none"}, errno.EINVAL, "rw, ro or wo", id="no-access"),
         pytest.param({"iova": GiB, "live_update": True}, errno.ENOENT, "not mapped", id="live-update-of-nothing"),
         pytest.param(
-            {"iova": 16 * MiB, "access": "ro", "live_update": True}, errno.EEXIST, "lead to inode", id="other-rights"
+            {"iova": 16 * MiB, "access": "ro", "live_update": True},
+            errno.EEXIST,
+            "mapped to inode",
+            id="other-rights",
         ),
         pytest.param(
-            {"iova": 16 * MiB, "offset": MiB, "live_update": True}, errno.EEXIST, "lead to inode", id="other-offset"
+            {"iova": 16 * MiB, "offset": MiB, "live_update": True},
+            errno.EEXIST,
+            "mapped to inode",
+            id="other-offset",
         ),
     ],
 )
@@ -143,7 +149,7 @@ def test_a_persistent_device_is_claimed_by_its_owner() -> None:
     fs = make()
     dom, other = new(fs), new(fs, b"dom-1")
     devices.attach(fs, dom, DEVICE, persistent=True)
-    assert inherit(fs) == []
+    assert restore(fs) == []
     assert views.domain_facts(fs, dom, "dom-0")["devices"][0]["state"] == "deferred"
     refused(fs, errno.EBUSY, lambda: devices.attach(fs, other, DEVICE))
     devices.attach(fs, dom, DEVICE)
@@ -152,7 +158,7 @@ def test_a_persistent_device_is_claimed_by_its_owner() -> None:
     refused(fs, errno.EBUSY, lambda: devices.attach(fs, dom, DEVICE))
 
 
-def test_ids_are_not_used_again_before_hardware_has_forgotten_them() -> None:
+def test_ids_are_not_used_again_before_hardware_has_invalidated_them() -> None:
     fs = make()
     ids = {name: views.domain_facts(fs, new(fs, name), "")["id"] for name in (b"a", b"b")}
     assert sorted(ids.values()) == [1, 2]
@@ -160,7 +166,7 @@ def test_ids_are_not_used_again_before_hardware_has_forgotten_them() -> None:
     devices.detach(fs, DEVICE)
     domain.destroy(fs, fs.resolve(b"iommu/a"))
     assert views.domain_facts(fs, new(fs, b"c"), "")["id"] == 3
-    replace.forgotten(fs)
+    reclaim.acknowledge(fs)
     assert views.domain_facts(fs, new(fs, b"d"), "")["id"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What large address spaces cost is counted in what is stored and read: tables, not the memory they lead to."""
+"""What large address spaces cost is counted in what is stored and read: tables, not the memory they point to."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 
 from pkernfs.format import PAGE, GiB, MiB
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.iommu import devices, domain, mapping, replace
+from pkernfs.iommu import devices, domain, mapping, reclaim, replace
 from pkernfs.region import open_region
 from tests.core.support import ME, assert_sound, open_fs
 from tests.iommu.stamped import stamp, stamped_file
@@ -67,5 +67,5 @@ def test_what_stays_while_all_else_changes(form: str, folder: Path) -> None:
                 mapping.unmap(fs, ino, beside, BLOCK if beside != AT - 5 * PAGE else 4 * PAGE)
                 # What was given up may be used again when no walk goes on that can have seen it.
                 watcher.wait(2)
-                replace.forgotten(fs)
+                reclaim.acknowledge(fs)
         assert_sound(fs)

@@ -192,7 +192,7 @@ class Amd:
         self._command(8 << 60, 0)
 
     def invalidate_domain(self, id: int) -> None:
-        """INVALIDATE_IOMMU_PAGES for all pages of a domain id, and what leads to them."""
+        """INVALIDATE_IOMMU_PAGES for all pages of a domain id, and what points to them."""
         self._command(3 << 60 | id << 32, 0x7FFF_FFFF_FFFF_F000 | 3)
 
     def invalidate_pages(self, id: int, iova: int, length: int) -> None:

@@ -64,7 +64,7 @@ class Translation(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Addresses that lead to as many consecutive bytes of memory."""
+    """Addresses that translate to as many consecutive bytes of memory."""
 
     iova: int
     physical: int

@@ -296,7 +296,7 @@ PROBLEM = {
     "domain": "dom\x1b",
     "device": None,
     "iova": 0x1000,
-    "text": "leads to a block of another",
+    "text": "translates to a block of another",
 }
 ANSWERS: dict[str, dict[str, Any]] = {
     "map": {"iova": 0, "length": 4096, "offset": 8192, "stale": []},
@@ -331,7 +331,7 @@ def test_map_asks_as_the_protocol_has_it(site: Site, dom: Path, asked: list[dict
 def test_audit_with_problems(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert pkernfs(["iommu", "audit", str(site.mnt)]) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "foreign: dom\\x1b, IOVA 0x1000: leads to a block of another",
+        "foreign: dom\\x1b, IOVA 0x1000: translates to a block of another",
         f"{site.mnt}: 1 device, 1 domain, 2 mappings, 5 tables, 4 KiB of translations audited: 1 problem",
     ]
     assert pkernfs(["iommu", "audit", str(site.mnt), "--json"]) == 1

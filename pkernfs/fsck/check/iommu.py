@@ -25,6 +25,9 @@ from pkernfs.format import (
     MAX_FILE_SIZE,
     PAGE,
     PAGES_PER_BLOCK,
+    PENDING,
+    PENDING_CONTEXT_KEY,
+    PENDING_IOTLB_KEY,
     READ,
     REQUEST,
     REQUEST_KEY,
@@ -32,9 +35,6 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     ROOT_TABLE,
     ROOT_TABLE_KEY,
-    STALE,
-    STALE_CONTEXT_KEY,
-    STALE_IOTLB_KEY,
     TABLES_AMD,
     TABLES_VTD,
     WRITE,
@@ -70,7 +70,7 @@ def _mapping(key: int, mapping: Mapping, _: int) -> bool:
 
 def _domain(_: int, domain: DomainRecord, pages: int) -> bool:
     form = domain.tables in (TABLES_VTD, TABLES_AMD) and 3 <= domain.levels <= 5 and 1 <= domain.leaf <= 3
-    return form and not domain.reserved and domain.id in IDS and max(domain.root, domain.stale) <= pages
+    return form and not domain.reserved and domain.id in IDS and max(domain.root, domain.awaiting) <= pages
 
 
 OF_DOMAIN = (
@@ -80,11 +80,13 @@ OF_DOMAIN = (
 OF_ROOT = (
     Kind(range(ROOT_TABLE_KEY, ROOT_TABLE_KEY + (2 << 16)), ROOT_TABLE, lambda _, record, pages: record.page < pages),
     Kind(range(ATTACHMENT_KEY, ATTACHMENT_KEY + (1 << 32)), ATTACHMENT, lambda _, record, __: record.id in IDS),
-    Kind(range(STALE_CONTEXT_KEY, STALE_CONTEXT_KEY + (1 << 32)), STALE, lambda _, record, __: record.length == 0),
     Kind(
-        range(STALE_IOTLB_KEY, STALE_IOTLB_KEY + (1 << 16 + IOVA_PAGE_BITS)),
-        STALE,
-        lambda key, record, _: record.id == key - STALE_IOTLB_KEY >> IOVA_PAGE_BITS and record.length <= IOVA_PAGES,
+        range(PENDING_CONTEXT_KEY, PENDING_CONTEXT_KEY + (1 << 32)), PENDING, lambda _, record, __: record.length == 0
+    ),
+    Kind(
+        range(PENDING_IOTLB_KEY, PENDING_IOTLB_KEY + (1 << 16 + IOVA_PAGE_BITS)),
+        PENDING,
+        lambda key, record, _: record.id == key - PENDING_IOTLB_KEY >> IOVA_PAGE_BITS and record.length <= IOVA_PAGES,
     ),
     Kind(range(GENERATION_KEY, GENERATION_KEY + 1), GENERATION, lambda *_: True),
     Kind(range(REQUEST_KEY, REQUEST_KEY + REQUEST_SLOTS), REQUEST, lambda *_: True),

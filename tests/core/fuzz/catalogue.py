@@ -80,7 +80,7 @@ def _codec(key: int, value: bytes) -> Layout[Any]:
     """Of a record of page tables, of those that images.domains makes."""
     if len(value) != f.REQUEST.size:
         return f.MAPPING if len(value) == f.MAPPING.size else f.DOMAIN
-    return f.ATTACHMENT if key >> 60 == f.ATTACHMENT_KEY >> 60 else f.STALE
+    return f.ATTACHMENT if key >> 60 == f.ATTACHMENT_KEY >> 60 else f.PENDING
 
 
 class _Walk:

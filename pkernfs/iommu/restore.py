@@ -1,4 +1,4 @@
-"""What a mount finds: devices that the one before had attached."""
+"""What a mount does first: devices that the mount before had attached go on, await their owners, or are blocked."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROO
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.devices import forget
+from pkernfs.iommu.devices import drop_attachment
+from pkernfs.iommu.reclaim import acknowledge
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.replace import forgotten
 from pkernfs.iommu.requests import recorded
 
 log = logging.getLogger("pkernfs")
 
-BATCH = 100  #: devices that one transaction cuts off
+BATCH = 100  #: devices that one transaction blocks or detaches: what it changes fits in the smallest journal
 
 
-def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
-    """Cut off devices that are not persistent (``cold``: all), before anything else is served; which, as lspci says.
+def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
+    """Detach devices that are not persistent (``cold``: all), before anything else is served; which, as lspci says.
 
     The entries of persistent ones stay as they are; their owners are to claim them.  Raises CorruptError when it cannot
     be told what is attached: devices may be reaching memory that nobody keeps for them.
@@ -33,13 +33,13 @@ def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
     blocked: list[int] = []
     while True:
         with volume.transaction():
-            batch = Contexts(volume).shut_out(kept, BATCH)
+            batch = Contexts(volume).block_others(kept, BATCH)
         blocked += batch
         if len(batch) < BATCH:
             break
     gone = sorted(attachments.keys() - kept.keys())
     for at in range(0, len(gone), BATCH):
-        _forget(fs, {requester: attachments[requester].id for requester in gone[at : at + BATCH]})
+        _drop_attachments(fs, {requester: attachments[requester].id for requester in gone[at : at + BATCH]})
     answered = recorded(Records(volume, ROOT_PGTABLES_INO))
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
     if claimed or answered:
@@ -52,30 +52,29 @@ def inherit(fs: Filesystem, *, cold: bool = False) -> list[str]:
                 records.put(records.volume.open_tx, ATTACHMENT_KEY + requester, deferred)
             records.finish(records.volume.open_tx)
     if cold:
-        # The machine has come up anew: its IOMMUs remember nothing.
-        forgotten(fs)
-    zapped = sorted({*gone, *blocked})
-    if zapped:
-        names = ", ".join(map(pci.text, zapped))
-        log.info("devices that were cut off, as they were not declared persistent: %s", names)
-    return [pci.text(requester) for requester in zapped]
+        # The machine has come up anew: its IOMMUs have nothing cached.
+        acknowledge(fs)
+    detached = [pci.text(requester) for requester in sorted({*gone, *blocked})]
+    if detached:
+        log.info("blocked devices that were not declared persistent: %s", ", ".join(detached))
+    return detached
 
 
-def _forget(fs: Filesystem, ids: dict[int, int]) -> None:
-    """Drop the attachments of devices that are blocked, and note what hardware must forget.  ``ids``: by requester."""
+def _drop_attachments(fs: Filesystem, ids: dict[int, int]) -> None:
+    """Drop the attachments of devices that are blocked, and note what is to be invalidated.  ``ids``: by requester."""
     for noting in (True, False):
         try:
             with fs.volume.transaction():
                 records = Records(fs.volume, ROOT_PGTABLES_INO)
-                for requester, number in ids.items():
+                for requester, domain_id in ids.items():
                     if noting:
-                        forget(records, requester, number)
+                        drop_attachment(records, requester, domain_id)
                     else:
                         records.delete(records.volume.open_tx, ATTACHMENT_KEY + requester)
                 records.finish(records.volume.open_tx)
         except FsError as error:
             if error.errno != errno.ENOSPC or not noting:
                 raise
-            log.error("no room to note what IOMMUs must forget: invalidate all of their caches")
+            log.error("no room to note what IOMMUs are to invalidate: invalidate all of their caches")
         else:
             return
