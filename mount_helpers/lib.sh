@@ -60,10 +60,10 @@ install_packages() {
 # What it takes to build pyfuse3 and to mount.
 readonly BASE_PACKAGES=(fuse3 gcc libc6-dev libfuse3-dev mount pkg-config python3-dev python3-venv)
 
-# Path of a Python that is new enough, Debian's own if it is.
+# Path of a Python that is new enough: the one that PYTHON names, else Debian's own if it is.
 find_python() {
     local python
-    for python in /usr/bin/python3 $(type -ap python3 python3.{11..20} || true); do
+    for python in ${PYTHON:-/usr/bin/python3 $(type -ap python3 python3.{11..20} || true)}; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             printf '%s\n' "$python"
             return
