@@ -62,10 +62,10 @@ def mend_tables(region: Region) -> list[Repair]:
 def _point_devices(fs: Filesystem) -> None:
     volume = fs.volume
     attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
-    with volume.transaction():
-        Contexts(volume).block_others(attachments, MOST)
-    with volume.transaction():
-        Contexts(volume).mend_bitmap()
+    with volume.transaction() as tx:
+        Contexts(volume).block_others(tx, attachments, MOST)
+    with volume.transaction() as tx:
+        Contexts(volume).mend_bitmap(tx)
     known = {ino for _, ino in named_domains(fs.volume)}
     for requester, attachment in attachments.items():
         with volume.transaction() as tx:
@@ -73,9 +73,9 @@ def _point_devices(fs: Filesystem) -> None:
             contexts = Contexts(volume, records)
             domain = Domain(volume, attachment.domain) if attachment.domain in known else None
             if domain is None:
-                detach_within(contexts, requester)
+                detach_within(tx, contexts, requester)
             elif contexts.entry(domain.record.tables, requester) != domain.entry:
-                contexts.store(domain.record.tables, requester, domain.entry)
-                add(records, Invalidation(attachment.id, requester=requester))
-            contexts.finish()
+                contexts.store(tx, domain.record.tables, requester, domain.entry)
+                add(tx, records, Invalidation(attachment.id, requester=requester))
+            contexts.finish(tx)
             records.finish(tx)

@@ -15,6 +15,7 @@ from pkernfs.format import (
     ROOT_TABLE_KEY,
     RootTable,
 )
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.formats import ADDRESS, DEVICES, ENTRIES, FORMATS
@@ -27,7 +28,7 @@ EMPTY = array("Q", bytes(PAGE))
 
 
 class Contexts:
-    """The tables of root-pgtables.  Changes need the open transaction, and end with ``finish``.
+    """The tables of root-pgtables.  Changes end with ``finish``.
 
     ``records``: of root-pgtables, which the caller finishes after this.
     """
@@ -61,7 +62,7 @@ class Contexts:
             for _, page in self.context_tables(root) if DEVICES[number].root else ():
                 self.pages.check_used(page)
 
-    def make_table(self, number: int, segment: int) -> int:
+    def make_table(self, tx: Transaction, number: int, segment: int) -> int:
         """The page of a segment's root (or device) table, which is made if there is none.  Raises FsError(ENOSPC)."""
         page = self.table(number, segment)
         if page:
@@ -69,15 +70,13 @@ class Contexts:
         self._check_used()
         device = DEVICES[number]
         if device.root:
-            page = self.pages.allocate()
+            page = self.pages.allocate(tx)
             self.pages.store(page, EMPTY)
         else:
-            page = self.pages.allocate_block()
+            page = self.pages.allocate_block(tx)
             blocked = array("Q", device.blocked * (ENTRIES // device.words))
             self.pages.store(page, blocked * PAGES_PER_BLOCK)
-        self.records.put(
-            self.records.volume.open_tx, ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page))
-        )
+        self.records.put(tx, ROOT_TABLE_KEY + (number << 16) + segment, ROOT_TABLE.pack(RootTable(page)))
         return page
 
     # -- the entries of devices -----------------------------------------------------------------------------------
@@ -103,10 +102,10 @@ class Contexts:
             self.roots[page] = self.pages.read(page)
         return self.roots[page]
 
-    def _store_root(self, root: int, bus: int, word: int) -> None:
+    def _store_root(self, tx: Transaction, root: int, bus: int, word: int) -> None:
         """Let the first word of a bus's root entry be this."""
         self.root(root)[2 * bus] = word
-        self.pages.words(root, 2 * bus, [word])
+        self.pages.words(tx, root, 2 * bus, [word])
 
     def place(self, number: int, requester: int) -> tuple[int, int]:
         """(page, index of its first word) of a device's entry; page 0: there is none."""
@@ -126,38 +125,38 @@ class Contexts:
         device = DEVICES[number]
         return tuple(self.pages.read(page)[index : index + device.words]) if page else device.blocked
 
-    def store(self, number: int, requester: int, words: tuple[int, ...]) -> None:
+    def store(self, tx: Transaction, number: int, requester: int, words: tuple[int, ...]) -> None:
         """Let a device's entry say ``words``, with the first word as the last one stored.  Raises FsError(ENOSPC)."""
-        root = self.make_table(number, requester >> 16)
+        root = self.make_table(tx, number, requester >> 16)
         page, index = self._place(number, requester, root)
         if page:
-            self.pages.words(page, index + 1, words[1:])
-            self.pages.words(page, index, words[:1])
+            self.pages.words(tx, page, index + 1, words[1:])
+            self.pages.words(tx, page, index, words[:1])
             return
         self._check_used()
         bus = requester >> 8 & 0xFF
-        page = self.pages.allocate()
+        page = self.pages.allocate(tx)
         entries = array("Q", EMPTY)
         entries[index : index + len(words)] = array("Q", words)
         self.pages.store(page, entries)
-        self._store_root(root, bus, self.pages.physical(page) | 1)
+        self._store_root(tx, root, bus, self.pages.physical(page) | 1)
 
-    def point(self, number: int, requester: int, word: int) -> None:
+    def point(self, tx: Transaction, number: int, requester: int, word: int) -> None:
         """Point a device, which has an entry, to other tables: one store."""
         page, index = self.place(number, requester)
         if not page:
             raise self.pages.bad(f"{pci.text(requester)} is attached, and has no entry")
-        self.pages.words(page, index, [word])
+        self.pages.words(tx, page, index, [word])
 
-    def block(self, number: int, requester: int) -> None:
+    def block(self, tx: Transaction, number: int, requester: int) -> None:
         """Let nothing of a device pass; the first word is stored first."""
         page, index = self.place(number, requester)
         if page:
             blocked = DEVICES[number].blocked
-            self.pages.words(page, index, blocked[:1])
-            self.pages.words(page, index + 1, blocked[1:])
+            self.pages.words(tx, page, index, blocked[:1])
+            self.pages.words(tx, page, index + 1, blocked[1:])
 
-    def block_others(self, kept: Container[int], most: int) -> list[int]:
+    def block_others(self, tx: Transaction, kept: Container[int], most: int) -> list[int]:
         """Block up to ``most`` devices that are not ``kept``, whatever their entries point to; which those were.
 
         Only words are stored, nothing is allocated.  Root entries that point out of the file go, with all of their bus.
@@ -168,11 +167,11 @@ class Contexts:
                 for bus, entry in enumerate(self.root(root)[::2]):
                     if entry & 1 and self.pages.page_at(entry & ADDRESS) < 0:
                         log.error("the root entry of bus %#x, %#x, points out of the file: it is cleared", bus, entry)
-                        self._store_root(root, bus, 0)
-                        self.pages.words(root, 2 * bus + 1, [0])
+                        self._store_root(tx, root, bus, 0)
+                        self.pages.words(tx, root, 2 * bus + 1, [0])
             for requester, _ in self._entries(number, segment, root):
                 if requester not in kept and len(found) < most:
-                    self.block(number, requester)
+                    self.block(tx, number, requester)
                     found.append(requester)
         return found
 
@@ -203,7 +202,7 @@ class Contexts:
                 if words != device.blocked:
                     yield segment << 16 | first + at // device.words, words
 
-    def mend_bitmap(self) -> None:
+    def mend_bitmap(self, tx: Transaction) -> None:
         """Mark just those pages as used that tables are in, within a transaction of its own."""
         used: set[int] = set()
         for number, _, root in self.tables():
@@ -212,9 +211,9 @@ class Contexts:
             else:
                 used |= set(range(root, root + PAGES_PER_BLOCK))
         if self.pages.inode.size:
-            self.pages.use_only(used, marked=False)
-            self.finish()
+            self.pages.use_only(tx, used, marked=False)
+            self.finish(tx)
 
-    def finish(self) -> None:
+    def finish(self, tx: Transaction) -> None:
         """Put the file's inode and bitmaps into the transaction."""
-        self.pages.finish()
+        self.pages.finish(tx)

@@ -10,6 +10,7 @@ import errno
 from pkernfs.errors import FsError
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.directory import called
@@ -32,22 +33,20 @@ def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False
         text = f"{pci.text(requester)} is attached to {called(volume, before.domain)}: detach it first"
         raise FsError(errno.EBUSY, text)
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
-        domain.prepare(roots)
+        domain.prepare(tx, roots)
         number = domain.record.tables
         contexts = Contexts(volume, roots)
         if contexts.entry(number, requester) != domain.entry:
-            contexts.store(number, requester, domain.entry)
+            contexts.store(tx, number, requester, domain.entry)
             if before or not DEVICES[number].root:
                 # It had another entry, or one that lets nothing pass, which hardware may have cached.
-                add(roots, Invalidation(domain.record.id, requester=requester))
-            contexts.finish()
+                add(tx, roots, Invalidation(domain.record.id, requester=requester))
+            contexts.finish(tx)
         flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
-        roots.put(
-            roots.volume.open_tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags))
-        )
-        domain.save()
+        roots.put(tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags)))
+        domain.save(tx)
         return 0
 
     commit(fs, request, change)
@@ -61,31 +60,31 @@ def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
     if Records(volume, ROOT_PGTABLES_INO).attachment(requester) is None:
         raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         contexts = Contexts(volume, roots)
-        detach_within(contexts, requester)
-        contexts.finish()
+        detach_within(tx, contexts, requester)
+        contexts.finish(tx)
         return 0
 
     commit(fs, request, change)
 
 
-def detach_within(contexts: Contexts, requester: int) -> None:
-    """Detach a device within the open transaction."""
+def detach_within(tx: Transaction, contexts: Contexts, requester: int) -> None:
+    """Detach a device within a transaction."""
     roots = contexts.records
     attachment = roots.attachment(requester)
     assert attachment is not None
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:
-            contexts.block(number, requester)
-    drop_attachment(roots, requester, attachment.id)
+            contexts.block(tx, number, requester)
+    drop_attachment(tx, roots, requester, attachment.id)
 
 
-def drop_attachment(roots: Records, requester: int, domain_id: int) -> None:
+def drop_attachment(tx: Transaction, roots: Records, requester: int, domain_id: int) -> None:
     """Drop the attachment of a device, which is blocked, to a domain id; hardware may have cached something of both."""
-    roots.delete(roots.volume.open_tx, ATTACHMENT_KEY + requester)
-    add(roots, Invalidation(domain_id, requester=requester))
-    add(roots, Invalidation(domain_id))
+    roots.delete(tx, ATTACHMENT_KEY + requester)
+    add(tx, roots, Invalidation(domain_id, requester=requester))
+    add(tx, roots, Invalidation(domain_id))
 
 
 def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int:
@@ -98,10 +97,10 @@ def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int
     if page:
         return contexts.pages.physical(page)
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         contexts = Contexts(fs.volume, roots)
-        physical = contexts.pages.physical(contexts.make_table(number, segment))
-        contexts.finish()
+        physical = contexts.pages.physical(contexts.make_table(tx, number, segment))
+        contexts.finish(tx)
         return physical
 
     return commit(fs, request, change)

@@ -41,7 +41,7 @@ UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, roo
 
 
 class Domain:
-    """One domain: its records, and its tables.  Changes need the open transaction, and end with ``save``."""
+    """One domain: its records, and its tables.  Changes end with ``save``."""
 
     def __init__(self, volume: Volume, ino: int) -> None:
         if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
@@ -80,12 +80,12 @@ class Domain:
         record = self.record
         return ENTRY_OF[record.tables](self.pages.physical(record.root), record.levels, record.id)
 
-    def prepare(self, roots: Records) -> None:
+    def prepare(self, tx: Transaction, roots: Records) -> None:
         """See to it that there are an id and a root table."""
         if not self.record.id:
             self.record = self.record._replace(id=new_id(self.volume, roots))
         if not self.record.root:
-            page = self.pages.allocate()
+            page = self.pages.allocate(tx)
             self.pages.store(page, EMPTY)
             self.record = self.record._replace(root=page)
 
@@ -93,7 +93,7 @@ class Domain:
         """Whether hardware may be looking at the tables, or has cached what they say."""
         return is_attached(roots, self.ino) or is_pending(roots, self.record.id)
 
-    def editor(self, leaf: int = 0) -> Editor:
+    def editor(self, tx: Transaction, leaf: int = 0) -> Editor:
         """For changes of the tables.
 
         Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
@@ -103,27 +103,27 @@ class Domain:
             for _ in tables_below(self.form, self.pages, self.record.levels, self.record.root):
                 pass
             self.volume.tables_checked.add(self.ino)
-        return Editor(self.form, self.pages, leaf or self.record.leaf)
+        return Editor(tx, self.form, self.pages, leaf or self.record.leaf)
 
-    def edited(self, editor: Editor, roots: Records) -> None:
+    def edited(self, tx: Transaction, editor: Editor, roots: Records) -> None:
         """Account for what an editor has given up."""
         self.record = self.record._replace(awaiting=self.record.awaiting + len(editor.given_up))
         if editor.end and self.hw_may_access(roots):
-            add(roots, Invalidation(self.record.id, iova=Iova(editor.first), length=editor.end - editor.first))
+            add(tx, roots, Invalidation(self.record.id, iova=Iova(editor.first), length=editor.end - editor.first))
 
-    def reclaim(self) -> int:
+    def reclaim(self, tx: Transaction) -> int:
         """Free the pages that tables were in, of which hardware has nothing cached any more.  How many."""
         tables: set[int] = set()
         if self.record.root:
             tables.update(tables_below(self.form, self.pages, self.record.levels, self.record.root))
         self.record = self.record._replace(awaiting=0)
-        return self.pages.use_only(tables)
+        return self.pages.use_only(tx, tables)
 
-    def save(self) -> None:
+    def save(self, tx: Transaction) -> None:
         """Put everything into the transaction."""
-        self.pages.finish()
-        self.records.put(self.records.volume.open_tx, DOMAIN_KEY, DOMAIN.pack(self.record))
-        self.records.finish(self.records.volume.open_tx)
+        self.pages.finish(tx)
+        self.records.put(tx, DOMAIN_KEY, DOMAIN.pack(self.record))
+        self.records.finish(tx)
 
 
 # -- all of them ----------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
         domain = Domain(fs.volume, ino)
         domain.record = domain.record._replace(tables=BY_NAME[form].number, levels=levels)
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
-        domain.prepare(roots)
-        domain.save()
-        executed(roots, request, ino)
+        domain.prepare(tx, roots)
+        domain.save(tx)
+        executed(tx, roots, request, ino)
 
     return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, init_inode=init_inode)
 
@@ -175,7 +175,7 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
 
     def note(tx: Transaction) -> None:
-        executed(Records(fs.volume, ROOT_PGTABLES_INO), request, 0)
+        executed(tx, Records(fs.volume, ROOT_PGTABLES_INO), request, 0)
 
     fs.unlink(IOMMU_INO, name, in_same_transaction=note)
     return name

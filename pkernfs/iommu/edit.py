@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, TableFormat, span
 from pkernfs.iommu.pages import TablePages
 
@@ -24,12 +25,13 @@ class Piece(NamedTuple):
 
 
 class Editor:
-    """Changes to the tables of a domain within the open transaction.
+    """Changes to the tables of a domain, within one transaction.
 
     ``leaf``: the largest level of leaves that are made.
     """
 
-    def __init__(self, form: TableFormat, pages: TablePages, leaf: int) -> None:
+    def __init__(self, tx: Transaction, form: TableFormat, pages: TablePages, leaf: int) -> None:
+        self.tx = tx
         self.form = form
         self.pages = pages
         self.leaf = leaf
@@ -59,7 +61,7 @@ class Editor:
         """A new table for IOVAs from ``base`` on, with all below it; its page."""
         entries = array("Q", bytes(8 * ENTRIES))
         self._fill(level, base, entries, pieces)
-        page = self.pages.allocate()
+        page = self.pages.allocate(self.tx)
         self.pages.store(page, entries)
         self.made += 1
         return page
@@ -142,7 +144,7 @@ class Editor:
             end = at
             while end < ENTRIES and old[end] != new[end]:
                 end += 1
-            self.pages.words(page, at, new[at:end])
+            self.pages.words(self.tx, page, at, new[at:end])
             at = end
 
     # -- taking away ----------------------------------------------------------------------------------------------

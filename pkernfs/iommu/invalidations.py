@@ -24,6 +24,7 @@ from pkernfs.format import (
     Iova,
     PendingInvalidation,
 )
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import pci
 from pkernfs.iommu.records import Records
 
@@ -65,13 +66,11 @@ def generation(roots: Records) -> int:
     return record.number if record else 0
 
 
-def add(roots: Records, what: Invalidation) -> None:
-    """Note it, within the open transaction; what one range covers is not kept twice."""
-    roots.put(roots.volume.open_tx, GENERATION_KEY, GENERATION.pack(Generation(generation(roots) + 1)))
+def add(tx: Transaction, roots: Records, what: Invalidation) -> None:
+    """Note it; what one range covers is not kept twice."""
+    roots.put(tx, GENERATION_KEY, GENERATION.pack(Generation(generation(roots) + 1)))
     if what.requester >= 0:
-        roots.put(
-            roots.volume.open_tx, PENDING_CONTEXT_KEY + what.requester, PENDING.pack(PendingInvalidation(0, what.id))
-        )
+        roots.put(tx, PENDING_CONTEXT_KEY + what.requester, PENDING.pack(PendingInvalidation(0, what.id)))
         return
     base = PENDING_IOTLB_KEY + (what.id << IOVA_PAGE_BITS)
     found = roots.scan(base, base + (1 << IOVA_PAGE_BITS) - 1)
@@ -81,20 +80,20 @@ def add(roots: Records, what: Invalidation) -> None:
         return
     if not what.length or len(known) >= MOST:
         for key, _ in known:
-            roots.delete(roots.volume.open_tx, key)
+            roots.delete(tx, key)
         first = end = base
     else:
         for key, length in known:
             if key <= end and first <= key + length:
                 first, end = min(first, key), max(end, key + length)
-                roots.delete(roots.volume.open_tx, key)
-    roots.put(roots.volume.open_tx, first, PENDING.pack(PendingInvalidation(end - first, what.id)))
+                roots.delete(tx, key)
+    roots.put(tx, first, PENDING.pack(PendingInvalidation(end - first, what.id)))
 
 
-def clear(roots: Records) -> None:
+def clear(tx: Transaction, roots: Records) -> None:
     """Everything was acknowledged."""
     for key in [key for key, _ in roots.scan(PENDING_CONTEXT_KEY, GENERATION_KEY - 1)]:
-        roots.delete(roots.volume.open_tx, key)
+        roots.delete(tx, key)
 
 
 def is_pending(roots: Records, domain_id: int) -> bool:

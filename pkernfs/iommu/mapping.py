@@ -13,6 +13,7 @@ from pkernfs.errors import FsError
 from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit, done_before
@@ -97,30 +98,30 @@ def map_file(
         found = hexadecimal(at * PAGE, (at + other.length) * PAGE - 1)
         raise FsError(errno.EEXIST, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {found} are mapped already")
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
         filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
-        filemap.allocate(filemap.volume.open_tx, mapping.start, mapping.start + mapping.length)
-        volume.put_inode(file_ino, filemap.finish())
-        volume.open_tx.pin(file_ino, 1)
-        _make_room(domain, roots)
-        domain.prepare(roots)
-        editor = domain.editor()
+        filemap.allocate(tx, mapping.start, mapping.start + mapping.length)
+        tx.put_inode(file_ino, filemap.finish())
+        tx.pin(file_ino, 1)
+        _make_room(tx, domain, roots)
+        domain.prepare(tx, roots)
+        editor = domain.editor(tx)
         editor.enter(
             domain.record.levels, domain.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap)))
         )
-        domain.edited(editor, roots)
-        domain.records.put(domain.records.volume.open_tx, first, MAPPING.pack(mapping))
-        domain.save()
+        domain.edited(tx, editor, roots)
+        domain.records.put(tx, first, MAPPING.pack(mapping))
+        domain.save(tx)
         return editor.stored
 
     return Mapped(iova, length, commit(fs, request, change))
 
 
-def _make_room(domain: Domain, roots: Records) -> None:
+def _make_room(tx: Transaction, domain: Domain, roots: Records) -> None:
     """Use pages again that tables were in, when they are many and no hardware is looking at them."""
     if domain.record.awaiting >= PAGES_PER_BLOCK // 2 and not domain.hw_may_access(roots):
-        domain.reclaim()
+        domain.reclaim(tx)
 
 
 def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
@@ -158,19 +159,19 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
     # As many at once as any journal holds.
     cuts = [*starts[BATCH::BATCH], end]
     if len(cuts) > 1:
-        commit(fs, 0, lambda roots, compact: _make_splits_possible(fs, ino))
+        commit(fs, 0, lambda tx, roots, compact: _make_splits_possible(tx, fs, ino))
     for cut in cuts:
         unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, request if cut == end else 0)
         first = cut
     return unmapped
 
 
-def _make_splits_possible(fs: Filesystem, ino: int) -> int:
+def _make_splits_possible(tx: Transaction, fs: Filesystem, ino: int) -> int:
     """Have the pages that splitting leaves at both ends takes, so that the first and the last part do not fail."""
     domain = Domain(fs.volume, ino)
     if not domain.pages.has_free(2 * domain.record.levels):
-        domain.pages.grow()
-        domain.save()
+        domain.pages.grow(tx)
+        domain.save(tx)
     return 0
 
 
@@ -180,25 +181,25 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
     first, end = pages.start, pages.stop
     files: set[int] = set()
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
-        _make_room(domain, roots)
-        editor = domain.editor()
+        _make_room(tx, domain, roots)
+        editor = domain.editor(tx)
         editor.clear(domain.record.levels, domain.record.root, first * PAGE, end * PAGE)
-        domain.edited(editor, roots)
+        domain.edited(tx, editor, roots)
         unmapped = 0
         for at, mapping in list(domain.records.mappings(first, end - 1)):
             left, right = max(first - at, 0), max(at + mapping.length - end, 0)
-            domain.records.delete(domain.records.volume.open_tx, at)
+            domain.records.delete(tx, at)
             if left:
-                domain.records.put(domain.records.volume.open_tx, at, MAPPING.pack(mapping._replace(length=left)))
+                domain.records.put(tx, at, MAPPING.pack(mapping._replace(length=left)))
             if right:
                 rest = mapping._replace(start=mapping.start + mapping.length - right, length=right)
-                domain.records.put(domain.records.volume.open_tx, end, MAPPING.pack(rest))
-            volume.open_tx.pin(mapping.ino, bool(left) + bool(right) - 1)
+                domain.records.put(tx, end, MAPPING.pack(rest))
+            tx.pin(mapping.ino, bool(left) + bool(right) - 1)
             files.add(mapping.ino)
             unmapped += mapping.length - left - right
-        domain.save()
+        domain.save(tx)
         return before + unmapped * PAGE
 
     result = commit(fs, request, change)

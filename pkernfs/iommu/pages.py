@@ -12,6 +12,7 @@ from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.formats import ENTRIES
 
@@ -19,7 +20,7 @@ from pkernfs.iommu.formats import ENTRIES
 class TablePages:
     """The pages of inode ``ino``, by their number in the file.
 
-    Changes (``allocate``, ``free``, ``words``) need the open transaction, and end with ``finish``.
+    Changes end with ``finish``.
     """
 
     def __init__(self, volume: Volume, ino: int) -> None:
@@ -126,21 +127,21 @@ class TablePages:
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    def grow(self, blocks: int = 1) -> int:
+    def grow(self, tx: Transaction, blocks: int = 1) -> int:
         """Add blocks of 2 MiB; the first of their pages.  Raises FsError: ENOSPC, EDQUOT, and changes nothing then."""
         first = self.inode.size // PAGE
         end = first + blocks * PAGES_PER_BLOCK
         if self.volume.space.free_blocks < blocks:
             awaiting = f"; {self.awaiting} pages await pkernfs iommu invalidations --ack" if self.awaiting else ""
             raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{awaiting}")
-        self.filemap.allocate(self.filemap.volume.open_tx, first, end)
+        self.filemap.allocate(tx, first, end)
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
         for page in range(-(-first // BITMAP_PAGES) * BITMAP_PAGES, end, BITMAP_PAGES):
             self.bitmaps[page // BITMAP_PAGES] = (0, 1)
         return first
 
-    def allocate(self) -> int:
+    def allocate(self, tx: Transaction) -> int:
         """A page that is free, or of a block that the file grows by.  What it holds is anything: store all of it."""
         page, left = self.run
         while not left:
@@ -150,10 +151,10 @@ class TablePages:
             if found is None:
                 self.free_runs = None
                 if self.inode.size:
-                    self.grow()
+                    self.grow(tx)
                     self.free_runs = iter(list(self._runs("0", self._numbers()[-1])))
                 else:
-                    self.grow()
+                    self.grow(tx)
             else:
                 page, left = found
         self.run = (page + 1, left - 1)
@@ -177,22 +178,17 @@ class TablePages:
         """Whether ``count`` pages are free without growing."""
         return self.inode.size // PAGE - len(self._numbers()) - self.used_count() >= count
 
-    def allocate_block(self) -> int:
+    def allocate_block(self, tx: Transaction) -> int:
         """The first of 512 pages that are one block."""
         if not self.inode.size:
-            self.grow()
-        page = self.grow()
+            self.grow(tx)
+        page = self.grow(tx)
         if page % BITMAP_PAGES == 0:  # the block with a bitmap in it stays for single pages
-            page = self.grow()
+            page = self.grow(tx)
         self._mark(page, PAGES_PER_BLOCK, True)
         return page
 
-    def free(self, pages: Iterable[int]) -> None:
-        """Pages that nothing points to, and that no hardware is looking at any more, may be used again."""
-        for page in pages:
-            self._mark(page, 1, False)
-
-    def use_only(self, pages: set[int], *, marked: bool = True) -> int:
+    def use_only(self, tx: Transaction, pages: set[int], *, marked: bool = True) -> int:
         """Free all pages but these and the bitmaps, and blocks that are wholly free at the end; how many were freed.
 
         ``marked``: they are marked as used already (CorruptError).
@@ -209,10 +205,10 @@ class TablePages:
                 raise self.bad("tables in pages that are not marked as used")
             freed += (was & ~new).bit_count()
             self.bitmaps[number] = (self.bitmaps[number][0], new)
-        self._trim()
+        self._trim(tx)
         return freed
 
-    def _trim(self) -> None:
+    def _trim(self, tx: Transaction) -> None:
         """Give back blocks at the end that nothing is in; the first one stays."""
         pages = self.inode.size // PAGE
         while pages > PAGES_PER_BLOCK:
@@ -224,7 +220,7 @@ class TablePages:
                 del self.bitmaps[number]
             pages -= PAGES_PER_BLOCK
         if pages * PAGE < self.inode.size:
-            self.filemap.remove(self.filemap.volume.open_tx, pages, self.inode.size // PAGE)
+            self.filemap.remove(tx, pages, self.inode.size // PAGE)
             self.inode = self.inode._replace(size=pages * PAGE)
             self._locate()
             self.free_runs, self.run = None, (0, 0)
@@ -233,15 +229,13 @@ class TablePages:
         """Fill a page (or a block) that was allocated in this transaction, and that nothing points to yet."""
         self.region.store(self.offset(page), entries.tobytes())
 
-    def words(self, page: int, index: int, values: Iterable[int]) -> None:
+    def words(self, tx: Transaction, page: int, index: int, values: Iterable[int]) -> None:
         """Store entries from ``index`` on when the transaction commits, one by one."""
-        assert self.volume.tx is not None
         data = array("Q", values).tobytes()
-        self.volume.tx.words.append((self.offset(page) + 8 * index, data))
+        tx.words.append((self.offset(page) + 8 * index, data))
 
-    def finish(self) -> Inode:
+    def finish(self, tx: Transaction) -> Inode:
         """Put the file's inode and the bitmaps into the transaction."""
-        assert self.volume.tx is not None
         stores = []
         for number, (old, new) in self.bitmaps.items():
             if old != new:
@@ -251,10 +245,10 @@ class TablePages:
                 for first, last in _runs_of(changed):
                     stores.append((at + 8 * first, now[first : last + 1].tobytes()))
         # Ahead of the tables' own words: only we look at the bitmaps.
-        self.volume.tx.words[:0] = stores
+        tx.words[:0] = stores
         stamp = self.volume.clock()
         inode = self.filemap.finish()._replace(size=self.inode.size, mtime=stamp, ctime=stamp)
-        self.volume.put_inode(self.ino, inode)
+        tx.put_inode(self.ino, inode)
         return inode
 
 

@@ -6,6 +6,7 @@ import errno
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.invalidations import clear, generation
@@ -21,21 +22,21 @@ def acknowledge(fs: Filesystem, token: int = 0, request: int = 0) -> int:
     """
     removed = [ino for ino in fs.orphans() if fs.is_guarded(ino)]
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         if token not in (0, generation(roots)):
             raise FsError(errno.EAGAIN, "more has become pending since that was listed: list it again")
-        clear(roots)
+        clear(tx, roots)
         freed = 0
         for _, ino in named_domains(fs.volume):
             try:
                 domain = Domain(fs.volume, ino)
                 if not domain.record.awaiting:
                     continue
-                freed += domain.reclaim()
+                freed += domain.reclaim(tx)
             except CorruptError as error:
                 fs.complain(error)  # its pages go on waiting
                 continue
-            domain.save()
+            domain.save(tx)
         return freed
 
     freed = commit(fs, request, change)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import tables_below
@@ -39,7 +40,7 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
     volume = fs.volume
     compared = [0]
 
-    def change(roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
         domain.check_named()
         if leaf:
@@ -47,10 +48,10 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
         if rebuild:
             volume.tables_checked.add(ino)
             domain.pages.use_new_blocks()
-        domain.prepare(roots)
+        domain.prepare(tx, roots)
         old = domain.record
         given_up = 0 if rebuild else sum(1 for _ in tables_below(domain.form, domain.pages, old.levels, old.root))
-        editor = domain.editor()
+        editor = domain.editor(tx)
         root = editor.build(old.levels, 0, list(expected(domain)))
         before, after = Tables(domain, _refuse(domain)), Tables(domain, _refuse(domain))
         after.root = root
@@ -63,28 +64,28 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
                 _refuse(domain)("", found.iova, f"the tables say {found.left}, the mappings {found.right}")
         compared[0] = 0 if rebuild else len(translations)
         domain.record = old._replace(root=root, awaiting=awaiting)
-        _switch(domain, roots, rebuild)
-        domain.save()
+        _switch(tx, domain, roots, rebuild)
+        domain.save(tx)
         return given_up << 32 | editor.made
 
     before, after = divmod(commit(fs, request, change), 1 << 32)
     return Replaced(before, after, compared[0])
 
 
-def _switch(domain: Domain, roots: Records, rebuild: bool) -> None:
-    """Point the devices of a domain to its tables, within the open transaction.  ``rebuild``: whole entries."""
+def _switch(tx: Transaction, domain: Domain, roots: Records, rebuild: bool) -> None:
+    """Point the devices of a domain to its tables.  ``rebuild``: whole entries."""
     contexts = Contexts(domain.volume, roots)
     may_access = domain.hw_may_access(roots)
     for requester, attachment in list(roots.attachments()):
         if attachment.domain == domain.ino:
             if rebuild:
-                contexts.store(domain.record.tables, requester, domain.entry)
+                contexts.store(tx, domain.record.tables, requester, domain.entry)
             else:
-                contexts.point(domain.record.tables, requester, domain.entry[0])
-            add(roots, Invalidation(domain.record.id, requester=requester))
+                contexts.point(tx, domain.record.tables, requester, domain.entry[0])
+            add(tx, roots, Invalidation(domain.record.id, requester=requester))
     if may_access:
-        add(roots, Invalidation(domain.record.id))
-    contexts.finish()
+        add(tx, roots, Invalidation(domain.record.id))
+    contexts.finish(tx)
 
 
 def _refuse(domain: Domain) -> Note:

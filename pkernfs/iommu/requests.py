@@ -20,15 +20,15 @@ def done_before(fs: Filesystem, request: int) -> int | None:
     return last.result if last and request and last.key == request else None
 
 
-def executed(roots: Records, request: int, result: int) -> None:
-    """Note that a request is executed by the open transaction; ``roots``, of root-pgtables, are finished."""
+def executed(tx: Transaction, roots: Records, request: int, result: int) -> None:
+    """Note that a request is executed by the transaction; ``roots``, of root-pgtables, are finished."""
     if request:
-        roots.put(roots.volume.open_tx, REQUEST_KEY + request % REQUEST_SLOTS, REQUEST.pack(Request(request, result)))
-    roots.finish(roots.volume.open_tx)
+        roots.put(tx, REQUEST_KEY + request % REQUEST_SLOTS, REQUEST.pack(Request(request, result)))
+    roots.finish(tx)
 
 
-def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int]) -> int:
-    """Run ``change(roots, compact)`` in one transaction, with its result noted as that of the request; the result.
+def commit(fs: Filesystem, request: int, change: Callable[[Transaction, Records, bool], int]) -> int:
+    """Run ``change(tx, roots, compact)`` in one transaction, with its result noted as that of the request; the result.
 
     ``roots`` are the records of root-pgtables.
     """
@@ -38,8 +38,8 @@ def commit(fs: Filesystem, request: int, change: Callable[[Records, bool], int])
 
     def all_of_it(tx: Transaction, compact: bool) -> int:
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
-        result = change(roots, compact)
-        executed(roots, request, result)
+        result = change(tx, roots, compact)
+        executed(tx, roots, request, result)
         return result
 
     return fs.volume.compacting(all_of_it)

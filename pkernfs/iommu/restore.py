@@ -32,8 +32,8 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
     # First the entries alone: that takes no memory, so it always works.
     blocked: list[int] = []
     while True:
-        with volume.transaction():
-            batch = Contexts(volume).block_others(kept, BATCH)
+        with volume.transaction() as tx:
+            batch = Contexts(volume).block_others(tx, kept, BATCH)
         blocked += batch
         if len(batch) < BATCH:
             break
@@ -43,14 +43,14 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
     answered = recorded(Records(volume, ROOT_PGTABLES_INO))
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
     if claimed or answered:
-        with volume.transaction():
+        with volume.transaction() as tx:
             records = Records(volume, ROOT_PGTABLES_INO)
             for key in answered:
-                records.delete(records.volume.open_tx, key)
+                records.delete(tx, key)
             for requester, one in claimed.items():
                 deferred = ATTACHMENT.pack(one._replace(flags=PERSISTENT | DEFERRED))
-                records.put(records.volume.open_tx, ATTACHMENT_KEY + requester, deferred)
-            records.finish(records.volume.open_tx)
+                records.put(tx, ATTACHMENT_KEY + requester, deferred)
+            records.finish(tx)
     if cold:
         # The machine has come up anew: its IOMMUs have nothing cached.
         acknowledge(fs)
@@ -64,14 +64,14 @@ def _drop_attachments(fs: Filesystem, ids: dict[int, int]) -> None:
     """Drop the attachments of devices that are blocked, and note what is to be invalidated.  ``ids``: by requester."""
     for noting in (True, False):
         try:
-            with fs.volume.transaction():
+            with fs.volume.transaction() as tx:
                 records = Records(fs.volume, ROOT_PGTABLES_INO)
                 for requester, domain_id in ids.items():
                     if noting:
-                        drop_attachment(records, requester, domain_id)
+                        drop_attachment(tx, records, requester, domain_id)
                     else:
-                        records.delete(records.volume.open_tx, ATTACHMENT_KEY + requester)
-                records.finish(records.volume.open_tx)
+                        records.delete(tx, ATTACHMENT_KEY + requester)
+                records.finish(tx)
         except FsError as error:
             if error.errno != errno.ENOSPC or not noting:
                 raise
