@@ -92,12 +92,20 @@ pip_install() {
 # What an installation for the whole system consists of.
 PREFIX=$(realpath --canonicalize-missing "${PREFIX:-/usr/local}")
 readonly HOME_DIR=$PREFIX/lib/pkernfs
-readonly LINKS=("$PREFIX/bin/pkernfs" /sbin/{mount,mount.fuse,mkfs,fsck}.pkernfs)
+# The manual and completion, below PREFIX/share.
+readonly DOCS=(
+    man/man1/pkernfs{,-iommu}.1 man/man5/pkernfs.5 man/man8/{mkfs,mount,fsck}.pkernfs.8
+    {bash-completion/completions/,zsh/site-functions/_}{pkernfs,{mkfs,mount,fsck}.pkernfs}
+)
+readonly LINKS=("$PREFIX/bin/pkernfs" /sbin/{mount,mount.fuse,mkfs,fsck}.pkernfs "${DOCS[@]/#/$PREFIX/share/}")
 
-# target_of LINK: the command that it leads to.  For mount(8) the type of a mount that is there is fuse.pkernfs.
+# target_of LINK: what it points to.  For mount(8) the type of a mount that is there is fuse.pkernfs.
 target_of() {
     local name=${1##*/}
-    printf '%s\n' "$HOME_DIR/venv/bin/${name/mount.fuse./mount.}"
+    case $1 in
+    "$PREFIX"/share/*) printf '%s\n' "$HOME_DIR/${1#"$PREFIX"/}" ;;
+    *) printf '%s\n' "$HOME_DIR/venv/bin/${name/mount.fuse./mount.}" ;;
+    esac
 }
 
 # Is LINK one that install made?

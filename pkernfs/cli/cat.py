@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
 
 DESCRIPTION = """\
-Print files of a region that need not be mounted.  Nothing is written; a journal that was not retired is replayed in
+Print files of a region that need not be mounted.  Nothing is written; what its journal still holds is replayed in
 memory.
 
   pkernfs cat /dev/shm/pkernfs.img:/vms/7/state >state

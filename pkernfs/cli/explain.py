@@ -27,7 +27,8 @@ A number that begins with 0x is a physical address (from the region's --phys-bas
 block.  For everything else say what it is: --block, --page, --offset and --physical take both, the last two also 512M.
 A word out of a log that has one 0x number in it, such as `address=0x1234567890,`, is that number.
 
-exit status:  0  explained (free memory, too)     1  the region cannot be read     2  no such block or address
+exit status:
+  0  explained (free memory, too)          1  the region cannot be read          2  no such block or address
 """
 
 

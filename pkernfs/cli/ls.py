@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
 
 DESCRIPTION = """\
-List a directory (or a file) of a region that need not be mounted.  Nothing is written; a journal that was not retired
-is replayed in memory.
+List a directory (or a file) of a region that need not be mounted.  Nothing is written; what its journal still holds is
+replayed in memory.
 
   pkernfs ls -l /dev/shm/pkernfs.img
   pkernfs ls -lR /dev/shm/pkernfs.img:/vms

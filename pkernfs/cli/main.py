@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pkernfs.cli.parsers import Parser, add_verbs, add_version
+from pkernfs.cli.parsers import Parser, add_version
 
 #: verb -> (module, what it is for).
 VERBS = {
@@ -37,7 +37,7 @@ def parser() -> Parser:
     """The parser of pkernfs with those of all its verbs."""
     made = Parser(prog="pkernfs", description=DESCRIPTION, epilog=EPILOG)
     add_version(made)
-    add_verbs(made, VERBS)
+    made.add_verbs(VERBS)
     return made
 
 

@@ -29,6 +29,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": Formatter, "allow_abbrev": False, **settings})
+        self.verbs: dict[str, VerbParser] = {}  #: by name, those that are not listed too; they may have to be loaded
+
+    def add_verbs(self, listed: Mapping[str, tuple[str, str]], hidden: Mapping[str, str] | None = None) -> None:
+        """The verbs of a command: name -> (module, what it is for); ``hidden``: name -> module, of those not listed."""
+        chosen = self.add_subparsers(
+            title="verbs", metavar="VERB", required=True, prog=self.prog, parser_class=VerbParser
+        )
+        for name, (module, help_text) in listed.items():
+            self.verbs[name] = chosen.add_parser(name, help=help_text, verb=name, module=module)
+        for name, module in (hidden or {}).items():
+            self.verbs[name] = chosen.add_parser(name, verb=name, module=module)
+
+    def arguments(self) -> list[argparse.Action]:
+        """What it takes, without its verbs.  argparse has no public way to ask for that."""
+        return [one for one in self._actions if one.nargs != argparse.PARSER]
 
     def error(self, message: str) -> NoReturn:
         """One line, and out."""
@@ -40,7 +55,7 @@ class Verb(NamedTuple):
     """What a module declares of each verb, in its VERBS."""
 
     description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    add_arguments: Callable[[Parser], None]
     run: Callable[[argparse.Namespace], int] | None  #: None: it has verbs of its own
 
 
@@ -81,22 +96,11 @@ class VerbParser(Parser):
         return found, unknown
 
 
-def add_verbs(
-    parser: argparse.ArgumentParser, verbs: Mapping[str, tuple[str, str]], hidden: Mapping[str, str] | None = None
-) -> None:
-    """The verbs of a command: name -> (module, what it is for); ``hidden``: name -> module, of those not listed."""
-    chosen = parser.add_subparsers(
-        title="verbs", metavar="VERB", required=True, prog=parser.prog, parser_class=VerbParser
-    )
-    for name, (module, help_text) in verbs.items():
-        chosen.add_parser(name, help=help_text, verb=name, module=module)
-    for name, module in (hidden or {}).items():
-        chosen.add_parser(name, verb=name, module=module)
-
-
 def add_version(parser: argparse.ArgumentParser) -> None:
     """The option --version."""
-    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "-V", "--version", action="version", version=f"%(prog)s {__version__}", help="show the version and exit"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser, note: str = "") -> None:

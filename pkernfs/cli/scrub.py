@@ -23,7 +23,8 @@ whether they agree with each other is what fsck.pkernfs finds out, without a mou
   pkernfs scrub /mnt/pkernfs
   pkernfs scrub /dev/shm/pkernfs.img
 
-exit status:  0  all is well     1  it failed     2  wrong usage     4  damage was found
+exit status:
+  0  all is well          1  it failed          2  wrong usage          4  damage was found
 """
 DAMAGED = 4
 

@@ -4,9 +4,7 @@ A module has the verbs of one noun in its VERBS.  What changes something asks th
 asks it, or a region that is not mounted (source.py).
 """
 
-import argparse
-
-from pkernfs.cli.parsers import Verb, add_verbs
+from pkernfs.cli.parsers import Parser, Verb
 
 #: verb -> (module, what it is for).
 LISTED = {
@@ -47,10 +45,10 @@ exit status:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Its verbs."""
     parser.epilog = EPILOG
-    add_verbs(parser, LISTED, DEPRECATED)
+    parser.add_verbs(LISTED, DEPRECATED)
 
 
 VERBS = {"iommu": Verb(DESCRIPTION, add_arguments, None)}
