@@ -8,6 +8,12 @@ import errno as _errno
 import os
 
 
+def quoted(name: bytes) -> str:
+    """A name in a message: in quotes, and what is no printable UTF-8 as an escape."""
+    text = name.decode(errors="backslashreplace")
+    return '"' + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) + '"'
+
+
 class PkernfsError(Exception):
     """An error that a user can act on: one line, no traceback.
 

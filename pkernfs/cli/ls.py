@@ -71,7 +71,7 @@ def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str,
         folder, ino = todo.pop()
         below = []
         try:
-            directory = fs.directory(ino)
+            directory = fs.names.directory(ino)
             entries = sorted(directory.scan(bad=damage.append), key=lambda entry: entry.name)
         except CorruptError as error:
             damage.append(error)

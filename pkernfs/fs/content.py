@@ -1,59 +1,44 @@
-"""What is in files: reading, writing, truncating, symbolic links; and the times of inodes."""
+"""What is in files: reading, writing, truncating, symbolic links."""
 
 from __future__ import annotations
 
 import errno
 import stat
-from collections.abc import Callable
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
     FLAG_DIRECT,
     GUARDED,
-    INODE_ATIME_AT,
     INODE_CTIME_AT,
     INODE_MTIME_AT,
     INODE_SIZE,
     INODE_SIZE_AT,
     MAX_FILE_SIZE,
     PAGE,
+    Extent,
     Ino,
     Inode,
 )
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import has_extents
+from pkernfs.fs.reclaim import Reclaimer
+from pkernfs.fs.times import Times
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import OUT_OF_SPACE, Volume
 
-DAY = 86400 * 10**9
 NO_PIECE = (0, -1, 0)
-I64_MAX = (1 << 63) - 1
-WORD = (1 << 64) - 1
-
-
-def clamp_time(ns: int) -> int:
-    """A time as the format can hold it: 1677-09-21 to 2262-04-11, as other filesystems clamp to their own limits."""
-    return max(-I64_MAX - 1, min(ns, I64_MAX))
 
 
 class Content:
     """The bytes of files.  Offsets and lengths are in bytes."""
 
-    #: "relatime" (as mount(8) has it), "strictatime" or "noatime"
-    atime_policy = "relatime"
-    #: Whether writing updates mtime and ctime.  A kernel that writes back has its own, of when write(2) was called, and
-    #: sends them with setattr: but not when they have not changed since it did so last.
-    write_updates_times = True
-
-    def __init__(self, volume: Volume, guard: Callable[[Volume], Guard]) -> None:
+    def __init__(self, volume: Volume, times: Times, reclaimer: Reclaimer, guard: Guard) -> None:
         self.volume = volume
-        self.guard = guard(volume)
+        self.times = times
+        self.reclaimer = reclaimer
+        self.guard = guard
         self.region = volume.region
-
-    def now(self) -> int:
-        """The time for time stamps, ns since the epoch."""
-        return self.volume.clock()
 
     def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
         """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
@@ -66,10 +51,6 @@ class Content:
             if holder:
                 raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
 
-    def finish_cut(self, ino: int) -> None:
-        """Free all that lies beyond the end of a file whose cut is pending: before it grows again."""
-        raise NotImplementedError
-
     def read(self, ino: int, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
         """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.
 
@@ -78,7 +59,7 @@ class Content:
         volume = self.volume
         inode = volume.inode(ino)
         if not noatime:
-            self.accessed(ino, inode)
+            self.times.accessed(ino, inode)
         length = min(length, inode.size - offset)
         if length <= 0:
             return b""
@@ -118,20 +99,6 @@ class Content:
         start, end, shift = volume.pieces[ino] = (first * PAGE, (first + run) * PAGE, (page - first) * PAGE)
         return offset + shift if offset + length <= end else 0
 
-    def atime_due(self, inode: Inode) -> bool:
-        """Whether reading is to store a new atime."""
-        if self.atime_policy == "noatime" or self.region.readonly:
-            return False
-        fresh = inode.atime > inode.mtime and inode.atime > inode.ctime and self.now() - inode.atime < DAY
-        return not fresh or self.atime_policy == "strictatime"
-
-    def accessed(self, ino: int, inode: Inode) -> None:
-        """Store a new atime when the policy asks for it; not in an inode that was found damaged."""
-        if self.atime_due(inode) and ino not in self.volume.damage.inodes:
-            now = self.now()
-            self.volume.inodes[ino] = inode._replace(atime=now)
-            self.region.store_word(ino * INODE_SIZE + INODE_ATIME_AT, now & WORD)
-
     def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
 
@@ -153,12 +120,12 @@ class Content:
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
         if offset > inode.size and inode.orphan_next:
-            self.finish_cut(ino)
+            self.reclaimer.finish_cut(ino)
             inode = volume.inode(ino)
         end = offset + len(data)
         mtime, ctime = inode.mtime, inode.ctime
-        if self.write_updates_times or inode.flags & FLAG_DIRECT:
-            mtime = ctime = self.now()
+        if self.times.on_write or inode.flags & FLAG_DIRECT:
+            mtime = ctime = volume.clock()
         start = self._mapped(ino, inode, offset, len(data))
         if start:
             # Mapped already, in one piece: no metadata change but the words.
@@ -174,7 +141,7 @@ class Content:
             filemap.allocate(tx, first, last)
             if offset > inode.size:
                 self._zero_mapped(filemap, inode.size, offset)
-            self._store(filemap, offset, data)
+            self.store(filemap, offset, data)
             tx.put_inode(ino, filemap.finish()._replace(size=max(inode.size, end), mtime=mtime, ctime=ctime))
 
         try:
@@ -209,7 +176,7 @@ class Content:
                 tx.put_inode(ino, inode)
         return inode
 
-    def _store(self, filemap: FileMap, offset: int, data: bytes | memoryview) -> None:
+    def store(self, filemap: FileMap, offset: int, data: bytes | memoryview) -> None:
         """Store into pages that are all mapped."""
         first, skip = divmod(offset, PAGE)
         view = memoryview(data)
@@ -256,7 +223,7 @@ class Content:
         if not stat.S_ISLNK(inode.mode):
             raise FsError(errno.EINVAL, f"inode {ino} is not a symbolic link")
         if not has_extents(inode):
-            self.accessed(ino, inode)
+            self.times.accessed(ino, inode)
             return inode.inline[: inode.size]
         return bytes(self.read(ino, 0, inode.size))
 
@@ -266,6 +233,10 @@ class Content:
         if not stat.S_ISREG(inode.mode):
             raise FsError(errno.EINVAL, f"inode {ino} is not a regular file")
         return FileMap(self.volume, ino, inode)
+
+    def extents(self, ino: int) -> list[Extent]:
+        """The extents of a regular file, in pages.  Raises FsError(EINVAL)."""
+        return list(self.file_map(ino).extents())
 
 
 def killed_mode(mode: int) -> int:

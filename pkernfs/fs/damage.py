@@ -6,7 +6,7 @@ import errno
 import logging
 from typing import Any
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError, FsError, PkernfsError
 from pkernfs.format import INODE_SIZE
 
 log = logging.getLogger("pkernfs")
@@ -40,6 +40,13 @@ class Damage:
         log.error("%s", error)
         if len(self.found) == MAX_LOGGED:
             log.error("%d structures were found damaged: more are not logged", MAX_LOGGED)
+
+    def complain(self, error: PkernfsError) -> None:
+        """Log what no caller gets to see; damage once, and not that it keeps an inode from being changed."""
+        if isinstance(error, CorruptError):
+            self.note(error)
+        elif error.errno != errno.EROFS:
+            log.error("%s", error)
 
     def check_changeable(self, ino: int) -> None:
         """Raise FsError(EROFS) when the inode was found damaged."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.errors import CorruptError, FsError, PkernfsError, quoted
 from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
@@ -23,6 +24,14 @@ class Entry(NamedTuple):
     ino: Ino
     mode: int  #: S_IFMT bits
     name: bytes
+
+
+def check_name(name: bytes) -> None:
+    """Raise FsError, ENAMETOOLONG or EINVAL, when nothing can be called so."""
+    if len(name) > NAME_MAX:
+        raise FsError(errno.ENAMETOOLONG, quoted(name))
+    if not name or b"/" in name or b"\0" in name:
+        raise FsError(errno.EINVAL, quoted(name))
 
 
 class Directory:
@@ -45,7 +54,7 @@ class Directory:
         name = value[DIRENT.size :]
         bad_name = len(name) != dirent.length or len(name) > NAME_MAX or b"/" in name or b"\0" in name
         if bad_name or name in (b".", b"..") or key >= KEYS_END:
-            raise self._bad(f"an entry with the name {name!r} at key {key:#x}")
+            raise self._bad(f"an entry with the name {quoted(name)} at key {key:#x}")
         return Entry(key, Ino(dirent.ino), dirent.mode, name)
 
     def find(self, name: bytes) -> Entry | None:
@@ -70,6 +79,13 @@ class Directory:
             else:
                 yield entry
 
+    def check_takes(self, name: bytes) -> None:
+        """Raise FsError when nothing can get this name here: ENOENT when the directory was removed, EEXIST for dots."""
+        if not self.inode.nlink:
+            raise FsError(errno.ENOENT, "the directory was removed")
+        if name in (b".", b".."):
+            raise FsError(errno.EEXIST, quoted(name))
+
     def target(self, entry: Entry) -> Inode:
         """The inode that an entry names.  Raises CorruptError when they do not agree.
 
@@ -77,14 +93,14 @@ class Directory:
         """
         ino = entry.ino
         if ino in (ROOT_INO, ORPHANS_INO):
-            raise self._bad(f"{entry.name!r} names inode {ino}")
+            raise self._bad(f"{quoted(entry.name)} names inode {ino}")
         inode = self.volume.inode_named_by(self.ino, ino)
         found = ""
         if stat.S_IFMT(inode.mode) != entry.mode:
             found = f"mode {inode.mode:o}, its name has {entry.mode:o}"
         elif stat.S_ISDIR(inode.mode) and inode.parent != self.ino:
             if self._is_stranger(ino, inode):
-                raise self._bad(f"{entry.name!r} names directory {ino:#x}, which is in {inode.parent:#x}")
+                raise self._bad(f"{quoted(entry.name)} names directory {ino:#x}, which is in {inode.parent:#x}")
             found = f"parent {inode.parent:#x}, its name is in {self.ino:#x}"
         if found:
             raise corrupt_inode(ino, found)
@@ -127,3 +143,11 @@ class Directory:
             mtime=now,
             ctime=now,
         )
+
+
+def open_directory(volume: Volume, ino: int) -> Directory:
+    """The directory ``ino``.  Raises FsError: ESTALE, ENOTDIR."""
+    inode = volume.inode(ino)
+    if not stat.S_ISDIR(inode.mode):
+        raise FsError(errno.ENOTDIR, f"inode {ino}")
+    return Directory(volume, ino, inode)

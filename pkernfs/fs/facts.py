@@ -21,10 +21,10 @@ def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
         {
             "file_offset": extent.start * PAGE,
             "region_offset": extent.page * PAGE,
-            "physical": fs.physical(extent.page * PAGE),
+            "physical": fs.volume.physical(extent.page * PAGE),
             "length": extent.length * PAGE,
         }
-        for extent in fs.extents(ino)
+        for extent in fs.content.extents(ino)
     ]
     contiguous = bool(extents) and extents[0]["file_offset"] == 0 and extents[0]["length"] >= inode.size > 0
     return {
@@ -85,7 +85,7 @@ def region_facts(fs: Filesystem) -> dict[str, Any]:
 def _orphans(fs: Filesystem) -> int | None:
     """How many inodes have no name; None where their list is damaged."""
     try:
-        return len(fs.orphans())
+        return len(fs.orphans.inos())
     except CorruptError as error:
         fs.volume.damage.note(error)
         return None

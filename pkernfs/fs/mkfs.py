@@ -12,12 +12,7 @@ from pkernfs.format import (
     BLOCK,
     BLOCK_FREE,
     BLOCK_META,
-    FLAG_DIR,
-    FLAG_FILE,
-    FLAG_IOMMU_DIR,
-    FLAG_IOMMU_ROOT_PGTABLES,
     INODE_SIZE,
-    IOMMU_INO,
     JOURNAL_HEADER,
     JOURNAL_MAGIC,
     MAGIC,
@@ -27,7 +22,6 @@ from pkernfs.format import (
     ORPHANS_INO,
     PAGE,
     ROOT_INO,
-    ROOT_PGTABLES_INO,
     TABLE_FANOUT,
     TABLE_MAGIC,
     VERSION,
@@ -37,9 +31,8 @@ from pkernfs.format import (
     Superblock,
     geometry,
 )
-from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.guard import Guard
-from pkernfs.fs.pages import seal_inode, seal_page
+from pkernfs.fs.mkfs_iommu import add_iommu
+from pkernfs.fs.pages import new_inode, seal_inode, seal_page
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 from pkernfs.region.superblock import seal_superblock
@@ -112,7 +105,7 @@ def mkfs(
         region.store(ino * INODE_SIZE, seal_inode(ino, inode))
     region.store(geo.journal_offset, raw)
     region.store(8, raw[8:])
-    _add_iommu(Filesystem(Volume(region, sb), Guard))
+    add_iommu(Volume(region, sb))
     region.flush()
     region.store_word(0, MAGIC)
     region.flush()
@@ -121,34 +114,9 @@ def mkfs(
 
 def _first_inodes(now: int) -> dict[int, Inode]:
     """The root directory and the list of orphans."""
-    root = Inode(
-        atime=now,
-        mtime=now,
-        ctime=now,
-        mode=stat.S_IFDIR | 0o755,
-        nlink=2,
-        uid=os.getuid(),
-        gid=os.getgid(),
-        flags=FLAG_DIR,
-        btime=now,
-        parent=ROOT_INO,
-    )
-    orphans = root._replace(mode=stat.S_IFREG, nlink=1, flags=FLAG_FILE, parent=0)
-    return {ROOT_INO: root, ORPHANS_INO: orphans._replace(orphan_next=ORPHANS_INO, orphan_prev=ORPHANS_INO)}
-
-
-def _add_iommu(fs: Filesystem) -> None:
-    """``iommu/`` and ``iommu/root-pgtables``: the RFC's names, in reserved slots."""
-    root = fs.getattr(ROOT_INO)
-    directory = fs.directory(ROOT_INO)
-    with fs.volume.transaction() as tx:
-        directory.add(tx, b"iommu", IOMMU_INO, stat.S_IFDIR)
-        parent = directory.finish(root.ctime)
-        tx.put_inode(ROOT_INO, parent._replace(nlink=parent.nlink + 1))
-        tx.put_inode(IOMMU_INO, root._replace(flags=FLAG_DIR | FLAG_IOMMU_DIR, nlink=2))
-    iommu = fs.directory(IOMMU_INO)
-    with fs.volume.transaction() as tx:
-        iommu.add(tx, b"root-pgtables", ROOT_PGTABLES_INO, stat.S_IFREG)
-        tx.put_inode(IOMMU_INO, iommu.finish(root.ctime))
-        inode = root._replace(mode=stat.S_IFREG | 0o600, nlink=1, parent=0, flags=FLAG_FILE | FLAG_IOMMU_ROOT_PGTABLES)
-        tx.put_inode(ROOT_PGTABLES_INO, inode)
+    uid, gid = os.getuid(), os.getgid()
+    orphans = new_inode(stat.S_IFREG, now, uid, gid)
+    return {
+        ROOT_INO: new_inode(stat.S_IFDIR | 0o755, now, uid, gid, parent=ROOT_INO),
+        ORPHANS_INO: orphans._replace(orphan_next=ORPHANS_INO, orphan_prev=ORPHANS_INO),
+    }

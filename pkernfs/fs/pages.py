@@ -6,6 +6,8 @@ from typing import Protocol
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
+    FLAG_DIR,
+    FLAG_FILE,
     INLINE_SIZE,
     INODE,
     INODE_CHECKED_AT,
@@ -88,6 +90,37 @@ def read_inode(region: Region, ino: int) -> Inode:
         if crc != inode.checksum:
             raise corrupt_inode(ino, f"checksum {inode.checksum:#x}, expected {crc:#x}")
     return inode
+
+
+def new_inode(
+    mode: int,
+    now: int,
+    uid: int,
+    gid: int,
+    *,
+    rdev: int = 0,
+    flags: int = 0,
+    generation: int = 0,
+    parent: int = 0,
+    project: int = 0,
+) -> Inode:
+    """An inode that was made ``now``, with one name and without content; ``parent`` is for directories."""
+    is_dir = stat.S_ISDIR(mode)
+    return Inode(
+        atime=now,
+        mtime=now,
+        ctime=now,
+        mode=mode,
+        nlink=2 if is_dir else 1,
+        generation=generation & 0xFFFFFFFF,
+        uid=uid,
+        gid=gid,
+        rdev=rdev,
+        flags=flags | (FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0),
+        btime=now,
+        parent=parent if is_dir else 0,
+        project=project,
+    )
 
 
 def check_inode(ino: int, inode: Inode, total_pages: int) -> None:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 from pkernfs.errors import FsError
 from pkernfs.format import Inode, Quota
 from pkernfs.fs.charge import chain, cost, enclosing_project, quota_of, with_quota, without_quota
-from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.orphans import BATCH
+from pkernfs.fs.directory import open_directory
+from pkernfs.fs.orphans import BATCH, Orphans
 from pkernfs.fs.volume import Volume
 
 
@@ -30,40 +30,65 @@ class Use(NamedTuple):
     used: int
 
 
-def get_quota(fs: Filesystem, ino: int) -> Use:
-    """The quota that counts first for what is made in (or written to) ``ino``."""
-    for project, inode in chain(fs.volume.cache, None, ino, fs.getattr(ino).project):
-        quota = quota_of(inode)
-        if quota.limit:
-            return Use(project, quota.limit, quota.used)
-    return Use(0, 0, 0)
+class Quotas:
+    """The quotas of a volume."""
 
+    def __init__(self, volume: Volume, orphans: Orphans) -> None:
+        self.volume = volume
+        self.orphans = orphans
 
-def set_quota(fs: Filesystem, ino: int, limit: int) -> Use:
-    """Limit directory ``ino`` to ``limit`` bytes, of which more may be used already; 0 takes the quota away.
+    def get(self, ino: int) -> Use:
+        """The quota that counts first for what is made in (or written to) ``ino``."""
+        for project, inode in chain(self.volume.cache, None, ino, self.volume.inode(ino).project):
+            quota = quota_of(inode)
+            if quota.limit:
+                return Use(project, quota.limit, quota.used)
+        return Use(0, 0, 0)
 
-    Raises FsError: ENOTDIR; EXDEV when a file below has a name elsewhere too: it could not count for both.
-    """
-    volume = fs.volume
-    inode = fs.directory(ino).inode
-    had = inode.project == ino
-    if had and limit and quota_of(inode).limit:
-        # All is marked and counted.
-        _store(volume, ino, with_quota(inode, quota_of(inode)._replace(limit=limit)))
-        return get_quota(fs, ino)
-    if not had and not limit:
-        return get_quota(fs, ino)
-    if limit:
-        _check_links(fs, ino)
-    enclosing = enclosing_project(volume.cache, ino, inode)
-    _store(volume, ino, with_quota(inode._replace(project=ino), Quota(0, 0)))
-    used = cost(volume.inode(ino)) + _mark(fs, ino, ino if limit else enclosing)
-    inode = volume.inode(ino)
-    if limit:
-        _store(volume, ino, with_quota(inode, Quota(limit, used)))
-    else:
-        fs.drop_quota(ino)
-    return get_quota(fs, ino)
+    def set(self, ino: int, limit: int) -> Use:
+        """Limit directory ``ino`` to ``limit`` bytes, of which more may be used already; 0 takes the quota away.
+
+        Raises FsError: ENOTDIR; EXDEV when a file below has a name elsewhere too: it could not count for both.
+        """
+        volume = self.volume
+        inode = open_directory(volume, ino).inode
+        had = inode.project == ino
+        if had and limit and quota_of(inode).limit:
+            # All is marked and counted.
+            _store(volume, ino, with_quota(inode, quota_of(inode)._replace(limit=limit)))
+            return self.get(ino)
+        if not had and not limit:
+            return self.get(ino)
+        if limit:
+            _check_links(volume, ino)
+        enclosing = enclosing_project(volume.cache, ino, inode)
+        _store(volume, ino, with_quota(inode._replace(project=ino), Quota(0, 0)))
+        used = cost(volume.inode(ino)) + _mark(volume, ino, ino if limit else enclosing)
+        inode = volume.inode(ino)
+        if limit:
+            _store(volume, ino, with_quota(inode, Quota(limit, used)))
+        else:
+            self.drop(ino)
+        return self.get(ino)
+
+    def drop(self, ino: int, *others: int) -> None:
+        """Take the quota away of a directory that is about to go, if it has one.
+
+        Files without a name that count against it count against the quota around it from now on.
+        ``others``: the inodes that will be changed with it, and must not be frozen: nothing is half done.
+        """
+        volume = self.volume
+        inode = volume.inode(ino)
+        if inode.project != ino:
+            return
+        for other in others:
+            volume.damage.check_changeable(other)
+        enclosing = enclosing_project(volume.cache, ino, inode)
+        with volume.transaction(preparing=True) as tx:
+            tx.put_inode(ino, with_quota(inode, Quota(0, 0)))
+        self.orphans.move(ino, enclosing)
+        with volume.transaction(preparing=True) as tx:
+            tx.put_inode(ino, without_quota(volume.inode(ino), enclosing))
 
 
 def _store(volume: Volume, ino: int, inode: Inode) -> None:
@@ -71,15 +96,15 @@ def _store(volume: Volume, ino: int, inode: Inode) -> None:
         tx.put_inode(ino, inode)
 
 
-def _below(fs: Filesystem, top: int) -> Iterator[tuple[int, Inode]]:
+def _below(volume: Volume, top: int) -> Iterator[tuple[int, Inode]]:
     """Everything below a directory, each directory before what is in it, each file once for each of its names.
 
     A directory with a limit of its own is given, and what is below it is not.
     """
     todo = [top]
     while todo:
-        for entry in fs.directory(todo.pop()).scan(0):
-            inode = fs.getattr(entry.ino)
+        for entry in open_directory(volume, todo.pop()).scan(0):
+            inode = volume.inode(entry.ino)
             yield entry.ino, inode
             if stat.S_ISDIR(inode.mode) and not _counts(entry.ino, inode):
                 todo.append(entry.ino)
@@ -90,10 +115,10 @@ def _counts(ino: int, inode: Inode) -> bool:
     return inode.project == ino and bool(quota_of(inode).limit)
 
 
-def _check_links(fs: Filesystem, top: int) -> None:
+def _check_links(volume: Volume, top: int) -> None:
     """Raise FsError(EXDEV) when a file below ``top`` has a name elsewhere too."""
     names: dict[int, int] = {}
-    for ino, inode in _below(fs, top):
+    for ino, inode in _below(volume, top):
         if not stat.S_ISDIR(inode.mode) and inode.nlink > 1:
             names[ino] = names.get(ino, inode.nlink) - 1
     for ino, left in names.items():
@@ -101,12 +126,11 @@ def _check_links(fs: Filesystem, top: int) -> None:
             raise FsError(errno.EXDEV, f"inode {ino} has {left} more names elsewhere: find -inum {ino} lists them")
 
 
-def _mark(fs: Filesystem, top: int, project: int) -> int:
+def _mark(volume: Volume, top: int, project: int) -> int:
     """Let everything below ``top`` count against ``project``; the bytes that it all uses."""
-    volume = fs.volume
     used = 0
     seen: set[int] = set()
-    below = _below(fs, top)
+    below = _below(volume, top)
     while batch := list(islice(below, BATCH)):
         with volume.transaction() as tx:
             for ino, inode in batch:

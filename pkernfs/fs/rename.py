@@ -5,19 +5,23 @@ from __future__ import annotations
 import errno
 import stat
 
-from pkernfs.errors import FsError
-from pkernfs.format import GUARDED, NAME_MAX, ROOT_INO, Inode
+from pkernfs.errors import FsError, quoted
+from pkernfs.format import GUARDED, ROOT_INO, Inode
 from pkernfs.fs.damage import corrupt_inode
-from pkernfs.fs.directory import Directory, Entry
-from pkernfs.fs.names import Names
+from pkernfs.fs.directory import Entry, check_name
+from pkernfs.fs.names import Names, check_project, check_removable
 from pkernfs.fs.transaction import Transaction
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
 
-class Renames(Names):
+class Renames:
     """Names that change, and move to other directories."""
+
+    def __init__(self, names: Names) -> None:
+        self.names = names
+        self.volume = names.volume
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
@@ -28,38 +32,37 @@ class Renames(Names):
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL, f"flags {flags:#x}")
-        if len(new_name) > NAME_MAX:
-            raise FsError(errno.ENAMETOOLONG, repr(new_name))
-        source = self.directory(parent)
-        target = source if new_parent == parent else self.directory(new_parent)
-        old = self._entry(source, name)
+        check_name(new_name)
+        source = self.names.directory(parent)
+        target = source if new_parent == parent else self.names.directory(new_parent)
+        old = self.names.entry(source, name)
         new = target.find(new_name)
         if new is not None:
             target.target(new)
-        self._check_removable(old.ino, name)
+        check_removable(old.ino, name)
         if flags == RENAME_EXCHANGE and new is None:
-            raise FsError(errno.ENOENT, repr(new_name))
+            raise FsError(errno.ENOENT, quoted(new_name))
         if flags == RENAME_NOREPLACE and new is not None:
-            raise FsError(errno.EEXIST, repr(new_name))
+            raise FsError(errno.EEXIST, quoted(new_name))
         moved = self.volume.inode(old.ino)
         if stat.S_ISDIR(moved.mode):
             self._check_not_below(old.ino, new_parent)
         if new is None:
-            self._check_new_place(target, new_name)
+            target.check_takes(new_name)
         elif new.ino == old.ino:
             return
         else:
-            self._check_removable(new.ino, new_name)
+            check_removable(new.ino, new_name)
         if source is not target:
-            self.guard.may_move(source.inode, target.inode)
-        self._check_project(source.inode, target.inode)
+            self.names.guard.may_move(source.inode, target.inode)
+        check_project(source.inode, target.inode)
         if new is not None and flags != RENAME_EXCHANGE:
             self._check_replaceable(new, moved)
             replaced = self.volume.inode(new.ino)
             if replaced.flags & GUARDED:
-                self.guard.may_unlink(new.ino, replaced)
-            self.drop_quota(new.ino, parent, new_parent, old.ino)
-        now = self.now()
+                self.names.guard.may_unlink(new.ino, replaced)
+            self.names.quotas.drop(new.ino, parent, new_parent, old.ino)
+        now = self.volume.clock()
         with self.volume.transaction() as tx:
             if flags == RENAME_EXCHANGE and new is not None:
                 other = self.volume.inode(new.ino)
@@ -72,7 +75,7 @@ class Renames(Names):
             else:
                 links = stat.S_ISDIR(moved.mode) + 0
                 if new is not None:
-                    self._drop_name(tx, new.ino, self.volume.inode(new.ino), now)
+                    self.names.drop_name(tx, new.ino, self.volume.inode(new.ino), now)
                     target.replace(tx, new, old.ino, moved.mode)
                 else:
                     target.add(tx, new_name, old.ino, moved.mode)
@@ -89,15 +92,7 @@ class Renames(Names):
                 inode = target.finish(now)
                 tx.put_inode(new_parent, inode._replace(nlink=inode.nlink + links - lost))
         if new is not None and flags != RENAME_EXCHANGE:
-            self.reap(new.ino)
-
-    def _check_new_place(self, target: Directory, name: bytes) -> None:
-        if not name or b"/" in name or b"\0" in name:
-            raise FsError(errno.EINVAL, repr(name))
-        if name in (b".", b".."):
-            raise FsError(errno.EEXIST, repr(name))
-        if not target.inode.nlink:
-            raise FsError(errno.ENOENT, "the directory was removed")
+            self.names.reclaimer.reap(new.ino)
 
     def _check_not_below(self, ino: int, place: int) -> None:
         """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""
@@ -115,9 +110,9 @@ class Renames(Names):
     def _check_replaceable(self, new: Entry, moved: Inode) -> None:
         inode = self.volume.inode(new.ino)
         if stat.S_ISDIR(moved.mode) != stat.S_ISDIR(inode.mode):
-            raise FsError(errno.ENOTDIR if stat.S_ISDIR(moved.mode) else errno.EISDIR, repr(new.name))
+            raise FsError(errno.ENOTDIR if stat.S_ISDIR(moved.mode) else errno.EISDIR, quoted(new.name))
         if stat.S_ISDIR(inode.mode) and inode.root:
-            raise FsError(errno.ENOTEMPTY, repr(new.name))
+            raise FsError(errno.ENOTEMPTY, quoted(new.name))
 
     def _moved(self, tx: Transaction, ino: int, inode: Inode, parent: int, now: int) -> None:
         is_dir = stat.S_ISDIR(inode.mode)

@@ -126,6 +126,12 @@ class Volume:
         """Note that the open transaction changes ``page``."""
         self.open_tx.change(page)
 
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def physical(self, offset: int) -> int:
+        """The physical address of a region offset, bytes."""
+        return self.sb.phys_base + offset
+
     # -- the end --------------------------------------------------------------------------------------------------
 
     def superblock_word(self, name: str) -> int:

@@ -59,7 +59,7 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
     block, page = offset // BLOCK, offset // PAGE
     facts: dict[str, Any] = {
         "offset": offset,
-        "physical": fs.physical(offset),
+        "physical": fs.volume.physical(offset),
         "block": block,
         "page": page,
         "block_kind": BLOCK_KINDS[fs.volume.space.table[block]],
@@ -152,7 +152,7 @@ def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
         return facts | {"tree": _tree_of(fs, ino, inode, page)}
     if structure == PAGE_KINDS[PAGE_XATTR]:
         return facts | {"attribute": _attribute_at(fs, ino, inode, page)}
-    for extent in fs.extents(ino):
+    for extent in fs.content.extents(ino):
         if extent.page <= page < extent.page + extent.length:
             facts["file_offset"] = extent.start * PAGE + offset - extent.page * PAGE
             facts["beyond_end"] = facts["file_offset"] >= inode.size
@@ -160,7 +160,7 @@ def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
             facts["extent"] = {
                 "file_offset": extent.start * PAGE,
                 "region_offset": extent.page * PAGE,
-                "physical": fs.physical(extent.page * PAGE),
+                "physical": fs.volume.physical(extent.page * PAGE),
                 "length": extent.length * PAGE,
             }
     return facts

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pkernfs.format import FLAG_IOMMU_DOMAIN_PGTABLES, IOMMU_INO, Ino
 from pkernfs.fs.directory import Directory
-from pkernfs.fs.orphans import listed
+from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.volume import Volume
 
 
@@ -23,7 +23,7 @@ def domains(volume: Volume) -> Iterator[tuple[str | None, Ino]]:
     """(name, inode) of all domains; without a name those that are about to be freed.  Raises CorruptError."""
     for name, ino in named_domains(volume):
         yield os.fsdecode(name), ino
-    for ino in listed(volume):
+    for ino in Orphans(volume).inos():
         if volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             yield None, ino
 

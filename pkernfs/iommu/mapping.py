@@ -204,5 +204,5 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
 
     result = commit(fs, request, change)
     for file_ino in files:
-        fs.reap(file_ino)
+        fs.reclaimer.reap(file_ino)
     return result

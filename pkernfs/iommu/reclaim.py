@@ -20,7 +20,7 @@ def acknowledge(fs: Filesystem, token: int = 0, request: int = 0) -> int:
     ``token``: the generation of the list that was worked through, 0: whatever is listed.  Raises FsError(EAGAIN) when
     more has come since.
     """
-    removed = [ino for ino in fs.orphans() if fs.is_guarded(ino)]
+    removed = [ino for ino in fs.orphans.inos() if fs.reclaimer.is_guarded(ino)]
 
     def change(tx: Transaction, roots: Records, compact: bool) -> int:
         if token not in (0, generation(roots)):
@@ -34,12 +34,12 @@ def acknowledge(fs: Filesystem, token: int = 0, request: int = 0) -> int:
                     continue
                 freed += domain.reclaim(tx)
             except CorruptError as error:
-                fs.complain(error)  # its pages go on waiting
+                fs.volume.damage.complain(error)  # its pages go on waiting
                 continue
             domain.save(tx)
         return freed
 
     freed = commit(fs, request, change)
     for ino in removed:
-        fs.reap(ino)
+        fs.reclaimer.reap(ino)
     return freed

@@ -59,7 +59,7 @@ def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
         if directory in seen:
             continue
         seen.add(directory)
-        for entry in fs.directory(directory).scan(0):
+        for entry in fs.names.directory(directory).scan(0):
             if entry.ino in inos:
                 found.setdefault(entry.ino, os.fsdecode(path + entry.name))
             if stat.S_ISDIR(entry.mode):

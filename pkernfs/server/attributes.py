@@ -60,7 +60,7 @@ class Attributes:
         entry.entry_timeout = FOREVER
         if is_changing(inode):
             entry.attr_timeout = 0
-            entry.st_mtime_ns = max(inode.mtime, self.fs.now())
+            entry.st_mtime_ns = max(inode.mtime, self.fs.volume.clock())
         else:
             entry.attr_timeout = 0 if inode.flags & GUARDED else FOREVER
             entry.st_mtime_ns = inode.mtime
@@ -69,7 +69,7 @@ class Attributes:
     def found(self, ino: int) -> EntryAttributes:
         """For a reply by which the kernel comes to refer to the inode, which is counted.  Raises PkernfsError."""
         entry = self.of(ino, self.fs.getattr(ino))
-        self.fs.remember(ino)
+        self.fs.lookups.add(ino)
         return entry
 
     def missing(self) -> EntryAttributes:
@@ -85,7 +85,7 @@ class Attributes:
         changing = is_changing(inode)
         # Of a file that has blocks of its own what was cached is dropped at each open: it may have been mapped
         # directly meanwhile.
-        keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.atime_due(inode)
+        keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.times.atime_due(inode)
         # With writeback, AUTO_INVAL_DATA does nothing: a changing file is read and written past the cache then (and
         # cannot be mapped shared before Linux 6.6, which has FUSE_DIRECT_IO_ALLOW_MMAP).
         direct_io = bool(inode.flags & GUARDED) or (self.writeback and changing)

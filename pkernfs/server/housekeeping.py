@@ -21,11 +21,11 @@ class Housekeeping:
 
     def __init__(self, fs: Filesystem) -> None:
         self.fs = fs
-        fs.in_background = True
+        fs.reclaimer.in_background = True
         self._work = trio.Event()
 
     def wake(self) -> None:
-        """There is something to do (``fs.pending``)."""
+        """There is something to do (``fs.reclaimer.pending``)."""
         self._work.set()
 
     async def run(self) -> None:
@@ -34,12 +34,12 @@ class Housekeeping:
         while True:
             await self._work.wait()
             self._work = trio.Event()
-            while fs.pending:
-                ino = next(iter(fs.pending))
+            while fs.reclaimer.pending:
+                ino = next(iter(fs.reclaimer.pending))
                 try:
-                    fs.pending_step()
+                    fs.reclaimer.step()
                 except PkernfsError as error:
-                    fs.complain(error)
+                    fs.volume.damage.complain(error)
                 except Exception:
                     log.exception("a bug: freeing inode %d failed", ino)
                 await trio.lowlevel.checkpoint()

@@ -17,7 +17,8 @@ from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, Set
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
 from pkernfs.format import NAME_MAX, PAGE
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.server.attributes import Attributes
 from pkernfs.server.handles import INO, KILL_PRIV, NOATIME
@@ -48,7 +49,7 @@ class Operations(pyfuse3.Operations):
         what is written, and has the say on size, mtime and ctime of files."""
         super().__init__()
         self.enable_writeback_cache = writeback
-        fs.write_updates_times = not writeback
+        fs.times.on_write = not writeback
         self.fs = fs
         self.facts = Facts(fs, facts)
         self.attributes = Attributes(fs, writeback=writeback)
@@ -93,14 +94,14 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: Any) -> None:
         for ino, count in inode_list:
             try:
-                self.fs.forget(ino, count)
+                self.fs.reclaimer.forget(ino, count)
                 if not self.fs.lookups[ino]:
                     self.short_writes.drop(ino)
             except PkernfsError as error:
-                self.fs.complain(error)
+                self.fs.volume.damage.complain(error)
             except Exception:
                 log.exception("a bug: forgetting inode %d failed", ino)
-        if self.fs.pending:
+        if self.fs.reclaimer.pending:
             self.housekeeping.wake()
 
     # -- names ----------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class Operations(pyfuse3.Operations):
     def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        self.fs.check_open(parent_inode, flags)
+        self.fs.attributes.check_open(parent_inode, flags)
         ino = self.fs.create(parent_inode, name, stat.S_IFREG | mode, Caller(ctx.uid, ctx.gid))
         return self.attributes.opened(ino, flags, ctx.uid), self.attributes.found(ino)
 
@@ -164,7 +165,7 @@ class Operations(pyfuse3.Operations):
     def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         # Cookies 1 and 2 stand for "." and "..", the cookie of an entry is its key + 3.
         reply, attributes = pyfuse3.readdir_reply, self.attributes.of
-        directory = self.fs.directory(fh)
+        directory = self.fs.names.directory(fh)
         if start_id == 0 and not reply(token, b".", attributes(fh, directory.inode), 1):
             return
         if start_id <= 1:
@@ -179,7 +180,7 @@ class Operations(pyfuse3.Operations):
                 continue
             if not reply(token, entry.name, found, entry.key + 3):
                 return
-            self.fs.remember(entry.ino)
+            self.fs.lookups.add(entry.ino)
 
     @handler
     def releasedir(self, fh: int) -> None:
@@ -189,7 +190,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        self.fs.check_open(inode, flags)
+        self.fs.attributes.check_open(inode, flags)
         if flags & os.O_TRUNC:
             self.fs.setattr(inode, SetAttr(size=0), privileged=ctx.uid == 0)
         return self.attributes.opened(inode, flags, ctx.uid)

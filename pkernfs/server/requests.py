@@ -99,7 +99,7 @@ def handler(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
         finally:
             if keyed:
                 self.replay.end()
-            if fs.pending:
+            if fs.reclaimer.pending:
                 self.housekeeping.wake()
 
     call.__name__ = name

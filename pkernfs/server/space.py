@@ -86,11 +86,11 @@ async def wait_for_space(fs: Filesystem, replay: Replay, error: PkernfsError, ca
     Raises PkernfsError, of the last time.
     """
     for seconds in FORGETS:
-        if not fs.awaits_forget():
+        if not fs.reclaimer.awaits_forget():
             break
         with replay.suspended():
             await trio.sleep(seconds)
-            fs.settle()
+            fs.reclaimer.settle()
         try:
             return call()
         except PkernfsError as once_more:

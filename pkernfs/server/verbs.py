@@ -11,7 +11,6 @@ import trio
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.fs.facts import file_facts, region_facts
-from pkernfs.fs.quota import get_quota, set_quota
 from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.control import Verb
 from pkernfs.server.iommu import iommu
@@ -54,7 +53,7 @@ def verbs(
         ino, on = _ino(request), request.get("on") is not False
         if on and operations.enable_writeback_cache:
             raise FsError(errno.EOPNOTSUPP, "a direct mapping of a file on a mount with -o writeback: mount it without")
-        fs.set_direct(ino, on)
+        fs.attributes.set_direct(ino, on)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
             await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)
@@ -68,10 +67,10 @@ def verbs(
         ino = _ino(request)
         limit = request.get("limit")
         if limit is None:
-            return get_quota(fs, ino)._asdict()
+            return fs.quotas.get(ino)._asdict()
         if not isinstance(limit, int) or not 0 <= limit < 1 << 63:
             raise FsError(errno.EINVAL, f'"limit": expected bytes, found {limit!r}')
-        return set_quota(fs, ino, limit)._asdict()
+        return fs.quotas.set(ino, limit)._asdict()
 
     def noting(verb: Verb) -> Verb:
         async def call(request: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import trio
 import pkernfs
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.format import ROOT_INO
-from pkernfs.fs.filesystem import SetAttr
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.lookups import Lookups
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.restore import restore
@@ -125,7 +125,7 @@ class Worker:
         region = open_region(self.state.region, readonly=options.readonly, fd=region_fd)
         set_barriers(region, options)
         self.fs = fs = open_filesystem(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
-        fs.atime_policy = options.atime
+        fs.times.policy = options.atime
         if self.first and not options.readonly:
             fs.volume.mark_mounted()
             restore(fs, cold=options.cold)

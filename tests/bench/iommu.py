@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Final
 
 from pkernfs.format import BLOCK, DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, MiB, TiB, geometry
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.iommu import domain, mapping, replace, views

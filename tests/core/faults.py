@@ -9,7 +9,6 @@ from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode, seal_page
-from pkernfs.fs.quota import set_quota
 from pkernfs.fs.slab import Slab
 from pkernfs.region.superblock import seal_superblock
 from tests.core import faults_iommu
@@ -75,7 +74,7 @@ def patch_extent(fs: Filesystem, path: bytes, n: int = 0, **fields: int) -> None
 
 
 def page_of(fs: Filesystem, path: bytes) -> int:
-    return fs.extents(fs.resolve(path))[0].page
+    return fs.content.extents(fs.resolve(path))[0].page
 
 
 def rename_in_place(fs: Filesystem, old: bytes, new: bytes) -> None:
@@ -191,7 +190,7 @@ def orphan_files(fs: Filesystem, count: int = 2) -> list[int]:
     found = []
     for n in range(count):
         found.append(mkfile(fs, b"gone%d" % n, b"x"))
-        fs.remember(found[-1])
+        fs.lookups.add(found[-1])
         fs.unlink(ROOT, b"gone%d" % n)
     return found
 
@@ -339,7 +338,7 @@ def directory_loop(fs: Filesystem, *, apart: bool = False) -> None:
     if apart:
         drop_name(fs, b"d")
         patch_inode(fs, outer, parent=inner)
-    directory = fs.directory(inner)
+    directory = fs.names.directory(inner)
     with fs.volume.transaction() as tx:
         directory.add(tx, b"loop", outer, stat.S_IFDIR)
         fs.volume.put_inode(inner, directory.finish(0)._replace(nlink=3))
@@ -383,11 +382,11 @@ def quotas(fs: Filesystem) -> int:
     """Directories with quotas, one in another, and a file that is open only; the outer directory."""
     q = mkdir(fs, b"q")
     inner = mkdir(fs, b"inner", mkdir(fs, b"e", q))
-    set_quota(fs, inner, MiB)
+    fs.quotas.set(inner, MiB)
     mkfile(fs, b"f", b"x" * 5000, fs.resolve(b"q/e"))
     mkfile(fs, b"f", b"x" * 5000, inner)
-    set_quota(fs, q, 4 * MiB)
-    fs.remember(mkfile(fs, b"open", b"x" * 5000, q))
+    fs.quotas.set(q, 4 * MiB)
+    fs.lookups.add(mkfile(fs, b"open", b"x" * 5000, q))
     fs.unlink(q, b"open")
     return q
 
@@ -412,7 +411,7 @@ def behind_quota(fs: Filesystem) -> None:
 def patch_project(fs: Filesystem, path: bytes, project: int | bytes) -> None:
     """``project``: a number, or a path; ``path`` b"": the file that is open only."""
     quotas(fs)
-    ino = fs.resolve(path) if path else fs.orphans()[0]
+    ino = fs.resolve(path) if path else fs.orphans.inos()[0]
     patch_inode(fs, ino, project=fs.resolve(project) if isinstance(project, bytes) else project)
 
 

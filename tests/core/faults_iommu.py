@@ -97,7 +97,7 @@ def tables_with_a_hole(fs: Filesystem) -> None:
 
 
 def clear_bit(fs: Filesystem) -> None:
-    (extent,) = fs.extents(domain(fs))
+    (extent,) = fs.content.extents(domain(fs))
     fs.region.store_word(extent.page * f.PAGE, 0xF0)
 
 
@@ -114,7 +114,7 @@ def move_domain(fs: Filesystem) -> None:
     """The domain, from iommu/ to the root directory."""
     ino = domain(fs)
     for parent, added in ((f.IOMMU_INO, False), (f.ROOT_INO, True)):
-        directory = fs.directory(parent)
+        directory = fs.names.directory(parent)
         with fs.volume.transaction() as tx:
             if added:
                 directory.add(tx, b"dom-0", ino, stat.S_IFREG)

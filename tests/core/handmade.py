@@ -41,7 +41,7 @@ LAST = max((b"d", b"g", b"empty", b"big", b"sparse", b"link", b"iommu"), key=lam
 def add_name(fs: Filesystem, parent: bytes, name: bytes, ino: int, kind: int) -> None:
     """A name more, by the filesystem's own means."""
     place = fs.resolve(parent)
-    directory = fs.directory(place)
+    directory = fs.names.directory(place)
     with fs.volume.transaction() as tx:
         directory.add(tx, name, ino, kind)
         fs.volume.put_inode(place, directory.finish(1))

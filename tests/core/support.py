@@ -27,7 +27,8 @@ from pkernfs.format import (
     Inode,
     Mapping,
 )
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pages import Page, read_inode, seal_inode
@@ -103,7 +104,7 @@ def unmap(fs: Filesystem, domain: int, iova: int) -> None:
         records.finish(tx)
         ino = MAPPING.unpack(value).ino
         tx.pin(ino, -1)
-    fs.reap(ino)
+    fs.reclaimer.reap(ino)
 
 
 def attach(fs: Filesystem, requester: int, domain: int, number: int = 1) -> None:
@@ -160,7 +161,7 @@ def shape(fs: Filesystem, ino: int) -> Shape:
 
 def tree(fs: Filesystem) -> dict[bytes, Shape]:
     """Every path with what stands there, the root as b"", and the number of orphans as the size of b"//orphans"."""
-    fs.atime_policy = "noatime"
+    fs.times.policy = "noatime"
     found = {}
     todo = [(b"", int(ROOT))]
     while todo:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.format import BLOCK, INODE_MTIME_AT, INODE_SIZE, PAGE, XATTR_INLINE, XATTR_SIZE_MAX
-from pkernfs.fs.content import I64_MAX
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.times import I64_MAX
 from tests.core.support import (
     ME,
     ROOT,
@@ -229,6 +230,6 @@ def test_statfs_of_a_fresh_region(make_fs: Callable[..., Filesystem]) -> None:
 
 def test_physical_addresses(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"here")
-    page = fs.extents(ino)[0].page
-    assert fs.physical(page * PAGE) == page * PAGE + fs.volume.sb.phys_base
+    page = fs.content.extents(ino)[0].page
+    assert fs.volume.physical(page * PAGE) == page * PAGE + fs.volume.sb.phys_base
     assert bytes(fs.region.view[page * PAGE : page * PAGE + 4]) == content(fs, ino)

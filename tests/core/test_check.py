@@ -202,7 +202,7 @@ def test_problems_are_limited() -> None:
     fs = new_fs(64)
     d = mkdir(fs, b"d")
     ino = mkfile(fs, b"many", parent=d)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     for n in range(20):
         fs.create(d, b"%d" % n, stat.S_IFREG, ME)
     checker = Checker(fs.volume)

@@ -10,7 +10,8 @@ import pytest
 
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, BLOCK_DATA, MAX_FILE_SIZE, PAGE, PAGES_PER_BLOCK
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import MemoryRegion
 from tests.core.support import (
     ME,
@@ -59,7 +60,7 @@ def data_of(size: int, seed: int = 1) -> bytes:
 
 
 def is_contiguous(fs: Filesystem, ino: int) -> bool:
-    return len(fs.extents(ino)) <= 1
+    return len(fs.content.extents(ino)) <= 1
 
 
 # -- write, read, resize ----------------------------------------------------------------------------------------------
@@ -134,13 +135,13 @@ def test_grown_files_have_all_their_memory(fs: Filesystem) -> None:
 def test_large_files_are_contiguous(fs: Filesystem) -> None:
     by_truncate, by_write = mkfile(fs, b"t"), mkfile(fs, b"w")
     fs.setattr(by_truncate, SetAttr(size=20 * MiB))
-    (extent,) = fs.extents(by_truncate)
+    (extent,) = fs.content.extents(by_truncate)
     assert (extent.start, extent.length, extent.page % PAGES_PER_BLOCK) == (0, 20 * MiB // PAGE, 0)
     for at in range(0, 20 * MiB, MiB):
         fs.write(by_write, at, b"w" * MiB)
     # The first half block was written as pages and moved: all the same one piece.
     assert is_contiguous(fs, by_write)
-    assert fs.extents(by_write)[0].page % PAGES_PER_BLOCK == 0
+    assert fs.content.extents(by_write)[0].page % PAGES_PER_BLOCK == 0
 
 
 @pytest.mark.parametrize("size", [2 * MiB + 5, 3 * MiB - 1, 20 * MiB + 4097])
@@ -212,7 +213,7 @@ def test_overwrite_across_extents(fs: Filesystem) -> None:
         fs.write(ino, n * PAGE + 10, b"%04d" % n)
         image[n * PAGE + 10 : n * PAGE + 14] = b"%04d" % n
     size = fs.getattr(ino).size
-    assert len(fs.extents(ino)) > 5, "more than an inode holds"
+    assert len(fs.content.extents(ino)) > 5, "more than an inode holds"
     assert content(fs, ino) == image[:size]
     fs.write(ino, 5000, data_of(MiB + 999))
     image[5000 : 5000 + MiB + 999] = data_of(MiB + 999)
@@ -238,16 +239,16 @@ def test_chunks_become_blocks_when_half_full(fs: Filesystem) -> None:
 def test_direct_mapped_files_do_not_move(fs: Filesystem) -> None:
     small, large = mkfile(fs, b"s", b"s" * PAGE), mkfile(fs, b"l", b"l" * (4 * MiB))
     for ino in (small, large):
-        fs.set_direct(ino, True)
-    places = [fs.extents(ino)[0].page for ino in (small, large)]
+        fs.attributes.set_direct(ino, True)
+    places = [fs.content.extents(ino)[0].page for ino in (small, large)]
     fs.write(small, PAGE, b"t" * (MiB + PAGE))
     fs.setattr(large, SetAttr(size=100))
-    assert [fs.extents(ino)[0].page for ino in (small, large)] == places
+    assert [fs.content.extents(ino)[0].page for ino in (small, large)] == places
     assert content(fs, small) == b"s" * PAGE + b"t" * (MiB + PAGE)
     assert content(fs, large) == b"l" * 100
-    fs.set_direct(small, False)
+    fs.attributes.set_direct(small, False)
     with fails(errno.EINVAL):
-        fs.set_direct(mkdir(fs, b"d"), True)
+        fs.attributes.set_direct(mkdir(fs, b"d"), True)
 
 
 def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[..., Filesystem]) -> None:
@@ -257,7 +258,7 @@ def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[.
     blocks = fs.volume.space.free_blocks
     fs.setattr(ino, SetAttr(size=blocks * BLOCK))
     assert is_contiguous(fs, ino)
-    fs.set_direct(ino, True)
+    fs.attributes.set_direct(ino, True)
     assert bytes(fs.read(ino, blocks * BLOCK - 10, 100)) == bytes(10)
     fs.unlink(ROOT, b"ram")
     assert fs.volume.space.free_blocks == blocks
@@ -315,9 +316,9 @@ def test_open_files_can_be_removed_from_a_full_region(make_fs: Callable[..., Fil
     fs = make_fs(16)
     made = full(fs)
     name = next(entry.name for entry in fs.readdir(ROOT) if entry.ino == made[0])
-    fs.remember(made[0])
+    fs.lookups.add(made[0])
     fs.unlink(ROOT, name)
-    fs.forget(made[0], 1)
+    fs.reclaimer.forget(made[0], 1)
     assert fs.statfs().free >= PAGES_PER_BLOCK
 
 
@@ -374,7 +375,7 @@ def test_a_fragmented_region_gives_all_its_memory(make_fs: Callable[..., Filesys
     holes = len(names[::2])
     ino = mkfile(fs, b"pieces")
     fs.setattr(ino, SetAttr(size=holes * BLOCK))
-    assert len(fs.extents(ino)) == holes
+    assert len(fs.content.extents(ino)) == holes
     data = data_of(holes * BLOCK)
     for at in range(0, len(data), MiB + 1):
         fs.write(ino, at, data[at : at + MiB + 1])
@@ -504,7 +505,7 @@ def test_readlink_of_something_else(fs: Filesystem) -> None:
     with fails(errno.EINVAL):
         fs.readlink(mkfile(fs, b"f"))
     with fails(errno.EINVAL):
-        fs.extents(ROOT)
+        fs.content.extents(ROOT)
 
 
 def test_a_read_only_region_is_not_written(fs: Filesystem) -> None:
@@ -514,7 +515,7 @@ def test_a_read_only_region_is_not_written(fs: Filesystem) -> None:
     region.readonly = True
     other = open_fs(region)
     assert tree(other) == tree(fs)
-    other.atime_policy = "strictatime"
+    other.times.policy = "strictatime"
     assert content(other, ino) == b"abc"
     list(other.readdir(ROOT))
     for operation in (

@@ -9,7 +9,8 @@ import pytest
 from pkernfs.cli.main import run
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.paths import paths_of
 from pkernfs.fsck.explain import explain
 from pkernfs.fsck.scrub import Damage, scrub_all, scrub_step
@@ -33,11 +34,11 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     assert explain(fs, sb.journal_offset)["structure"] == "copy of the superblock"
     assert explain(fs, sb.journal_offset + PAGE)["structure"] == "journal header"
     assert explain(fs, (sb.blocks // 2) * BLOCK)["structure"] == "free"
-    extent = fs.extents(large)[0]
+    extent = fs.content.extents(large)[0]
     facts = explain(fs, extent.page * PAGE + 2 * MiB + 7)
     assert (facts["path"], facts["file_offset"], facts["beyond_end"]) == ("/large", 2 * MiB + 7, False)
     assert explain(fs, extent.page * PAGE + 3 * MiB)["beyond_end"]
-    page = fs.extents(small)[0].page
+    page = fs.content.extents(small)[0].page
     facts = explain(fs, page * PAGE + PAGE + 1)
     assert (facts["structure"], facts["ino"], facts["file_offset"]) == ("data", small, PAGE + 1)
     assert facts["path"] in ("/small", "/d/other")
@@ -56,7 +57,7 @@ def test_page_tables(fs: Filesystem) -> None:
     map_file(fs, domain, 7, mkfile(fs, b"f", b"x"))
     facts = explain(fs, fs.getattr(domain).iommu * PAGE)
     assert (facts["path"], facts["structure"], facts["tree"]) == ("/iommu/dom-0", "tree node", "records")
-    (extent,) = fs.extents(domain)
+    (extent,) = fs.content.extents(domain)
     assert explain(fs, extent.page * PAGE + 9)["path"] == "/iommu/dom-0"
     with fs.volume.transaction() as tx:
         fs.volume.put_inode(domain, fs.getattr(domain))
@@ -106,9 +107,9 @@ def test_trees_and_attributes(fs: Filesystem) -> None:
 
 def test_an_orphan_has_no_path(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"x")
-    offset = fs.extents(ino)[0].page * PAGE
+    offset = fs.content.extents(ino)[0].page * PAGE
     assert explain(fs, offset)["orphan"] is False
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"f")
     facts = explain(fs, offset)
     assert (facts["ino"], facts["paths"], facts["path"], facts["orphan"]) == (ino, [], None, True)
@@ -193,7 +194,7 @@ def test_names_do_nothing_to_a_terminal(made: str, capsys: pytest.CaptureFixture
         fs = open_fs(region)
         ino = mkfile(fs, name, b"x", mkdir(fs, name))
         fs.create(ROOT, b"link", stat.S_IFLNK | 0o777, ME, target=name)
-        offset = fs.extents(ino)[0].page * PAGE
+        offset = fs.content.extents(ino)[0].page * PAGE
     for words in (["ls", "-lR", made], ["explain", "--offset", made, str(offset)]):
         assert run(words) == 0
         out = capsys.readouterr().out

@@ -10,7 +10,8 @@ import pytest
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pages import check_page, read_inode, seal_inode, seal_page
 from pkernfs.iommu.guard import open_filesystem
@@ -179,7 +180,7 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> Filesystem:
     for n in range(150):
         mkfile(fs, b"name%d" % n)
     ino = mkfile(fs, b"open")
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"open")
     return fs
 

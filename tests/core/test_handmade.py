@@ -13,8 +13,9 @@ import pytest
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.fs import cache
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.facts import region_facts
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fsck.check import check_region
 from pkernfs.fsck.repair import repair_region
 from tests.core.faults import (
@@ -76,7 +77,7 @@ def readers(fs: Filesystem, path: bytes) -> Iterator[tuple[Any, ...]]:
     else:
         for offset in (0, 100_000, max(inode.size - 10, 0)):
             yield fs.read, ino, offset, 131_072
-        yield fs.extents, ino
+        yield fs.content.extents, ino
 
 
 def changers(fs: Filesystem, path: bytes) -> Iterator[tuple[Any, ...]]:
@@ -182,7 +183,7 @@ def test_what_two_files_share_is_freed_once(victim: Filesystem) -> None:
 def test_pages_that_one_file_has_twice_are_not_freed_twice(victim: Filesystem) -> None:
     """Counting them twice would let a slab go that is in use."""
     ino = mkfile(victim, b"twice", b"x" * f.PAGE)
-    first = victim.extents(ino)[0]
+    first = victim.content.extents(ino)[0]
     patch_inode(victim, ino, size=3 * f.PAGE, inline=f.EXTENT.pack(first) + f.EXTENT.pack(first._replace(start=2)))
     fs = open_fs(victim.region)
     assert attempt(fs, fs.unlink, ROOT, b"twice") == errno.EUCLEAN
@@ -195,11 +196,11 @@ def test_files_that_are_open_can_be_removed_while_the_list_of_orphans_is_damaged
     fs = open_fs(victim.region)
     before = fs.statfs()
     ino = mkfile(fs, b"open", b"x" * 100_000)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"open")
     assert fs.read(ino, 0, 9) == b"x" * 9
     assert {problem.code for problem in check_region(fs.region)[0]} == {"orphan-list"}
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     assert fs.statfs() == before
 
 
@@ -211,7 +212,7 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     while fs.volume.space.slab(safe // 16 // 512).free:
         mkfile(fs, b"filler%d" % fs.statfs().free, b"x" * 200_000)
     other = mkfile(fs, b"other", b"other", mkdir(fs, b"otherdir"))
-    slab = fs.extents(other)[0].page // 512
+    slab = fs.content.extents(other)[0].page // 512
     assert slab != safe // 16 // 512
     flip(fs, slab * f.BLOCK + 100)
     fs = open_fs(fs.region)
@@ -219,7 +220,7 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     assert [one["structure"] for one in region_facts(fs)["damaged"]] == [f"the header of slab {slab}"]
     assert fs.read(safe, 0, 9) == b"safe"
     new = mkfile(fs, b"new", b"new")
-    assert fs.extents(new)[0].page // 512 != slab
+    assert fs.content.extents(new)[0].page // 512 != slab
     assert fs.statfs().free < before.free
     assert fs.volume.damage.inodes == set()
     fs.unlink(ROOT, b"new")

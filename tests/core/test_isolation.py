@@ -11,7 +11,8 @@ import pytest
 
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, PAGE
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import ME, ROOT, SEED, UUID, MiB, mkdir, mkfile, open_fs
@@ -64,7 +65,7 @@ def unlink(fs: Filesystem, ino: int) -> None:
 
 
 def unlink_open(fs: Filesystem, ino: int) -> None:
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"old")
 
 
@@ -168,7 +169,7 @@ def look(fs: Filesystem, top: int) -> None:
         if stat.S_ISLNK(inode.mode):
             assert PATTERN not in fs.readlink(entry.ino)
         if stat.S_ISREG(inode.mode):
-            for extent in fs.extents(entry.ino):
+            for extent in fs.content.extents(entry.ino):
                 # All that is mapped, also beyond the end of the file.
                 assert PATTERN not in fs.region.read(extent.page * PAGE, extent.length * PAGE), (entry.name, extent)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pkernfs.errors import FsError
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.support import ME, ROOT, MiB, assert_sound, new_fs, open_fs
 
@@ -63,7 +64,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(lazy=st.booleans())
     def begin(self, lazy: bool) -> None:
-        self.fs.in_background = self.lazy = lazy
+        self.fs.reclaimer.in_background = self.lazy = lazy
 
         for n in range(4):
             self.create(n, b"ab"[n % 2 : n % 2 + 1], stat.S_IFDIR)
@@ -277,7 +278,7 @@ class Machine(RuleBasedStateMachine):
         node = self.nodes()[which % len(self.nodes())]
         if node is not self.root:
             node.opened += 1
-            self.fs.remember(node.ino)
+            self.fs.lookups.add(node.ino)
 
     @rule(which=PICK)
     def close(self, which: int) -> None:
@@ -285,14 +286,14 @@ class Machine(RuleBasedStateMachine):
         if opened:
             node = opened[which % len(opened)]
             node.opened -= 1
-            self.expect(0, lambda: self.fs.forget(node.ino, 1))
+            self.expect(0, lambda: self.fs.reclaimer.forget(node.ino, 1))
             if not node.opened:
                 self.orphans.pop(node.ino, None)
 
-    @precondition(lambda self: self.fs.pending)
+    @precondition(lambda self: self.fs.reclaimer.pending)
     @rule()
     def step(self) -> None:
-        self.expect(0, self.fs.pending_step)
+        self.expect(0, self.fs.reclaimer.step)
 
     @rule()
     def remount(self) -> None:
@@ -305,8 +306,8 @@ class Machine(RuleBasedStateMachine):
         """A new server: nobody has anything open."""
         self.close_all()
         self.fs = open_fs(self.fs.region)
-        self.fs.in_background = self.lazy
-        assert self.fs.orphans() == []
+        self.fs.reclaimer.in_background = self.lazy
+        assert self.fs.orphans.inos() == []
 
     def close_all(self) -> None:
         for node in self.nodes():
@@ -340,13 +341,13 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.compare()
-        self.fs.settle()
+        self.fs.reclaimer.settle()
         self.compare()
         for node in self.nodes():
             if node.opened:
-                self.fs.forget(node.ino, node.opened)
-        self.fs.settle()
-        assert self.fs.orphans() == []
+                self.fs.reclaimer.forget(node.ino, node.opened)
+        self.fs.reclaimer.settle()
+        assert self.fs.orphans.inos() == []
         assert_sound(self.fs)
 
 

@@ -20,7 +20,8 @@ from pkernfs.format import (
     name_key,
 )
 from pkernfs.fs import directory as directory_module
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.support import (
@@ -235,8 +236,8 @@ def test_too_many_links(fs: Filesystem) -> None:
 def test_removed_but_open_things_take_no_names(fs: Filesystem) -> None:
     d, ino = mkdir(fs, b"d"), mkfile(fs, b"f")
     mkfile(fs, b"other")
-    fs.remember(d)
-    fs.remember(ino)
+    fs.lookups.add(d)
+    fs.lookups.add(ino)
     fs.rmdir(ROOT, b"d")
     fs.unlink(ROOT, b"f")
     unchanged(fs, errno.ENOENT, lambda: fs.create(d, b"x", stat.S_IFREG, ME))
@@ -244,8 +245,8 @@ def test_removed_but_open_things_take_no_names(fs: Filesystem) -> None:
     unchanged(fs, errno.ENOENT, lambda: fs.rename(ROOT, b"other", d, b"x"))
     unchanged(fs, errno.ENOENT, lambda: fs.link(ino, ROOT, b"x"))
     assert names(fs, d) == set()
-    fs.forget(d, 1)
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(d, 1)
+    fs.reclaimer.forget(ino, 1)
 
 
 # -- rename -----------------------------------------------------------------------------------------------------------
@@ -429,10 +430,10 @@ def test_atime_of_directories_follows_the_policy(fs: Filesystem) -> None:
     assert read > fs.getattr(d).mtime
     list(fs.readdir(d))
     assert fs.getattr(d).atime == read
-    fs.atime_policy = "strictatime"
+    fs.times.policy = "strictatime"
     list(fs.readdir(d))
     assert fs.getattr(d).atime > read
-    fs.atime_policy = "noatime"
+    fs.times.policy = "noatime"
     read = fs.getattr(d).atime
     mkfile(fs, b"g", parent=d)
     list(fs.readdir(d))

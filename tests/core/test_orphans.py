@@ -10,9 +10,10 @@ import pytest
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ORPHANS_INO, PAGE
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.lookups import Lookups, lookups_size
-from pkernfs.fs.orphans import STEP
+from pkernfs.fs.reclaim import STEP
 from pkernfs.region import MemoryRegion
 from tests.core.support import (
     ROOT,
@@ -34,7 +35,7 @@ def sparse(fs: Filesystem, name: bytes, extents: int) -> int:
     ino = mkfile(fs, name)
     for n in range(extents):
         fs.write(ino, n * 2 * PAGE, b"%d" % n)
-    assert len(fs.extents(ino)) == extents
+    assert len(fs.content.extents(ino)) == extents
     return ino
 
 
@@ -42,10 +43,10 @@ def test_an_open_file_stays_until_it_is_forgotten(fs: Filesystem) -> None:
     space = fs.statfs()
     ino = mkfile(fs, b"f", b"still here")
     fs.setxattr(ino, b"user.a", b"v" * 5000)
-    fs.remember(ino)
-    fs.remember(ino)
+    fs.lookups.add(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"f")
-    assert fs.orphans() == [ino]
+    assert fs.orphans.inos() == [ino]
     assert fs.getattr(ino).nlink == 0
     assert content(fs, ino) == b"still here"
     fs.write(ino, 2 * MiB, b"and can be written")
@@ -53,12 +54,12 @@ def test_an_open_file_stays_until_it_is_forgotten(fs: Filesystem) -> None:
     fs.removexattr(ino, b"user.a")
     assert content(fs, ino)[2 * MiB :] == b"and"
     assert_sound(fs)
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     assert content(fs, ino)[:10] == b"still here"
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     with fails(errno.ESTALE):
         fs.getattr(ino)
-    assert fs.orphans() == []
+    assert fs.orphans.inos() == []
     assert fs.statfs() == space
 
 
@@ -68,18 +69,18 @@ def test_several_orphans_in_any_order(fs: Filesystem, order: tuple[int, ...], re
     space = fs.statfs()
     inodes = [mkfile(fs, b"f%d" % n, b"%d" % n) for n in range(3)]
     for n, ino in enumerate(inodes):
-        fs.remember(ino)
+        fs.lookups.add(ino)
         if replaced:
             mkfile(fs, b"new")
             fs.rename(ROOT, b"new", ROOT, b"f%d" % n)
         else:
             fs.unlink(ROOT, b"f%d" % n)
         assert_sound(fs)
-    assert sorted(fs.orphans()) == sorted(inodes)
+    assert sorted(fs.orphans.inos()) == sorted(inodes)
     for n in order:
         assert content(fs, inodes[n]) == b"%d" % n
-        fs.forget(inodes[n], 1)
-        assert inodes[n] not in fs.orphans()
+        fs.reclaimer.forget(inodes[n], 1)
+        assert inodes[n] not in fs.orphans.inos()
         assert_sound(fs)
     if replaced:
         for n in range(3):
@@ -91,28 +92,28 @@ def test_open_directories_stay_too(fs: Filesystem) -> None:
     space = fs.statfs()
     a = mkdir(fs, b"a")
     b = mkdir(fs, b"b", a)
-    fs.remember(a)
-    fs.remember(b)
+    fs.lookups.add(a)
+    fs.lookups.add(b)
     fs.rmdir(a, b"b")
     fs.rmdir(ROOT, b"a")
-    assert set(fs.orphans()) == {a, b}
+    assert set(fs.orphans.inos()) == {a, b}
     assert fs.getattr(b).nlink == 0
     assert list(fs.readdir(b)) == []
     assert fs.lookup(b, b"..") == a
     assert_sound(fs)
-    fs.forget(a, 1)
-    fs.forget(b, 1)
+    fs.reclaimer.forget(a, 1)
+    fs.reclaimer.forget(b, 1)
     assert fs.statfs() == space
 
 
 def test_forgetting_what_has_a_name_changes_nothing(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"x")
-    fs.remember(ino)
+    fs.lookups.add(ino)
     before = tree(fs)
-    fs.forget(ino, 1)
-    fs.forget(ino, 10)
-    fs.forget(ROOT, 1)
-    fs.forget(999_999, 1)
+    fs.reclaimer.forget(ino, 1)
+    fs.reclaimer.forget(ino, 10)
+    fs.reclaimer.forget(ROOT, 1)
+    fs.reclaimer.forget(999_999, 1)
     assert tree(fs) == before
 
 
@@ -121,35 +122,35 @@ def test_the_next_mount_frees_orphans(fs: Filesystem) -> None:
     for n in range(5):
         ino = sparse(fs, b"f", 10 + n * 50) if n % 2 else mkfile(fs, b"f", b"x" * MiB)
         fs.setxattr(ino, b"user.a", b"v" * 700)
-        fs.remember(ino)
+        fs.lookups.add(ino)
         fs.unlink(ROOT, b"f")
-    assert len(fs.orphans()) == 5
+    assert len(fs.orphans.inos()) == 5
     image = bytes(fs.region.view)
     readonly = MemoryRegion(image=image)
     readonly.readonly = True
-    assert len(open_fs(readonly).orphans()) == 5
+    assert len(open_fs(readonly).orphans.inos()) == 5
     assert bytes(readonly.view) == image
     again = open_fs(MemoryRegion(image=image))
-    assert again.orphans() == []
+    assert again.orphans.inos() == []
     assert again.statfs() == space
     assert_sound(again)
-    for ino in fs.orphans():
-        fs.forget(ino, 1)
+    for ino in fs.orphans.inos():
+        fs.reclaimer.forget(ino, 1)
 
 
 def test_close_frees_orphans_and_notes_the_end(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"x" * MiB)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"f")
     region = MemoryRegion(image=fs.region.view)
     other = open_fs(region)
     other.volume.mark_mounted()
     region.close = lambda: None  # type: ignore[method-assign]
     other.close()
-    assert open_fs(region).orphans() == []
+    assert open_fs(region).orphans.inos() == []
     assert 0 < other.volume.superblock_word("mounted") <= other.volume.superblock_word("unmounted")
     assert other.volume.superblock_word("mounts") == 1
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
 
 
 @pytest.mark.parametrize("extents", [STEP - 1, STEP, STEP + 1, 5 * STEP])
@@ -157,8 +158,8 @@ def test_files_with_many_extents_are_freed_in_steps(fs: Filesystem, extents: int
     space = fs.statfs()
     ino = sparse(fs, b"f", extents)
     fs.setattr(ino, SetAttr(size=3 * PAGE))
-    assert fs.orphans() == []
-    assert len(fs.extents(ino)) == 2
+    assert fs.orphans.inos() == []
+    assert len(fs.content.extents(ino)) == 2
     assert shape(fs, ino).content.rstrip(b"\0") == b"0".ljust(2 * PAGE, b"\0") + b"1"
     fs.unlink(ROOT, b"f")
     assert fs.statfs() == space
@@ -170,14 +171,14 @@ def test_files_with_many_extents_are_freed_in_steps(fs: Filesystem, extents: int
 def test_a_removed_open_file_can_be_cut(fs: Filesystem) -> None:
     space = fs.statfs()
     ino = sparse(fs, b"f", 3 * STEP)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(ROOT, b"f")
     free = fs.statfs().free
     fs.setattr(ino, SetAttr(size=0))
-    assert fs.orphans() == [ino]
+    assert fs.orphans.inos() == [ino]
     assert fs.getattr(ino).pages == 0, "its memory goes back at once"
     assert fs.statfs().free > free
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     assert fs.statfs() == space
 
 
@@ -214,11 +215,11 @@ def test_the_largest_transactions_fit_in_the_journal(make_fs: Callable[..., File
     fs.unlink(ROOT, b"singles")
     new = mkfile(fs, b"new")
     fs.setattr(new, SetAttr(size=511 * PAGE))
-    assert len(fs.extents(new)) > 500
+    assert len(fs.content.extents(new)) > 500
     assert_sound(fs)
     fs.setattr(rest, SetAttr(size=fs.getattr(rest).size - 2 * MiB))
     fs.setattr(new, SetAttr(size=512 * PAGE))
-    assert len(fs.extents(new)) == 1
+    assert len(fs.content.extents(new)) == 1
 
 
 # -- freeing in the background ----------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_the_largest_transactions_fit_in_the_journal(make_fs: Callable[..., File
 @pytest.fixture
 def lazy(fs: Filesystem) -> Filesystem:
     """A filesystem that frees between other calls, as the server has it."""
-    fs.in_background = True
+    fs.reclaimer.in_background = True
     return fs
 
 
@@ -236,20 +237,20 @@ def test_background_steps_end(lazy: Filesystem) -> None:
     space = fs.statfs()
     ino = sparse(fs, b"f", 5 * STEP)
     fs.setattr(ino, SetAttr(size=0))
-    assert list(fs.pending) == [ino]
+    assert list(fs.reclaimer.pending) == [ino]
     assert_sound(fs)
     steps = 0
-    while fs.pending:
-        fs.pending_step()
+    while fs.reclaimer.pending:
+        fs.reclaimer.step()
         assert_sound(fs)
         steps += 1
     assert 3 <= steps <= 6
     assert fs.getattr(ino).pages == 0
     sparse(fs, b"g", 5 * STEP)
     fs.unlink(ROOT, b"g")
-    assert fs.pending
+    assert fs.reclaimer.pending
     fs.unlink(ROOT, b"f")
-    fs.settle()
+    fs.reclaimer.settle()
     assert fs.statfs() == space
 
 
@@ -258,16 +259,16 @@ def test_a_file_being_cut_is_removed_while_it_is_open(lazy: Filesystem) -> None:
     fs = lazy
     space = fs.statfs()
     ino = sparse(fs, b"f", 5 * STEP)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.setattr(ino, SetAttr(size=PAGE))
-    assert fs.pending
+    assert fs.reclaimer.pending
     fs.unlink(ROOT, b"f")
-    fs.settle()
+    fs.reclaimer.settle()
     assert content(fs, ino) == b"0".ljust(PAGE, b"\0")
-    assert fs.orphans() == [ino]
+    assert fs.orphans.inos() == [ino]
     assert_sound(fs)
-    fs.forget(ino, 1)
-    fs.settle()
+    fs.reclaimer.forget(ino, 1)
+    fs.reclaimer.settle()
     assert fs.statfs() == space
 
 
@@ -279,13 +280,13 @@ def test_a_file_being_cut_is_removed(lazy: Filesystem, left: int, reused: bool) 
     space = fs.statfs()
     ino = sparse(fs, b"f", 2 * STEP + left)
     fs.setattr(ino, SetAttr(size=0))
-    assert list(fs.pending) == [ino]
+    assert list(fs.reclaimer.pending) == [ino]
     if left:
-        fs.pending_step()
+        fs.reclaimer.step()
     fs.unlink(ROOT, b"f")
     if reused:
         again = mkfile(fs, b"g", b"new user of the slot")
-    fs.settle()
+    fs.reclaimer.settle()
     if reused:
         assert again == ino
         assert content(fs, again) == b"new user of the slot"
@@ -299,15 +300,15 @@ def test_tiny_files_are_freed_together(lazy: Filesystem) -> None:
     space = fs.statfs()
     inos = [mkfile(fs, b"%d" % number, b"x" * number) for number in range(50)]
     for number, ino in enumerate(inos):
-        fs.remember(ino)
+        fs.lookups.add(ino)
         fs.unlink(ROOT, b"%d" % number)
     for ino in inos:
-        fs.forget(ino, 1)
-    assert list(fs.pending) == fs.orphans()[::-1] == inos
+        fs.reclaimer.forget(ino, 1)
+    assert list(fs.reclaimer.pending) == fs.orphans.inos()[::-1] == inos
     sequence = fs.volume.journal.sequence
-    fs.pending_step()
+    fs.reclaimer.step()
     assert fs.volume.journal.sequence == sequence + 1
-    assert (list(fs.pending), fs.orphans(), fs.statfs()) == ([], [], space)
+    assert (list(fs.reclaimer.pending), fs.orphans.inos(), fs.statfs()) == ([], [], space)
     assert_sound(fs)
 
 
@@ -317,22 +318,22 @@ def test_a_file_being_cut_grows_again(lazy: Filesystem) -> None:
     fs.setattr(ino, SetAttr(size=PAGE + 1))
     fs.setattr(ino, SetAttr(size=MiB))
     fs.write(ino, 3 * MiB, b"x" * MiB)
-    fs.settle()
+    fs.reclaimer.settle()
     assert content(fs, ino) == b"0".ljust(3 * MiB, b"\0") + b"x" * MiB
-    assert fs.orphans() == []
+    assert fs.orphans.inos() == []
 
 
 def test_a_file_being_cut_is_finished_by_the_next_mount(lazy: Filesystem) -> None:
     fs = lazy
     ino = sparse(fs, b"f", 5 * STEP)
     fs.setattr(ino, SetAttr(size=PAGE))
-    assert fs.orphans() == [ino]
+    assert fs.orphans.inos() == [ino]
     other = open_fs(MemoryRegion(image=fs.region.view))
-    assert other.orphans() == []
+    assert other.orphans.inos() == []
     assert other.getattr(ino).pages == 2
     assert content(other, ino) == b"0".ljust(PAGE, b"\0")
     assert_sound(other)
-    fs.settle()
+    fs.reclaimer.settle()
 
 
 HOSTILE = {
@@ -346,50 +347,50 @@ HOSTILE = {
 def test_a_damaged_list_is_an_error_and_no_loop(fields: Callable[[int, int], dict[str, int]], fs: Filesystem) -> None:
     a, b = mkfile(fs, b"a"), mkfile(fs, b"b")
     for ino, name in ((a, b"a"), (b, b"b")):
-        fs.remember(ino)
+        fs.lookups.add(ino)
         fs.unlink(ROOT, name)
-    assert fs.orphans() == [b, a]
+    assert fs.orphans.inos() == [b, a]
     good = fs.getattr(a)
     patch_inode(fs, a, **fields(a, b))
     other = open_fs(MemoryRegion(image=fs.region.view))  # what is damaged is logged and left, the rest can be used
     with pytest.raises(CorruptError, match="the list of orphans"):
-        other.orphans()
+        other.orphans.inos()
     mkfile(other, b"c")
     other.unlink(ROOT, b"c")
     patch_inode(fs, a, orphan_next=good.orphan_next)
     assert good.orphan_next == ORPHANS_INO
     for ino in (a, b):
         assert stat.S_ISREG(fs.getattr(ino).mode)
-        fs.forget(ino, 1)
+        fs.reclaimer.forget(ino, 1)
 
 
 def test_rename_of_a_listed_file_over_an_open_one(fs: Filesystem) -> None:
     """Listing the target changes the links of its neighbour, which may be the file that is renamed."""
-    fs.in_background = True
+    fs.reclaimer.in_background = True
     moved, target = sparse(fs, b"moved", 70), mkfile(fs, b"target", b"y")
     for ino in (moved, target):
-        fs.remember(ino)
+        fs.lookups.add(ino)
     fs.setattr(moved, SetAttr(size=0))
-    assert fs.orphans() == [moved]
+    assert fs.orphans.inos() == [moved]
     fs.rename(ROOT, b"moved", ROOT, b"target")
-    assert sorted(fs.orphans()) == sorted([moved, target])
+    assert sorted(fs.orphans.inos()) == sorted([moved, target])
     assert_sound(fs)
-    fs.settle()
-    fs.forget(target, 1)
-    fs.settle()
-    assert fs.orphans() == []
+    fs.reclaimer.settle()
+    fs.reclaimer.forget(target, 1)
+    fs.reclaimer.settle()
+    assert fs.orphans.inos() == []
     fs.unlink(ROOT, b"target")
-    fs.forget(moved, 1)
-    fs.settle()
+    fs.reclaimer.forget(moved, 1)
+    fs.reclaimer.settle()
 
 
 def test_growing_finishes_a_pending_cut(fs: Filesystem) -> None:
-    fs.in_background = True
+    fs.reclaimer.in_background = True
     ino = sparse(fs, b"f", 200)
     fs.setattr(ino, SetAttr(size=0))
-    assert fs.pending
+    assert fs.reclaimer.pending
     fs.setattr(ino, SetAttr(size=2 * MiB))
-    assert (fs.pending, fs.orphans()) == ({}, [])
+    assert (fs.reclaimer.pending, fs.orphans.inos()) == ({}, [])
     assert content(fs, ino) == bytes(2 * MiB)
 
 

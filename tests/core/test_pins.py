@@ -19,10 +19,10 @@ from pkernfs.format import (
     PAGE,
     ROOT_PGTABLES_INO,
 )
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.facts import file_facts
-from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.orphans import STEP
-from pkernfs.fs.quota import set_quota
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.reclaim import STEP
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.iommu.directory import domains
 from pkernfs.iommu.pins import pins_of
@@ -132,7 +132,7 @@ def test_the_first_block(fs: Filesystem) -> None:
     """A whole one, with the bitmap's own bit set."""
     domain = mkdomain(fs, size=0)
     resize(fs, domain, BLOCK)
-    (extent,) = fs.extents(domain)
+    (extent,) = fs.content.extents(domain)
     assert (extent.start, extent.page % 512, extent.length) == (0, 0, 512)
     assert content(fs, domain) == b"\1" + bytes(BLOCK - 1)
     assert_sound(fs)
@@ -140,7 +140,7 @@ def test_the_first_block(fs: Filesystem) -> None:
 
 def test_a_failed_first_block_leaves_zeros(fs: Filesystem) -> None:
     """The bit is stored before the transaction is: what does not become a domain's must be zero again."""
-    set_quota(fs, IOMMU_INO, MiB)
+    fs.quotas.set(IOMMU_INO, MiB)
     domain = mkdomain(fs, size=0)
     unchanged(fs, errno.EDQUOT, lambda: resize(fs, domain, BLOCK))
     file = mkfile(fs, b"f")
@@ -171,15 +171,15 @@ def test_only_the_api_changes_tables(fs: Filesystem) -> None:
     domain = mkdomain(fs)
     for ino in (domain, ROOT_PGTABLES_INO):
         unchanged(fs, errno.EPERM, partial(fs.write, ino, 0, b"x"))
-        unchanged(fs, errno.EPERM, partial(fs.set_direct, ino, True))
+        unchanged(fs, errno.EPERM, partial(fs.attributes.set_direct, ino, True))
         for flags in (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_TRUNC):
-            fs.check_open(ino, flags)
+            fs.attributes.check_open(ino, flags)
         with fails(errno.EPERM):
-            fs.check_open(ino, os.O_RDWR)
+            fs.attributes.check_open(ino, os.O_RDWR)
     with fails(errno.EPERM):
-        fs.check_open(IOMMU_INO, os.O_RDWR | os.O_CREAT)
-    fs.check_open(IOMMU_INO, os.O_WRONLY | os.O_CREAT)
-    fs.check_open(mkfile(fs, b"f"), os.O_RDWR)
+        fs.attributes.check_open(IOMMU_INO, os.O_RDWR | os.O_CREAT)
+    fs.attributes.check_open(IOMMU_INO, os.O_WRONLY | os.O_CREAT)
+    fs.attributes.check_open(mkfile(fs, b"f"), os.O_RDWR)
     fs.setattr(domain, SetAttr(mode=0o600, mtime=7))
     fs.setxattr(domain, b"user.a", b"b")
     assert_sound(fs)
@@ -225,16 +225,16 @@ def test_what_is_mapped_does_not_move(fs: Filesystem) -> None:
     domain = mkdomain(fs)
     small = mkfile(fs, b"small", b"s" * PAGE)
     large = mkfile(fs, b"large", b"l" * 600 * PAGE)
-    places = [fs.extents(ino)[0].page for ino in (small, large)]
+    places = [fs.content.extents(ino)[0].page for ino in (small, large)]
     map_file(fs, domain, 0, small)
     map_file(fs, domain, 1, large)
     fs.write(small, PAGE, b"s" * 400 * PAGE)
     resize(fs, large, PAGE)
-    assert [fs.extents(ino)[0].page for ino in (small, large)] == places
+    assert [fs.content.extents(ino)[0].page for ino in (small, large)] == places
     unmap(fs, domain, 1)
     resize(fs, large, 2 * PAGE)
     resize(fs, large, PAGE)
-    assert fs.extents(large)[0].page != places[1]
+    assert fs.content.extents(large)[0].page != places[1]
     assert_sound(fs)
 
 
@@ -242,17 +242,17 @@ def test_what_is_mapped_does_not_move(fs: Filesystem) -> None:
 def test_what_is_mapped_stays_without_a_name(fs: Filesystem, way: str) -> None:
     domain, file = mapped(fs)
     if way == "open-and-forget":
-        fs.remember(file)
+        fs.lookups.add(file)
     if way == "rename-over":
         mkfile(fs, b"new")
         fs.rename(ROOT, b"new", ROOT, b"ram")
     else:
         fs.unlink(ROOT, b"ram")
     if way == "open-and-forget":
-        fs.forget(file, 1)
-    place = fs.extents(file)[0].page
+        fs.reclaimer.forget(file, 1)
+    place = fs.content.extents(file)[0].page
     for _ in range(2):
-        assert fs.orphans() == [file]
+        assert fs.orphans.inos() == [file]
         assert fs.region.read((place + 2) * PAGE, 3 * PAGE) == b"R" * 3 * PAGE
         assert_sound(fs)
         region = MemoryRegion(image=fs.region.view)
@@ -260,19 +260,19 @@ def test_what_is_mapped_stays_without_a_name(fs: Filesystem, way: str) -> None:
         fs = open_fs(region)
     free = fs.statfs().free
     unmap(fs, domain, 0x100)
-    assert fs.orphans() == []
+    assert fs.orphans.inos() == []
     assert fs.statfs().free == free + 10 + 1  # and the tree of the records
     assert_sound(fs)
 
 
 def test_an_open_file_stays_after_its_last_mapping(fs: Filesystem) -> None:
     domain, file = mapped(fs)
-    fs.remember(file)
+    fs.lookups.add(file)
     fs.unlink(ROOT, b"ram")
     unmap(fs, domain, 0x100)
     assert content(fs, file) == b"R" * 10 * PAGE
-    fs.forget(file, 1)
-    assert fs.orphans() == []
+    fs.reclaimer.forget(file, 1)
+    assert fs.orphans.inos() == []
     assert_sound(fs)
 
 
@@ -283,14 +283,14 @@ def test_memory_beyond_a_mapping_is_still_freed(fs: Filesystem) -> None:
     for page in range(0, 3 * (STEP + 8), 3):
         fs.write(file, page * PAGE, b"x")
     map_file(fs, domain, 0, file)
-    fs.in_background = True
+    fs.reclaimer.in_background = True
     resize(fs, file, PAGE)
-    assert list(fs.pending) == [file]
+    assert list(fs.reclaimer.pending) == [file]
     fs.unlink(ROOT, b"sparse")
-    fs.settle()
-    assert [extent.start for extent in fs.extents(file)] == [0]
-    assert fs.orphans() == [file]
-    assert not fs.awaits_forget()
+    fs.reclaimer.settle()
+    assert [extent.start for extent in fs.content.extents(file)] == [0]
+    assert fs.orphans.inos() == [file]
+    assert not fs.reclaimer.awaits_forget()
     assert_sound(fs)
 
 
@@ -304,24 +304,24 @@ def test_removing_a_domain_drops_its_pins(fs: Filesystem, way: str, opened: bool
         map_file(fs, domain, 0x1000 + n, file if n % 2 else kept)
     fs.unlink(ROOT, b"ram")
     mkdomain(fs, b"dom-1", size=0)
-    fs.in_background = in_background
+    fs.reclaimer.in_background = in_background
     if opened:
-        fs.remember(domain)
+        fs.lookups.add(domain)
     if way == "unlink":
         fs.unlink(IOMMU_INO, b"dom-0")
     else:
         fs.rename(IOMMU_INO, b"dom-1", IOMMU_INO, b"dom-0")
     assert fs.getattr(kept).iommu == 0
-    fs.settle()
+    fs.reclaimer.settle()
     with fails(errno.ESTALE):
         fs.getattr(file)
     assert_sound(fs)
     if opened:
-        assert fs.orphans() == [domain]
+        assert fs.orphans.inos() == [domain]
         assert fs.read(domain, 0, 8) == b"\1" + bytes(7)
-        fs.forget(domain, 1)
-        fs.settle()
-    assert fs.orphans() == []
+        fs.reclaimer.forget(domain, 1)
+        fs.reclaimer.settle()
+    assert fs.orphans.inos() == []
     assert_sound(fs)
 
 
@@ -330,7 +330,7 @@ def test_a_domain_that_is_not_mapped_from_is_removed_at_once(fs: Filesystem) -> 
     mkdomain(fs)
     fs.unlink(IOMMU_INO, b"dom-0")
     assert fs.statfs() == free
-    assert fs.orphans() == []
+    assert fs.orphans.inos() == []
 
 
 def test_the_next_mount_finishes_what_removing_a_domain_began(fs: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ def test_the_next_mount_finishes_what_removing_a_domain_began(fs: Filesystem, mo
     assert len(states) >= 5
     for state in states:
         found = open_fs(MemoryRegion(image=state))
-        assert found.orphans() == []
+        assert found.orphans.inos() == []
         for ino in (domain, file):
             with fails(errno.ESTALE):
                 found.getattr(ino)
@@ -360,8 +360,8 @@ def test_the_next_mount_finishes_what_removing_a_domain_began(fs: Filesystem, mo
 
 def test_pins_of_a_file_that_is_also_a_guests_memory(fs: Filesystem) -> None:
     domain, file = mapped(fs)
-    fs.set_direct(file, True)
-    fs.set_direct(file, False)
+    fs.attributes.set_direct(file, True)
+    fs.attributes.set_direct(file, False)
     assert not fs.getattr(file).flags & FLAG_DIRECT
     unmap(fs, domain, 0x100)
     assert_sound(fs)
@@ -369,7 +369,7 @@ def test_pins_of_a_file_that_is_also_a_guests_memory(fs: Filesystem) -> None:
 
 def test_pins_count_against_the_quota_of_the_directory(fs: Filesystem) -> None:
     limited = mkdir(fs, b"limited")
-    set_quota(fs, limited, 16 * MiB)
+    fs.quotas.set(limited, 16 * MiB)
     domain = mkdomain(fs)
     file = mkfile(fs, b"ram", b"R" * 5 * PAGE, parent=limited)
     map_file(fs, domain, 0, file)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import INODE_SIZE, PAGE, Quota
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.charge import quota_of, with_quota
-from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.quota import Use, get_quota, set_quota
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.quota import Use
 from pkernfs.fs.rename import RENAME_EXCHANGE
+from pkernfs.fs.times import Times
 from pkernfs.fsck.check import check
 from pkernfs.fsck.repair import repair_region
 from pkernfs.iommu.guard import open_filesystem
@@ -40,7 +42,7 @@ from tests.core.support import (
 
 def used(fs: Filesystem, ino: int) -> int:
     """What the quota of ``ino`` says."""
-    quota = get_quota(fs, ino)
+    quota = fs.quotas.get(ino)
     assert quota.ino == ino
     return quota.used
 
@@ -73,7 +75,7 @@ def quotas(fs: Filesystem) -> list[int]:
 def d(fs: Filesystem) -> int:
     """A directory with a quota of 4 MiB."""
     ino = mkdir(fs, b"d")
-    assert set_quota(fs, ino, 4 * MiB) == Use(ino, 4 * MiB, INODE_SIZE)
+    assert fs.quotas.set(ino, 4 * MiB) == Use(ino, 4 * MiB, INODE_SIZE)
     return ino
 
 
@@ -89,8 +91,8 @@ def test_everything_below_counts(fs: Filesystem, d: int) -> None:
     for n in range(200):
         mkfile(fs, b"empty%d" % n, parent=e)
     assert used(fs, d) == counted(fs, d) > 200 * INODE_SIZE + 6 * PAGE
-    assert get_quota(fs, e) == get_quota(fs, ino) == get_quota(fs, d)
-    assert get_quota(fs, ROOT) == Use(0, 0, 0)
+    assert fs.quotas.get(e) == fs.quotas.get(ino) == fs.quotas.get(d)
+    assert fs.quotas.get(ROOT) == Use(0, 0, 0)
 
 
 def test_removing_gives_all_back(fs: Filesystem, d: int) -> None:
@@ -105,22 +107,22 @@ def test_removing_gives_all_back(fs: Filesystem, d: int) -> None:
 
 def test_an_open_file_counts_until_it_is_closed(fs: Filesystem, d: int) -> None:
     ino = mkfile(fs, b"f", b"x" * MiB, d)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     before = used(fs, d)
     fs.unlink(d, b"f")
     assert used(fs, d) == before - PAGE, "the page of names"
     fs.write(ino, 0, b"x" * (2 * MiB))
     with fails(errno.EDQUOT):
         fs.setattr(ino, SetAttr(size=5 * MiB))
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     assert used(fs, d) == INODE_SIZE
 
 
 def test_a_quota_stays_over_a_mount(fs: Filesystem, d: int) -> None:
     mkfile(fs, b"f", b"x" * MiB, d)
-    before = get_quota(fs, d)
+    before = fs.quotas.get(d)
     again = open_fs(MemoryRegion(image=fs.region.view))
-    assert get_quota(again, d) == before
+    assert again.quotas.get(d) == before
     with fails(errno.EDQUOT):
         again.setattr(mkfile(again, b"g", parent=d), SetAttr(size=4 * MiB))
 
@@ -133,7 +135,7 @@ def test_every_way_to_take_more_is_refused(fs: Filesystem, d: int) -> None:
     fs.setxattr(ino, b"user.a", b"v" * 9000)
     e = mkdir(fs, b"e", d)
     left = 3
-    set_quota(fs, d, used(fs, d) + left)
+    fs.quotas.set(d, used(fs, d) + left)
     for operation in (
         lambda: mkfile(fs, b"new", parent=d),
         lambda: mkdir(fs, b"new", d),
@@ -161,7 +163,7 @@ def test_a_file_can_be_written_to_the_last_page(fs: Filesystem, limit: int, step
     """Blocks of 2 MiB are taken while there is room for them, single pages at the end."""
     d = mkdir(fs, b"d")
     ino = mkfile(fs, b"f", parent=d)
-    set_quota(fs, d, limit)
+    fs.quotas.set(d, limit)
     done = 0
     with fails(errno.EDQUOT):
         while True:
@@ -174,7 +176,7 @@ def test_a_file_can_be_written_to_the_last_page(fs: Filesystem, limit: int, step
 
 
 def test_a_full_region_is_enospc_and_not_edquot(fs: Filesystem, d: int) -> None:
-    set_quota(fs, d, 1 << 40)
+    fs.quotas.set(d, 1 << 40)
     full(fs)
     with fails(errno.ENOSPC):
         fs.write(mkfile(fs, b"f", parent=d), 0, b"x")
@@ -184,7 +186,7 @@ def test_deleting_works_beyond_the_limit(fs: Filesystem, d: int) -> None:
     ino = mkfile(fs, b"f", b"x" * (3 * MiB), d)
     for n in range(300):
         mkfile(fs, b"empty%d" % n, parent=d)
-    assert set_quota(fs, d, 1).limit == 1
+    assert fs.quotas.set(d, 1).limit == 1
     with fails(errno.EDQUOT):
         mkfile(fs, b"new", parent=d)
     fs.setattr(ino, SetAttr(size=MiB + 1))
@@ -200,7 +202,7 @@ def test_deleting_works_beyond_the_limit(fs: Filesystem, d: int) -> None:
 
 def test_nothing_moves_from_one_quota_to_another(fs: Filesystem, d: int) -> None:
     e = mkdir(fs, b"e")
-    set_quota(fs, e, 4 * MiB)
+    fs.quotas.set(e, 4 * MiB)
     mkdir(fs, b"sub", d)
     ino = mkfile(fs, b"in", b"x", d)
     out = mkfile(fs, b"out", b"x")
@@ -221,27 +223,27 @@ def test_nothing_moves_from_one_quota_to_another(fs: Filesystem, d: int) -> None
 
 def test_a_directory_with_a_quota_moves_with_it(fs: Filesystem, d: int) -> None:
     mkfile(fs, b"f", b"x" * 5000, d)
-    before = get_quota(fs, d)
+    before = fs.quotas.get(d)
     fs.rename(ROOT, b"d", mkdir(fs, b"e"), b"new")
-    assert get_quota(fs, d) == before
+    assert fs.quotas.get(d) == before
     inner = mkdir(fs, b"inner", d)
     fs.rename(d, b"inner", d, b"moved")
-    assert get_quota(fs, inner).ino == d
+    assert fs.quotas.get(inner).ino == d
 
 
 def test_a_removed_directory_leaves_nothing_behind(fs: Filesystem, d: int) -> None:
     """Not even when a file that counted for it is still open: that counts for what is above."""
-    set_quota(fs, ROOT, 40 * MiB)
+    fs.quotas.set(ROOT, 40 * MiB)
     ino = mkfile(fs, b"f", b"x" * MiB, d)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     fs.unlink(d, b"f")
-    fs.remember(d)
+    fs.lookups.add(d)
     assert used(fs, ROOT) == counted(fs, ROOT) + INODE_SIZE + PAGE * fs.getattr(ino).pages
     fs.rmdir(ROOT, b"d")
     assert fs.getattr(ino).project == fs.getattr(d).project == ROOT
     fs.write(ino, MiB, b"x" * MiB)
-    fs.forget(d, 1)
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(d, 1)
+    fs.reclaimer.forget(ino, 1)
     assert used(fs, ROOT) == counted(fs, ROOT)
 
 
@@ -256,7 +258,7 @@ def test_renamed_over(fs: Filesystem, d: int) -> None:
 
 def test_a_quota_holds_within_those_above(fs: Filesystem, d: int) -> None:
     e = mkdir(fs, b"e", mkdir(fs, b"between", d))
-    set_quota(fs, e, 3 * MiB)
+    fs.quotas.set(e, 3 * MiB)
     ino = mkfile(fs, b"f", b"x" * (2 * MiB), e)
     assert used(fs, e) == counted(fs, e)
     assert used(fs, d) == counted(fs, d)
@@ -272,16 +274,16 @@ def test_a_quota_holds_within_those_above(fs: Filesystem, d: int) -> None:
 def test_a_quota_above_others(fs: Filesystem, d: int) -> None:
     mkfile(fs, b"f", b"x" * MiB, d)
     mkfile(fs, b"f", b"x" * 77)
-    set_quota(fs, ROOT, 32 * MiB)
+    fs.quotas.set(ROOT, 32 * MiB)
     assert used(fs, ROOT) == counted(fs, ROOT)
     mkfile(fs, b"g", b"x" * MiB, d)
     assert used(fs, ROOT) == counted(fs, ROOT)
     assert used(fs, d) == counted(fs, d)
-    set_quota(fs, d, 0)
+    fs.quotas.set(d, 0)
     assert used(fs, ROOT) == counted(fs, ROOT)
-    assert get_quota(fs, d).ino == ROOT
+    assert fs.quotas.get(d).ino == ROOT
     fs.rename(d, b"g", ROOT, b"g")
-    assert set_quota(fs, ROOT, 0) == Use(0, 0, 0)
+    assert fs.quotas.set(ROOT, 0) == Use(0, 0, 0)
     assert quotas(fs) == []
 
 
@@ -296,7 +298,7 @@ def populated(fs: Filesystem) -> int:
         mkfile(fs, b"f%d" % n, b"x" * 500 * n, e)
     fs.link(fs.resolve(b"d/e/f1"), d, b"second")
     inner = mkdir(fs, b"inner", e)
-    set_quota(fs, inner, MiB)
+    fs.quotas.set(inner, MiB)
     mkfile(fs, b"f", b"x" * 9000, inner)
     return d
 
@@ -304,13 +306,13 @@ def populated(fs: Filesystem) -> int:
 def test_setting_and_taking_away_a_quota_of_what_is_there(fs: Filesystem) -> None:
     d = populated(fs)
     before = tree(fs)
-    assert set_quota(fs, d, 4 * MiB) == Use(d, 4 * MiB, counted(fs, d))
+    assert fs.quotas.set(d, 4 * MiB) == Use(d, 4 * MiB, counted(fs, d))
     assert tree(fs) == before
-    assert get_quota(fs, fs.resolve(b"d/e/f1")).ino == d
-    assert set_quota(fs, d, 5 * MiB) == Use(d, 5 * MiB, counted(fs, d))
-    set_quota(fs, d, 0)
+    assert fs.quotas.get(fs.resolve(b"d/e/f1")).ino == d
+    assert fs.quotas.set(d, 5 * MiB) == Use(d, 5 * MiB, counted(fs, d))
+    fs.quotas.set(d, 0)
     assert quotas(fs) == [fs.resolve(b"d/e/inner")]
-    assert set_quota(fs, d, 0) == Use(0, 0, 0)
+    assert fs.quotas.set(d, 0) == Use(0, 0, 0)
     fs.rename(fs.resolve(b"d/e"), b"f3", ROOT, b"f3")
     assert tree(fs)[b"/d/e/f4"] == before[b"/d/e/f4"]
 
@@ -320,15 +322,15 @@ def test_a_file_with_a_name_elsewhere_cannot_count(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"x", d)
     fs.link(ino, d, b"g")
     fs.link(ino, ROOT, b"h")
-    unchanged(fs, errno.EXDEV, lambda: set_quota(fs, d, MiB))
+    unchanged(fs, errno.EXDEV, lambda: fs.quotas.set(d, MiB))
     assert quotas(fs) == []
     fs.unlink(ROOT, b"h")
-    set_quota(fs, d, MiB)
+    fs.quotas.set(d, MiB)
 
 
 def test_only_directories_have_quotas(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f")
-    unchanged(fs, errno.ENOTDIR, lambda: set_quota(fs, ino, MiB))
+    unchanged(fs, errno.ENOTDIR, lambda: fs.quotas.set(ino, MiB))
 
 
 @pytest.mark.parametrize("limit", [4 * MiB, 0])
@@ -337,20 +339,20 @@ def test_a_crash_while_setting(limit: int) -> None:
     fs = new_fs(16)
     d = populated(fs)
     if not limit:
-        set_quota(fs, d, 4 * MiB)
+        fs.quotas.set(d, 4 * MiB)
     image = bytes(fs.region.view)
     before = tree(fs)
     region = RecordingRegion(image=image)
     fs = open_fs(region)
     region.log.clear()
-    wanted = set_quota(fs, d, limit)
+    wanted = fs.quotas.set(d, limit)
     cut = MemoryRegion(image=image)
     for store in region.log:
         cut.store(store.offset, store.data)
         again = open_fs(MemoryRegion(image=cut.view))
         assert check(again.volume) == []
         assert tree(again) == before
-        assert set_quota(again, d, limit) == wanted
+        assert again.quotas.set(d, limit) == wanted
         assert_sound(again)
         assert tree(again) == before
 
@@ -388,7 +390,7 @@ def step(fs: Filesystem, kind: str, where: bytes, name: bytes, more: object) -> 
         case "move", bytes(other):
             fs.rename(parent, name, fs.resolve(other), name)
         case "quota", int(limit):
-            set_quota(fs, parent, limit)
+            fs.quotas.set(parent, limit)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -411,14 +413,14 @@ def test_counts_are_right_whatever_happens(steps: list[tuple[str, bytes, bytes, 
 
 @pytest.fixture(autouse=True)
 def _noatime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Filesystem, "atime_policy", "noatime")
+    monkeypatch.setattr(Times, "policy", "noatime")
 
 
 def test_a_large_transaction_counts_once(make_fs: Callable[..., Filesystem]) -> None:
     """A retry without compaction does not count what was aborted."""
     fs = make_fs()
     d = mkdir(fs, b"d")
-    set_quota(fs, d, 2 * MiB + MiB // 2)
+    fs.quotas.set(d, 2 * MiB + MiB // 2)
     ino = mkfile(fs, b"f", parent=d)
     fs.setattr(ino, SetAttr(size=2 * MiB + MiB // 4))
     assert used(fs, d) == counted(fs, d) < 2 * MiB + MiB // 2
@@ -432,8 +434,8 @@ def test_quotas_above_themselves(loop: str) -> None:
     """Found by a check, and no endless loop for a user."""
     fs = new_fs(16)
     d, e = mkdir(fs, b"d"), mkdir(fs, b"e")
-    set_quota(fs, d, MiB)
-    set_quota(fs, e, MiB)
+    fs.quotas.set(d, MiB)
+    fs.quotas.set(e, MiB)
     patch_inode(fs, d, parent=d if loop == "itself" else e)
     patch_inode(fs, e, parent=d)
     with pytest.raises(CorruptError):
@@ -451,20 +453,20 @@ def open_orphans(fs: Filesystem, d: int, count: int) -> list[int]:
     found = []
     for n in range(count):
         found.append(mkfile(fs, b"open%d" % n, parent=d))
-        fs.remember(found[-1])
+        fs.lookups.add(found[-1])
         fs.unlink(d, b"open%d" % n)
     return found
 
 
 def test_taking_away_a_quota_of_open_files(fs: Filesystem, d: int) -> None:
     """They count above from then on."""
-    set_quota(fs, ROOT, 50 * MiB)
+    fs.quotas.set(ROOT, 50 * MiB)
     (ino,) = open_orphans(fs, d, 1)
-    set_quota(fs, d, 0)
+    fs.quotas.set(d, 0)
     fs.write(ino, 0, b"x" * MiB)
     assert used(fs, ROOT) == counted(fs, ROOT) + INODE_SIZE + PAGE * fs.getattr(ino).pages
     fs.rmdir(ROOT, b"d")
-    fs.forget(ino, 1)
+    fs.reclaimer.forget(ino, 1)
     assert used(fs, ROOT) == counted(fs, ROOT)
 
 
@@ -479,7 +481,7 @@ def test_removing_a_directory_with_many_open_files(fs: Filesystem, d: int, how: 
         fs.rename(ROOT, b"e", ROOT, b"d")
     assert check(fs.volume) == []
     for ino in inos:
-        fs.forget(ino, 1)
+        fs.reclaimer.forget(ino, 1)
 
 
 @pytest.mark.parametrize("used_now", [0, 1 << 63])
@@ -506,7 +508,7 @@ def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
     assert {problem.code for problem in check(fs.volume)} == {"project"}
     assert repair_region(fs.region).left == []
     again = open_filesystem(fs.region)
-    assert get_quota(again, e).limit == 4 * MiB
+    assert again.quotas.get(e).limit == 4 * MiB
     fs.volume.inodes.clear()
 
 
@@ -514,7 +516,7 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
     """Which only damage makes: it counts for one of them."""
     ino = mkfile(fs, b"f", b"x", d)
     with fs.volume.transaction() as tx:
-        directory = fs.directory(ROOT)
+        directory = fs.names.directory(ROOT)
         directory.add(tx, b"g", ino, stat.S_IFREG)
         fs.volume.put_inode(ROOT, directory.finish(0))
         fs.volume.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
@@ -529,11 +531,11 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
 
 def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: int) -> None:
     """As only damage makes it: it goes with its quota."""
-    fs.remember(d)
+    fs.lookups.add(d)
     fs.rmdir(ROOT, b"d")
     inode = fs.getattr(d)
     patch_inode(fs, d, project=d, inline=with_quota(inode, Quota(MiB, INODE_SIZE)).inline)
-    fs.forget(d, 1)
+    fs.reclaimer.forget(d, 1)
     assert check(fs.volume) == []
 
 

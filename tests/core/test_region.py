@@ -15,7 +15,7 @@ import pytest
 
 from pkernfs.errors import CorruptError, FormatError, FsError, PkernfsError, RegionBusyError, RegionError
 from pkernfs.format import BLOCK, MAGIC, PAGE, SUPERBLOCK, Superblock
-from pkernfs.fs.filesystem import SetAttr
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import (

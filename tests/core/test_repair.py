@@ -102,7 +102,7 @@ def shapes(region: Region) -> dict[bytes, Shape | None]:
 def look(region: Region) -> dict[bytes, Shape | None]:
     """The same, of a region that may be changed by looking: a journal is replayed."""
     fs = Filesystem(Volume(region), PageTableGuard)
-    fs.atime_policy = "noatime"
+    fs.times.policy = "noatime"
     found: dict[bytes, Shape | None] = {}
     todo = [(b"", int(ROOT))]
     while todo:
@@ -196,12 +196,12 @@ def test_what_is_mapped_stays_where_it_is(victim: Filesystem, name: str) -> None
     for number, ino in enumerate(files):
         map_file(victim, domain, 10 * number, ino, 1, 2)
     victim.unlink(ROOT, b"gone")
-    places = [victim.extents(ino) for ino in files]
+    places = [victim.content.extents(ino) for ino in files]
     ALL[name](victim)
     region = MemoryRegion(image=victim.region.view)
     mended(region)
     fs = open_fs(region)
-    assert [fs.extents(ino) for ino in files] == places
+    assert [fs.content.extents(ino) for ino in files] == places
     assert [mapping.ino for _, mapping in Records(fs.volume, domain).mappings()] == files
     assert [fs.getattr(ino).iommu for ino in files] == [1, 1]
     assert bytes(fs.read(files[1], 0, 4 * f.PAGE)) == b"gone" * f.PAGE
@@ -229,7 +229,7 @@ def test_an_orphan_with_a_damaged_checksum_is_kept(victim: Filesystem) -> None:
     inos = orphan_files(victim)
     flip(victim, inos[0] * 256 + 32)
     mended(victim.region)
-    assert sorted(Filesystem(Volume(victim.region), PageTableGuard).orphans()) == sorted(inos)
+    assert sorted(Filesystem(Volume(victim.region), PageTableGuard).orphans.inos()) == sorted(inos)
 
 
 @pytest.mark.parametrize("at", range(40, 1000, 90))
@@ -380,7 +380,7 @@ def test_a_loop_of_lost_directories(victim: Filesystem) -> None:
     """/d names nothing above it any more, and /d/e names /d."""
     outer, inner = victim.resolve(b"d"), victim.resolve(b"d/e")
     drop_name(victim, b"d")
-    directory = victim.directory(inner)
+    directory = victim.names.directory(inner)
     with victim.volume.transaction() as tx:
         directory.add(tx, b"loop", outer, stat.S_IFDIR)
         inode = directory.finish(0)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pkernfs.format import BLOCK, PAGE, GiB
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Checker
@@ -86,7 +87,7 @@ def test_a_region_of_a_tebibyte() -> None:
     size = fs.volume.space.free_blocks * BLOCK
     begin = time.process_time()
     fs.setattr(ino, SetAttr(size=size))
-    assert len(fs.extents(ino)) == 1
+    assert len(fs.content.extents(ino)) == 1
     fs.write(ino, size - MiB, b"x" * MiB)
     assert bytes(fs.read(ino, size - 1, 5)) == b"x"
     checker = Checker(fs.volume)

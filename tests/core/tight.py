@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, INODES_PER_PAGE, PAGE, PAGE_INODES, PAGES_PER_BLOCK, Ino
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from tests.core.support import ME, ROOT, MiB, full, mkdir, mkfile
 
@@ -164,7 +165,7 @@ OPERATIONS: dict[str, Operation] = {
     "chmod": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(mode=0o400)), "journal"),
     "chown": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(uid=7, gid=7)), "journal"),
     "utimens": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(atime=7, mtime=7)), "journal"),
-    "direct": Operation(lambda fs, at: fs.set_direct(at(b"d/large"), True), "journal"),
+    "direct": Operation(lambda fs, at: fs.attributes.set_direct(at(b"d/large"), True), "journal"),
     "setxattr": Operation(lambda fs, at: fs.setxattr(at(b"d/attrs"), b"user.new", b"v"), "journal"),
     "setxattr-first": Operation(lambda fs, at: fs.setxattr(at(b"d/f"), b"user.new", b"v"), SPACE),
     "setxattr-large": Operation(lambda fs, at: fs.setxattr(at(b"d/attrs"), b"user.new", b"v" * 9000), SPACE),
@@ -196,8 +197,8 @@ OPERATIONS: dict[str, Operation] = {
 def unlink_open(fs: Filesystem, parent: int, name: bytes) -> None:
     """Remove a file that is open, and close it."""
     ino = fs.lookup(parent, name)
-    fs.remember(ino)
+    fs.lookups.add(ino)
     try:
         fs.unlink(parent, name)
     finally:
-        fs.forget(ino, 1)
+        fs.reclaimer.forget(ino, 1)

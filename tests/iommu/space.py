@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pkernfs.format import GiB, KiB, MiB
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import domain, pci
 from pkernfs.region import MemoryRegion

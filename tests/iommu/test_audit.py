@@ -53,7 +53,7 @@ def patch(iova: int, change: Callable[[Filesystem, int], int], level: int = 0) -
 
 def physical(fs: Filesystem, name: bytes) -> int:
     """Where a file's memory begins."""
-    return BASE + fs.extents(fs.resolve(name))[0].page * 4096
+    return BASE + fs.content.extents(fs.resolve(name))[0].page * 4096
 
 
 def free_block(fs: Filesystem) -> int:
@@ -81,7 +81,7 @@ def set_bit(page: int, name: bytes = b"iommu/dom-0", on: bool = True) -> Callabl
     """Change the bitmap of a file of page tables."""
 
     def plant(fs: Filesystem) -> None:
-        at = fs.extents(fs.resolve(name))[0].page * 4096 + page // 64 * 8
+        at = fs.content.extents(fs.resolve(name))[0].page * 4096 + page // 64 * 8
         word = fs.region.word(at)
         assert bool(word >> page % 64 & 1) != on
         fs.region.store_word(at, word ^ 1 << page % 64)

@@ -96,7 +96,7 @@ def image(form: str) -> bytes:
 
 
 def fs_size(size: int) -> Any:
-    from pkernfs.fs.filesystem import SetAttr
+    from pkernfs.fs.attributes import SetAttr
 
     return SetAttr(size=size)
 
@@ -125,7 +125,7 @@ def seen(fs: Filesystem) -> dict[str, Any]:
     """What a user can see of it."""
     facts = views.list_all(fs)
     sizes = {name: fs.getattr(fs.resolve(b"iommu/" + name)).size for name, _ in named_domains(fs.volume)}
-    pins = {ino: fs.getattr(ino).iommu for ino in [*fs.orphans(), fs.resolve(b"guest"), fs.resolve(b"small")]}
+    pins = {ino: fs.getattr(ino).iommu for ino in [*fs.orphans.inos(), fs.resolve(b"guest"), fs.resolve(b"small")]}
     return {"facts": facts, "sizes": sizes, "pins": pins}
 
 

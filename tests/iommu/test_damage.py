@@ -30,7 +30,7 @@ def used() -> Filesystem:
 
 def first_word(fs: Filesystem, path: bytes) -> int:
     """The region offset of a file's first bytes."""
-    return fs.extents(fs.resolve(path))[0].page * 4096
+    return fs.content.extents(fs.resolve(path))[0].page * 4096
 
 
 def spoil_records(fs: Filesystem, ino: int) -> None:
@@ -103,11 +103,11 @@ def test_a_removed_domain_that_cannot_be_read_waits(which: str) -> None:
     dom = fs.resolve(b"iommu/dom-0")
     devices.detach(fs, DEVICE)
     spoiled = dom if which == "domain" else fs.resolve(b"iommu/root-pgtables")
-    fs.remember(dom)
+    fs.lookups.add(dom)
     domain.destroy(fs, dom)
     spoil_records(fs, spoiled)
     fs = open_fs(fs.region)
-    assert dom in fs.orphans()
+    assert dom in fs.orphans.inos()
     guest(fs, b"other", MiB)
     with fails(errno.ENOENT):
         fs.resolve(b"iommu/dom-0")

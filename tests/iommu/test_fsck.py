@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.format import BLOCK, MAPPING
-from pkernfs.fs.filesystem import SetAttr
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fsck.check import check
 from pkernfs.fsck.repair import repair_region
 from pkernfs.fsck.tables import check_tables, mend_tables

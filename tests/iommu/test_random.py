@@ -12,7 +12,7 @@ import pytest
 
 from pkernfs.errors import FsError
 from pkernfs.format import PAGE, GiB, MiB
-from pkernfs.fs.filesystem import SetAttr
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace
 from pkernfs.iommu.audit import Audit
@@ -326,7 +326,7 @@ def test_leaves_of_1_gib(form: str) -> None:
     hardware: Any = (walker.Vtd if form == "vtd" else walker.Amd)(memory, devices.root_table(fs, form, 0))
     file = fs.create(1, b"ram", 0o100600, ME)
     fs.setattr(file, SetAttr(size=2 * GiB + 512 * MiB))
-    (extent,) = fs.extents(file)
+    (extent,) = fs.content.extents(file)
     start = BASE + extent.page * PAGE
     offset = -start % GiB
     mapping.map_file(fs, ino, 8 * GiB, file, offset, GiB)

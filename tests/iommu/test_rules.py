@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.restore import restore
@@ -137,12 +138,12 @@ def test_devices() -> None:
 def test_a_domain_that_was_removed_and_is_still_open() -> None:
     fs = make()
     dom, file = new(fs), guest(fs)
-    fs.remember(dom)
+    fs.lookups.add(dom)
     domain.destroy(fs, dom)
     assert "was removed" in refused(fs, errno.ENOENT, lambda: devices.attach(fs, dom, DEVICE))
     assert "was removed" in refused(fs, errno.ENOENT, lambda: mapping.map_file(fs, dom, 0, file))
-    fs.forget(dom, 1)
-    assert fs.orphans() == []
+    fs.reclaimer.forget(dom, 1)
+    assert fs.orphans.inos() == []
 
 
 def test_a_persistent_device_is_claimed_by_its_owner() -> None:

@@ -142,7 +142,7 @@ def test_a_damaged_slab_is_not_allocated_from(unmounted: Site) -> None:
     def damage(fs: Filesystem) -> None:
         first = fs.resolve(b"g") // 16 // 512
         n = 0
-        while (slab := fs.extents(mkfile(fs, b"f%d" % n, b"x" * 200_000))[0].page // 512) == first:
+        while (slab := fs.content.extents(mkfile(fs, b"f%d" % n, b"x" * 200_000))[0].page // 512) == first:
             n += 1
         flip(fs, slab * 512 * 4096 + 100)
 

@@ -16,7 +16,8 @@ from uuid import UUID
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.iommu.guard import open_filesystem
@@ -96,7 +97,7 @@ class Twin:
         file = self.files.pop(path)
         parent, _, name = path.rpartition(b"/")
         if is_open:
-            self.fs.remember(file.ino)
+            self.fs.lookups.add(file.ino)
             self.orphans[file.ino] = file
         remove = self.fs.rmdir if stat.S_ISDIR(file.mode) else self.fs.unlink
         remove(self.files[parent or b"/"].ino, name)
@@ -297,7 +298,9 @@ def test_attributes_as_the_api_says(twin: Twin, tree: dict[bytes, Entry], reader
 def test_content_as_the_api_says(twin: Twin, tree: dict[bytes, Entry]) -> None:
     for path, entry in tree.items():
         if stat.S_ISREG(entry.mode):
-            extents = [(start * PAGE, page * PAGE, count * PAGE) for start, page, count in twin.fs.extents(entry.ino)]
+            extents = [
+                (start * PAGE, page * PAGE, count * PAGE) for start, page, count in twin.fs.content.extents(entry.ino)
+            ]
             assert extents == entry.extents, path
             assert hashlib.sha256(twin.fs.read(entry.ino, 0, entry.size)).hexdigest() == entry.digest, path
         elif stat.S_ISLNK(entry.mode):
@@ -325,7 +328,7 @@ def test_the_trees_are_deep_enough_to_tell(tree: dict[bytes, Entry], reader: Rea
 
 def test_orphans(twin: Twin, reader: Reader) -> None:
     found = reader.orphans()
-    assert found.keys() == twin.orphans.keys() == set(twin.fs.orphans())
+    assert found.keys() == twin.orphans.keys() == set(twin.fs.orphans.inos())
     for ino, entry in found.items():
         file = twin.orphans[ino]
         assert (entry.mode, entry.nlink, entry.target, entry.xattrs) == (file.mode, 0, file.target, file.xattrs)
@@ -405,7 +408,7 @@ def test_free_pages_of_a_full_region() -> None:
 
 def unlink_open(fs: Filesystem, directory: int, file: int) -> None:
     """Make an orphan."""
-    fs.remember(file)
+    fs.lookups.add(file)
     fs.unlink(directory, b"file")
 
 

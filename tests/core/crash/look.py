@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
-from pkernfs.fs.filesystem import Filesystem, SetAttr, Statfs
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fsck.check import check
 from pkernfs.iommu.records import Records
 from pkernfs.region import Region
@@ -43,7 +44,7 @@ class State(NamedTuple):
 
 def look(fs: Filesystem) -> State:
     """All that can be seen."""
-    fs.atime_policy = "noatime"
+    fs.times.policy = "noatime"
     state = State({}, {}, {}, fs.statfs())
     todo = [(b"", int(ROOT))]
     while todo:
@@ -71,7 +72,7 @@ def _pins(fs: Filesystem, ino: int) -> int | tuple[tuple[int, Mapping], ...]:
 def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:
     """The pages of a file that are not all zeros, by their number; read as a user would, where memory is mapped."""
     found = {}
-    for extent in fs.extents(ino):
+    for extent in fs.content.extents(ino):
         raw = bytes(fs.read(ino, extent.start * PAGE, extent.length * PAGE))
         for at in range(0, len(raw), PAGE):
             page = raw[at : at + PAGE]
@@ -108,7 +109,7 @@ def assert_works(region: Region, empty: Statfs) -> None:
     _make(fs)
     _take_all(fs)
     remove_all(fs, ROOT)
-    fs.settle()
+    fs.reclaimer.settle()
     assert check(fs.volume) == []
     assert fs.statfs() == empty, "what an empty region has free"
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pkernfs.format import PAGE
-from pkernfs.fs.filesystem import Filesystem, SetAttr
-from pkernfs.fs.quota import set_quota
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.core.crash.states import LEAF_EXTENTS
 from tests.core.support import ME, ROOT, MiB, mkdir, unmap
@@ -40,10 +40,10 @@ def unlink(path: bytes, *, opened: bool = False, forgotten: bool = False) -> Run
         parent, _, name = path.rpartition(b"/")
         ino = fs.resolve(path)
         if opened:
-            fs.remember(ino)
+            fs.lookups.add(ino)
         fs.unlink(fs.resolve(parent), name)
         if forgotten:
-            fs.forget(ino, 1)
+            fs.reclaimer.forget(ino, 1)
 
     return run
 
@@ -51,7 +51,7 @@ def unlink(path: bytes, *, opened: bool = False, forgotten: bool = False) -> Run
 def rmdir(path: bytes, *, opened: bool = False) -> Run:
     def run(fs: Filesystem) -> None:
         if opened:
-            fs.remember(fs.resolve(path))
+            fs.lookups.add(fs.resolve(path))
         parent, _, name = path.rpartition(b"/")
         fs.rmdir(fs.resolve(parent), name)
 
@@ -61,7 +61,7 @@ def rmdir(path: bytes, *, opened: bool = False) -> Run:
 def rename(old: bytes, new: bytes, flags: int = 0, opened: bytes = b"") -> Run:
     def run(fs: Filesystem) -> None:
         if opened:
-            fs.remember(fs.resolve(opened))
+            fs.lookups.add(fs.resolve(opened))
         parent, _, name = old.rpartition(b"/")
         new_parent, _, new_name = new.rpartition(b"/")
         fs.rename(fs.resolve(parent), name, fs.resolve(new_parent), new_name, flags)
@@ -135,7 +135,7 @@ ATTRIBUTES: dict[str, Run] = {
     "chown": setattr_(b"set-id", uid=3, gid=4),
     "utimens": setattr_(b"d", atime=5, mtime=-6),
     "all-attributes": setattr_(b"g", mode=0o600, uid=3, gid=4, size=PAGE, atime=7, mtime=8),
-    "set-direct": lambda fs: fs.set_direct(fs.resolve(b"big"), True),
+    "set-direct": lambda fs: fs.attributes.set_direct(fs.resolve(b"big"), True),
     "xattr-first": setxattr(b"big", b"user.new", b"value"),
     "xattr-first-large": setxattr(b"big", b"user.new", b"w" * 5000),
     "xattr-small": setxattr(b"d", b"user.new", b"value"),
@@ -206,10 +206,10 @@ OPERATIONS: dict[str, Operation] = {
     "new-extent-inside": Operation(write(b"leaf", 100 * PAGE, 10), content=True),
     "cut-extent-level": Operation(setattr_(b"levels", size=(3 * LEAF_EXTENTS - 9) * PAGE)),
     "unlink-levels": Operation(unlink(b"levels")),
-    "quota-set": Operation(lambda fs: set_quota(fs, fs.resolve(b"empty"), 1 << 30)),
+    "quota-set": Operation(lambda fs: fs.quotas.set(fs.resolve(b"empty"), 1 << 30)),
     "quota-within": Operation(create(b"new", stat.S_IFREG | 0o644, b"limited")),
     "quota-removed": Operation(rmdir(b"limited")),
-    "quota-taken": Operation(lambda fs: set_quota(fs, ROOT, 0)),
+    "quota-taken": Operation(lambda fs: fs.quotas.set(ROOT, 0)),
     "fill-holes": Operation(write(b"five", 100 * PAGE, 40 * PAGE), content=True),
     "last-slot-goes": Operation(unlink(b"last")),
     "last-page-goes": Operation(removexattr(b"filler", b"user.last")),

@@ -68,7 +68,7 @@ def record(image: bytes, runs: Sequence[Run], *, volatile: bool = False) -> Reco
     region = scratch_of(image)
     region.reset(volatile=volatile)
     fs = open_fs(region)
-    fs.atime_policy = "noatime"
+    fs.times.policy = "noatime"
     for run in runs:
         try:
             run(fs)

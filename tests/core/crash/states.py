@@ -17,8 +17,7 @@ from pkernfs.format import (
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.orphans import STEP
-from pkernfs.fs.quota import set_quota
+from pkernfs.fs.reclaim import STEP
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash.scratch import Scratch
 from tests.core.images import cast
@@ -50,7 +49,7 @@ def scattered(fs: Filesystem, name: bytes, count: int, step: int) -> int:
 
 def nodes(fs: Filesystem) -> int:
     """Tree nodes of the root directory."""
-    return len(list(fs.directory(ROOT).tree.all_pages()))
+    return len(list(fs.names.directory(ROOT).tree.all_pages()))
 
 
 def nodes_after(fs: Filesystem, run: Callable[[Filesystem], object]) -> int:
@@ -150,8 +149,8 @@ def holes(fs: Filesystem) -> None:
 def quotas(fs: Filesystem) -> None:
     """All counts against the quota of the root, and one directory has one of its own."""
     everything(fs)
-    set_quota(fs, ROOT, 1 << 40)
-    set_quota(fs, mkdir(fs, b"limited"), 1 << 30)
+    fs.quotas.set(ROOT, 1 << 40)
+    fs.quotas.set(mkdir(fs, b"limited"), 1 << 30)
 
 
 def last_page(fs: Filesystem) -> None:
@@ -177,14 +176,14 @@ def removed(fs: Filesystem) -> None:
     for n in range(40):
         fs.setxattr(leaf, b"user.%d" % n, b"v" * (600 + n))
     for path in (b"big", b"sparse", b"d/e/inner", b"leaf", b"link"):
-        fs.remember(fs.resolve(path))
+        fs.lookups.add(fs.resolve(path))
     for path in (b"big", b"sparse", b"leaf", b"link"):
         fs.unlink(ROOT, path)
     fs.unlink(fs.resolve(b"d/e"), b"inner")
     cut = scattered(fs, b"cut", 70, 3)
     with fs.volume.transaction() as tx:
         fs.volume.put_inode(cut, fs.getattr(cut)._replace(size=3 * PAGE + 7))
-        fs.list_orphan(tx, cut)
+        fs.orphans.add(tx, cut)
 
 
 def domains(fs: Filesystem) -> None:
@@ -257,7 +256,7 @@ def ends(fs: Filesystem) -> list[tuple[Extent, int]]:
         if stat.S_ISDIR(inode.mode):
             todo += [entry.ino for entry in fs.readdir(ino)]
         elif stat.S_ISREG(inode.mode):
-            for extent in fs.extents(ino):
+            for extent in fs.content.extents(ino):
                 beyond = max(0, inode.size - extent.start * PAGE)
                 if beyond < extent.length * PAGE:
                     found.append((extent, -(-beyond // 8) * 8))

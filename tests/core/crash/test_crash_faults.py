@@ -165,7 +165,7 @@ def size_before_content(patch: pytest.MonkeyPatch) -> None:
     real = Content.write
 
     def write(self: Content, ino: int, offset: int, data: bytes, **more: Any) -> int:
-        self._written(ino, self.volume.inode(ino), offset + len(data), self.now(), self.now())
+        self._written(ino, self.volume.inode(ino), offset + len(data), self.volume.clock(), self.volume.clock())
         return real(self, ino, offset, data, **more)
 
     patch.setattr(Content, "write", write)
@@ -237,7 +237,7 @@ def memory_as_it_is(patch: pytest.MonkeyPatch) -> None:
 
 def orphans_unlisted_first(patch: pytest.MonkeyPatch) -> None:
     """What takes several transactions is not listed meanwhile."""
-    patch.setattr(Orphans, "list_orphan", lambda self, tx, ino: None)
+    patch.setattr(Orphans, "add", lambda self, tx, ino: None)
 
 
 class Fault(NamedTuple):

@@ -72,7 +72,7 @@ class CrashMachine(Machine):
         self.region.apply(self.left_of(log))
         before, after = armed.model, (self.root, self.orphans)
         self.fs = open_fs(self.region)
-        self.fs.in_background = self.lazy
+        self.fs.reclaimer.in_background = self.lazy
         if not self.goes_on(after, before, armed) and not self.goes_on(before, after, armed):
             self.compare()
 

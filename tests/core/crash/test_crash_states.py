@@ -20,7 +20,7 @@ def structures(fs: Filesystem) -> dict[str, int]:
         "pages of inodes": kinds.count(PAGE_INODES),
         "nodes": kinds.count(PAGE_NODE),
         "blocks": space.blocks - space.free_blocks,
-        "orphans": len(fs.orphans()),
+        "orphans": len(fs.orphans.inos()),
         "sequence": fs.volume.journal.sequence,
     }
 

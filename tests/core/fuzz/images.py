@@ -8,7 +8,8 @@ import stat
 from collections.abc import Callable
 
 from pkernfs.format import JOURNAL_HEADER, PAGE
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.region import RecordingRegion, Region
 from tests.core.faults import quotas
@@ -71,16 +72,16 @@ def orphans(fs: Filesystem) -> None:
     for n in range(3):
         ino = mkfile(fs, b"gone%d" % n, b"gone" * 3000)
         fs.setxattr(ino, b"user.large", b"v" * 5000)
-        fs.remember(ino)
+        fs.lookups.add(ino)
         fs.unlink(ROOT, b"gone%d" % n)
-    fs.remember(mkdir(fs, b"gone"))
+    fs.lookups.add(mkdir(fs, b"gone"))
     fs.rmdir(ROOT, b"gone")
     cut = mkfile(fs, b"cut")
     for n in range(80):
         fs.write(cut, n * 2 * PAGE, b"%d" % n)
-    fs.in_background = True
+    fs.reclaimer.in_background = True
     fs.setattr(cut, SetAttr(size=PAGE))
-    assert fs.pending
+    assert fs.reclaimer.pending
 
 
 def nearly_full(fs: Filesystem) -> None:

@@ -19,9 +19,10 @@ from pkernfs.cli import explain as cli_explain
 from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.directory import Entry
 from pkernfs.fs.facts import file_facts, region_facts
-from pkernfs.fs.filesystem import Filesystem, SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fsck.check import check_region
@@ -64,7 +65,7 @@ class Use:
         self.damaged = bool(self.fs.volume.damage.found)
         set_clock(self.fs)
         self.server = Operations(self.fs, dict)
-        self.fs.in_background = False
+        self.fs.reclaimer.in_background = False
         region.log.clear()
 
     def _judge_opening(self) -> None:
@@ -124,7 +125,7 @@ class Use:
                         todo.append(Place(ino, entry.name, found, entry.mode))
         self.look(fs.statfs)
         self.look(region_facts, fs)
-        self.look(fs.orphans)
+        self.look(fs.orphans.inos)
         return places
 
     def entries(self, ino: int) -> list[Entry]:
@@ -208,7 +209,7 @@ class Use:
 
     def end(self) -> None:
         """Unmount."""
-        self.fs.ended = True
+        self.fs.reclaimer.ended = True
         judged(self.fs.close)
 
 
@@ -225,7 +226,7 @@ OF_FILES: dict[str, Callable[[Filesystem, int], Any]] = {
     "grow": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size + 70_000)),
     "cut": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size // 2)),
     "empty": lambda fs, ino: fs.setattr(ino, SetAttr(size=0)),
-    "direct": lambda fs, ino: fs.set_direct(ino, True),
+    "direct": lambda fs, ino: fs.attributes.set_direct(ino, True),
     "link": lambda fs, ino: fs.link(ino, ino, b"not a directory"),
 }
 OF_DIRECTORIES: dict[str, Callable[[Filesystem, int], Any]] = {

@@ -1,0 +1,175 @@
+"""The attributes of inodes, ordinary and extended, and the size as one of them."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from itertools import islice
+from typing import Any, NamedTuple
+
+from pkernfs.errors import FsError, quoted
+from pkernfs.format import FLAG_DIRECT, GUARDED, PAGE, Ino, Inode
+from pkernfs.fs.content import Content, killed_mode
+from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.guard import Guard, pins
+from pkernfs.fs.orphans import Orphans
+from pkernfs.fs.reclaim import STEP, Reclaimer
+from pkernfs.fs.times import clamp_time
+from pkernfs.fs.transaction import Transaction
+from pkernfs.fs.volume import Volume
+from pkernfs.fs.xattrs import Xattrs
+
+XATTR_LIST_MAX = 65536
+
+
+class SetAttr(NamedTuple):
+    """What setattr is to change; None: leave it.  Times in ns since the epoch."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime: int | None = None
+    mtime: int | None = None
+    ctime: int | None = None  #: None: now
+
+
+class Attributes:
+    """What is known about files beside names and content."""
+
+    def __init__(self, volume: Volume, content: Content, orphans: Orphans, reclaimer: Reclaimer, guard: Guard) -> None:
+        self.volume = volume
+        self.content = content
+        self.orphans = orphans
+        self.reclaimer = reclaimer
+        self.guard = guard
+
+    def getattr(self, ino: int) -> Inode:
+        """The inode.  Raises FsError(ESTALE)."""
+        return self.volume.inode(ino)
+
+    def setattr(self, ino: int, change: SetAttr, *, privileged: bool = True) -> Inode:
+        """Change attributes and size together; the inode as it is then.
+
+        ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
+        them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's, or
+        mapped by a domain), EPERM (page tables, see guard).
+        """
+        inode = self.volume.inode(ino)
+        now = self.volume.clock()
+        changed = _changes(inode, change, now, privileged)
+        if change.size is not None and not stat.S_ISREG(inode.mode):
+            raise FsError(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL, f"inode {ino}")
+        guarded = inode.flags & GUARDED
+        if change.size is not None and guarded:
+            self.guard.may_resize(Ino(ino), inode, change.size)
+        if change.size is not None and change.size < inode.size:
+            end = -(-change.size // PAGE)
+            self.content.check_unmapped(ino, inode, end)
+            if pins(inode):
+                self.guard.may_cut(Ino(ino), inode, end)
+        elif change.size is not None and inode.orphan_next and change.size > inode.size:
+            self.reclaimer.finish_cut(ino)
+            inode = self.volume.inode(ino)
+
+        def apply(tx: Transaction, compact: bool) -> bool:
+            new = inode if change.size is None else self.content.resized(tx, ino, inode, change.size, compact=compact)
+            if guarded and new.size > inode.size:
+                self.guard.resized(tx, Ino(ino), new)
+            new = new._replace(**changed)
+            tx.put_inode(ino, new)
+            return change.size is None or change.size > inode.size or self._cut(tx, ino, new, compact)
+
+        if not self.volume.compacting(apply):
+            self.reclaimer.begin_freeing(ino)
+        return self.volume.inode(ino)
+
+    def _cut(self, tx: Transaction, ino: int, inode: Inode, compact: bool) -> bool:
+        """Free what lies beyond the end when it is little; else list the inode for it.
+
+        True: all is freed.
+        """
+        filemap = FileMap(self.volume, ino, inode, compact=compact)
+        end = -(-inode.size // PAGE)
+        if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
+            filemap.truncate(tx, end, STEP)
+            tx.put_inode(ino, filemap.finish())
+            return True
+        self.orphans.add(tx, ino)
+        return False
+
+    def set_direct(self, ino: int, direct: bool) -> Inode:
+        """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place.
+
+        Raises FsError: EINVAL, EPERM for page tables.
+        """
+        self.content.file_map(ino)
+        inode = self.volume.inode(ino)
+        if inode.flags & GUARDED:
+            self.guard.may_map(Ino(ino))
+        flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
+        if flags != inode.flags:
+            inode = inode._replace(flags=flags)
+            with self.volume.transaction() as tx:
+                tx.put_inode(ino, inode)
+        return inode
+
+    def check_open(self, ino: int, flags: int) -> None:
+        """Raise FsError(EPERM) when the inode, or a file to be made in this directory, may not be opened like that."""
+        self.guard.may_open(self.volume.inode(ino), flags)
+
+    # -- extended attributes --------------------------------------------------------------------------------------
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """The value.  Raises FsError(ENODATA)."""
+        inode = self.volume.inode(ino)
+        attribute = Xattrs(self.volume, ino, inode).find(name) if inode.xattrs else None
+        if attribute is None:
+            raise FsError(errno.ENODATA, quoted(name))
+        return Xattrs(self.volume, ino, inode).value(attribute)
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        """The names of all attributes."""
+        return [attribute.name for attribute in Xattrs(self.volume, ino, self.volume.inode(ino)).all()]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Create or replace.  Raises FsError: ERANGE, E2BIG, ENOSPC (also when the names would not fit in a list)."""
+        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        if sum(len(a.name) + 1 for a in xattrs.all() if a.name != name) + len(name) + 1 > XATTR_LIST_MAX:
+            raise FsError(errno.ENOSPC, "the names of the attributes would take more than 64 KiB")
+        with self.volume.transaction() as tx:
+            xattrs.set(tx, name, value)
+            tx.put_inode(ino, xattrs.finish(self.volume.clock()))
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Remove.  Raises FsError(ENODATA)."""
+        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        attribute = xattrs.find(name)
+        if attribute is None:
+            raise FsError(errno.ENODATA, quoted(name))
+        with self.volume.transaction() as tx:
+            xattrs.remove(tx, attribute)
+            tx.put_inode(ino, xattrs.finish(self.volume.clock()))
+
+
+def _changes(inode: Inode, change: SetAttr, now: int, privileged: bool) -> dict[str, Any]:
+    """The fields, but for the size, that are to change."""
+    changed: dict[str, Any] = {"ctime": now if change.ctime is None else clamp_time(change.ctime)}
+    mode = inode.mode
+    if change.mode is not None:
+        mode = stat.S_IFMT(mode) | stat.S_IMODE(change.mode)
+    if change.uid is not None or change.gid is not None:
+        changed["uid"] = inode.uid if change.uid is None else change.uid
+        changed["gid"] = inode.gid if change.gid is None else change.gid
+        if change.mode is None:
+            mode = killed_mode(mode)
+    if change.size is not None:
+        changed["mtime"] = now
+        if not privileged:
+            mode = killed_mode(mode)
+    changed["mode"] = mode
+    if change.atime is not None:
+        changed["atime"] = clamp_time(change.atime)
+    if change.mtime is not None:
+        changed["mtime"] = clamp_time(change.mtime)
+    return changed
