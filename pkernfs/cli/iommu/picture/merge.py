@@ -13,7 +13,7 @@ MIXES_FILES, MIXES_MORE, MIXES_ACCESS = 64, 2, 4
 
 
 class Mapping(NamedTuple):
-    """A range of the address space that leads to a range of a file; bytes."""
+    """A range of the address space that translates to a range of a file; bytes."""
 
     iova: int
     length: int
@@ -33,7 +33,7 @@ class Span:
         self.length = sum(mapping.length for mapping in mappings)
 
     def joined(self, other: Self) -> Self:
-        """This and the next one as one."""
+        """Itself and the next one as one."""
         ino = self.ino if self.ino == other.ino else OTHERS
         both = type(self)(self.start, other.end, self.mappings + other.mappings, ino)
         both.length = self.length + other.length

@@ -1,4 +1,4 @@
-"""An address space as a picture shows it: blocks of IOVAs, blocks of files' memory, and what leads where.
+"""An address space as a picture shows it: blocks of IOVAs, blocks of files' memory, and what translates to what.
 
 What is too small to be seen is merged with its neighbours, so that 10,000 mappings become a picture, too.
 """
@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 from pkernfs.cli.iommu.picture.merge import OTHERS, Mapping, Span, merge
-from pkernfs.cli.text import human, plural
+from pkernfs.cli.text import human, plural, span
 
 FILES = 12  #: that are told apart; the smallest of more become one
 DEVICES = 6  #: that are named
+LISTED = 20  #: mappings, or runs, that a tooltip lists
 #: Light enough for dark text on them, dark enough to be seen on white.
 PALETTE = (
     "#7cb7e8",
@@ -40,6 +41,11 @@ class Run(NamedTuple):
     length: int
 
 
+def _listed(lines: list[str]) -> str:
+    more = [f"and {len(lines) - LISTED:,} more"] if len(lines) > LISTED else []
+    return "\n".join([*lines[:LISTED], *more])
+
+
 class Block(Span):
     """IOVAs.  ``leaves``: sizes of those that were looked at, in bytes; 0: one that is missing."""
 
@@ -62,6 +68,14 @@ class Block(Span):
         leaves = self.leaf_sizes() if self.leaves else ""
         return [text for text in (f"{size} {self.access}", what, line, leaves) if text]
 
+    def tip(self, names: dict[int, str]) -> str:
+        """Every mapping of it, as far as a tooltip can, and its leaves."""
+        lines = [
+            f"{span(m.iova, m.length)} ({human(m.length)}, {m.access}): {names[m.ino]}, offset {m.offset:#x}"
+            for m in self.mappings
+        ]
+        return "\n".join([_listed(lines), *([self.leaf_sizes()] if self.leaves else [])])
+
 
 class Memory(Span):
     """A range of a file; for OTHERS start and end say nothing."""
@@ -78,9 +92,27 @@ class Memory(Span):
         both.parts = self.parts + other.parts
         return both
 
+    def texts(self) -> list[str]:
+        """What to write on it, the most important first."""
+        size = human(self.length)
+        if self.ino == OTHERS:
+            return [f"{plural(len(self.mappings), 'mapping')}, {size}"]
+        in_parts = "" if self.length == self.end - self.start else " in parts of it"
+        return [f"offset {self.start:#x} to {self.end - 1:#x}", size + in_parts]
+
+    def tip(self, names: dict[int, str]) -> str:
+        """Where it is."""
+        if self.ino == OTHERS:
+            return f"{names[OTHERS]}: {plural(len(self.mappings), 'mapping')}"
+        runs = [
+            f"offset {run.offset:#x}: physical {span(run.physical, run.length)} ({human(run.length)})"
+            for run in self.runs
+        ]
+        return f"{names[self.ino]}\n{_listed(runs) or 'not known where'}"
+
 
 class Band(NamedTuple):
-    """What leads from a block to memory: parts of both, from 0 to 1."""
+    """A part of a block and the part of memory that it translates to, both from 0 to 1."""
 
     block: Block
     left: tuple[float, float]
@@ -99,7 +131,7 @@ class Space(NamedTuple):
     bands: list[Band]
 
     def where(self, band: Band) -> list[Run]:
-        """The memory that one mapping, which has a block of its own, leads to."""
+        """The memory that one mapping, which has a block of its own, translates to."""
         first = band.block.mappings[0]
         runs = [{"file_offset": run.offset, "physical": run.physical, "length": run.length} for run in band.memory.runs]
         return _runs(runs, [(first.offset, first.offset + first.length)])
@@ -218,7 +250,7 @@ def _runs(extents: list[dict[str, Any]], parts: list[tuple[int, int]]) -> list[R
 
 
 def _bands(blocks: list[Block], memory: list[Memory], shown: dict[int, int]) -> list[Band]:
-    """One for each block and each memory that something in it leads to."""
+    """One for each block and each memory that something in it translates to."""
     by_file: dict[int, list[Memory]] = {}
     for part in memory:
         by_file.setdefault(part.ino, []).append(part)
