@@ -1,31 +1,147 @@
-"""The client of a mount's control sockets: one JSON object a line each way.
+"""Asking the servers of a mount: stable Python API.
 
-    control("/mnt/pkernfs", "info")                       -> facts of the region
-    control("/mnt/pkernfs/guest-ram", "file")             -> facts of the file's memory
-    ask_keeper("/mnt/pkernfs", "status")                  -> facts of the mount, whatever its worker does
+    from pkernfs import api, client
 
-The worker's socket is found from the mount itself: the read-only attribute user.pkernfs.control of its root directory.
-The keeper's has a name that is known without asking the mount.
+    client.info("/mnt/pkernfs").space_free                      bytes that are free
+    client.file("/mnt/pkernfs/guest-ram").extents               where a file is in memory
+    client.status("/mnt/pkernfs").takeovers                     also while no worker serves
+    client.ask("/mnt/pkernfs/iommu/dom-0", api.IommuAudit())    any request of pkernfs.api
+
+A path is any path in the mount.  Replies are classes of pkernfs.api.  examples/api.md has more; pkernfs.vfio is for
+programs that know VFIO.
+
+Raises UsageError for a path that is in no pkernfs mount, and ControlError, which has an ``errno``, when the server
+refuses or is gone.  A server that is replaced meanwhile is no error: the question is asked again, and what changes
+something is done once.
 """
 
+from __future__ import annotations
+
 import errno
-import json
 import os
+import secrets
 import socket
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.mountinfo import FSTYPE, Mount, mounts
 from pkernfs.sockets import find
 
+if TYPE_CHECKING:
+    from pkernfs import api
+
+__all__ = ["ControlError", "ask", "file", "info", "keeper_address", "mount_of", "quota", "set_direct", "status"]
+
 #: Seconds in which another server takes the place of one that is gone.
-PATIENCE = 5.0
+TAKEOVER: Final = 5.0
+R = TypeVar("R")
 
 
 class ControlError(PkernfsError):
-    """The server refused, or does not answer."""
+    """The server refused, or does not answer; ``errno`` says why."""
+
+
+def info(path: str) -> api.MountInfo:
+    """The region of a mount."""
+    from pkernfs import api
+
+    return ask(path, api.Info())
+
+
+def file(path: str) -> api.FileInfo:
+    """The memory of a regular file, and the domains that map it."""
+    from pkernfs import api
+
+    return ask(path, api.File())
+
+
+def set_direct(path: str, on: bool = True) -> api.FileInfo:
+    """Mark a file as one that is mapped directly from the region: its memory stays where it is, and reads through the
+    mount see what is stored there."""
+    from pkernfs import api
+
+    return ask(path, api.Direct(on=on))
+
+
+def quota(path: str, limit: int | None = None) -> api.QuotaUse:
+    """The quota that counts for a directory, after setting it to ``limit`` bytes; 0 takes it away."""
+    from pkernfs import api
+
+    return ask(path, api.Quota(limit=limit))
+
+
+def status(path: str, timeout: float | None = None) -> api.Status:
+    """Who serves a mount, and how it has been doing.  ``timeout``: seconds, instead of the usual time."""
+    from pkernfs import api
+
+    return ask(path, api.GetStatus(), timeout)
+
+
+def ask(path: str, request: api.Request[R], timeout: float | None = None) -> R:
+    """One request and its result, from whichever server of the mount answers it.
+
+    Where the request is about an inode and names none, it is about ``path``; where it needs a key and has none, it gets
+    one.  ``timeout``: seconds to wait for the answer, instead of what the table of verbs says.
+    """
+    from msgspec.structs import replace
+
+    from pkernfs import api, codec
+
+    mount = _mount_of(path)
+    verb = api.VERBS[str(request.__struct_config__.tag)]
+    if isinstance(request, api.Change) and not request.key:
+        request = replace(request, key=secrets.randbits(63) or 1)
+    try:
+        if isinstance(request, api.WorkerRequest) and not request.ino:
+            request = replace(request, ino=os.lstat(path).st_ino)
+        worker = os.getxattr(mount.mountpoint, "user.pkernfs.control") if verb.server is api.Server.WORKER else b""
+    except OSError as error:
+        raise _unreachable(path, error) from None
+    line = codec.encode_request(request)
+    end = time.monotonic() + TAKEOVER
+    while True:
+        try:
+            reply = exchange(worker or keeper_address(path), line, timeout or verb.patience)
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                raise _unreachable(path, error) from None
+        time.sleep(0.05)
+    try:
+        return codec.decode_reply(reply, request)
+    except codec.RefusedError as error:
+        refusal = ControlError(f"{path}: {error.text}", hint=error.hint)
+        refusal.errno = error.errno
+        raise refusal from None
+
+
+def exchange(address: str | bytes, line: bytes, timeout: float | None) -> bytes:
+    """Send a line and get one, whatever they mean.  Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout)
+        connection.connect(address)
+        connection.sendall(line)
+        with connection.makefile("rb") as lines:
+            reply = lines.readline()
+    if not reply.endswith(b"\n"):
+        raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
+    return reply
+
+
+def _unreachable(path: str, error: OSError) -> ControlError:
+    unreachable = ControlError(f"{path}: cannot reach the server: {error.strerror or error}")
+    unreachable.errno = error.errno or errno.EIO
+    return unreachable
+
+
+def keeper_address(path: str) -> str:
+    """The socket of the keeper of the mount that ``path`` is in.  Raises UsageError; FileNotFoundError: it has none."""
+    mount = _mount_of(path)
+    address = find(mount.device, mount.owner)
+    if address is None:
+        raise FileNotFoundError(errno.ENOENT, "it has no socket")
+    return address
 
 
 def mount_of(path: str) -> Mount | None:
@@ -38,65 +154,6 @@ def mount_of(path: str) -> Mount | None:
         if inside and (found is None or len(mount.mountpoint) >= len(found.mountpoint)):
             found = mount
     return found if found is not None and found.fstype == FSTYPE else None
-
-
-def control(path: str, verb: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
-    """Ask the server of the mount that ``path`` is in; ``path`` itself goes along as an inode number, unless "ino" is
-    among the arguments.
-
-    Raises UsageError when ``path`` is not in a pkernfs mount, ControlError when the server refuses or is gone.
-    """
-    mount = _mount_of(path)
-    try:
-        request = {"verb": verb, "ino": os.lstat(path).st_ino, **arguments}
-        address = os.getxattr(mount.mountpoint, "user.pkernfs.control")
-    except OSError as error:
-        raise ControlError(f"{path}: cannot reach the server: {error.strerror or error}") from None
-    return _ask(lambda: address, path, request, timeout)
-
-
-def ask_keeper(path: str, verb: str, timeout: float | None = 60.0, **arguments: Any) -> dict[str, Any]:
-    """Ask the keeper of the mount that ``path`` is in.  Raises UsageError, ControlError."""
-    return _ask(lambda: keeper_address(path), path, {"verb": verb, **arguments}, timeout)
-
-
-def keeper_address(path: str) -> str:
-    """The socket of the keeper of the mount that ``path`` is in.  Raises UsageError; FileNotFoundError: it has none."""
-    mount = _mount_of(path)
-    address = find(mount.device, mount.owner)
-    if address is None:
-        raise FileNotFoundError(errno.ENOENT, "it has no socket")
-    return address
-
-
-def _ask(
-    address: Callable[[], str | bytes], path: str, request: dict[str, Any], timeout: float | None
-) -> dict[str, Any]:
-    """One request and its result; asked again when whoever had it is gone: what can be asked can be asked twice."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(timeout)
-                connection.connect(address())
-                connection.sendall(json.dumps(request).encode() + b"\n")
-                with connection.makefile("rb") as lines:
-                    line = lines.readline()
-            if line:
-                break
-            error = "it closed the connection"
-        except OSError as caught:
-            error = caught.strerror or str(caught)
-        if time.monotonic() > end:
-            raise ControlError(f"{path}: cannot reach the server: {error}")
-        time.sleep(0.05)
-    reply = json.loads(line)
-    if "error" in reply:
-        refusal = ControlError(f"{path}: {reply['error']}")
-        refusal.errno = reply.get("errno", refusal.errno)
-        raise refusal
-    result: dict[str, Any] = reply["result"]
-    return result
 
 
 def _mount_of(path: str) -> Mount:

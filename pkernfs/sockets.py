@@ -18,15 +18,14 @@ from typing import Protocol
 
 from pkernfs.errors import FsError, RegionError
 
+CONNECTIONS = 32  #: more at once are refused
+
 
 class Peer(Protocol):
     """A socket, of the standard library or of trio."""
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes:
         """As socket.socket has it."""
-
-
-CONNECTIONS = 32  #: more at once are refused
 
 
 def check_owner(connection: Peer) -> None:

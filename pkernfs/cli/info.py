@@ -1,13 +1,15 @@
 """pkernfs info: what a region, a mount or a file in it is."""
 
 import argparse
-import json
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, printable
+from pkernfs.cli.text import human, printable, show
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 DESCRIPTION = """\
 Show a region (mounted or not), a mount, or the memory of a file in a mount: its extents as region offsets and physical
@@ -28,33 +30,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Find out what the target is and print its facts.  Raises PkernfsError."""
-    from pkernfs.client import control, mount_of
+    from pkernfs import client
+    from pkernfs.api import to_builtins
     from pkernfs.mountinfo import mountpoints_of
 
     target = arguments.target
-    real = os.path.realpath(target)
-    mount = mount_of(target)
-    if mount is not None:
-        verb = "file" if os.path.isfile(target) else "info"
-        facts = control(target, verb)
-        facts["mountpoint"] = mount.mountpoint
-    elif mounted := mountpoints_of(real):
-        verb = "info"
-        facts = control(mounted[0], verb)
-        facts["mountpoint"] = mounted[0]
+    mount = client.mount_of(target)
+    mountpoint = mount.mountpoint if mount else next(iter(mountpoints_of(os.path.realpath(target))), None)
+    info: api.RegionInfo | api.FileInfo
+    if mount is not None and os.path.isfile(target):
+        info = client.file(target)
+        lines = _file_lines(target, info)
+    elif mountpoint is not None:
+        info = client.info(target if mount else mountpoint)
+        lines = region_lines(info, mountpoint)
     else:
         from pkernfs.cli.offline import with_filesystem
         from pkernfs.fs.facts import region_facts
 
-        verb = "info"
-        facts = with_filesystem(target, region_facts)
-        facts["mountpoint"] = None
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-    elif verb == "file":
-        _print_file(target, facts)
-    else:
-        _print_region(facts)
+        info = with_filesystem(target, region_facts)
+        lines = region_lines(info)
+    show(arguments, to_builtins(info) | {"mountpoint": mountpoint}, lines)
     return 0
 
 
@@ -62,68 +58,70 @@ def _when(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(nanoseconds / 1e9)) if nanoseconds else "never"
 
 
-def _power_cut(facts: dict[str, Any]) -> str:
+def _power_cut(facts: api.RegionInfo) -> str:
     """What the end of the machine does to the region."""
-    if not facts["volatile"]:
+    if not facts.volatile:
         return "ends what is in memory"
-    if facts["readonly"]:
+    if facts.readonly:
         return "leaves it whole, but for mounts with nobarrier"
-    return "leaves it whole: barriers are on" if facts["barriers"] else "may damage it: mounted with nobarrier"
+    return "leaves it whole: barriers are on" if facts.barriers else "may damage it: mounted with nobarrier"
 
 
-def _print_region(facts: dict[str, Any]) -> None:
-    used = facts["space"] - facts["space_free"]
-    features = [f"{kind} {bits:#x}" for kind, bits in facts["features"].items() if bits]
+def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[str]:
+    """A region for people; ``mountpoint``: where it is mounted."""
+    used = facts.space - facts.space_free
+    needed = facts.features
+    kinds = {"compat": needed.compat, "ro_compat": needed.ro_compat, "incompat": needed.incompat}
+    features = [f"{kind} {bits:#x}" for kind, bits in kinds.items() if bits]
+    server = getattr(facts, "server", None)
     rows = {
-        "region": f"{facts['region']} ({facts['kind']})",
-        "mounted": f"on {facts['mountpoint']}, server {facts['server']}" if facts["mountpoint"] else "no",
+        "region": f"{facts.region} ({facts.kind})",
+        "mounted": f"on {mountpoint}, server {server}" if mountpoint else "no",
         "power cut": _power_cut(facts),
-        "uuid": facts["uuid"],
-        "label": printable(facts["label"]) or "-",
-        "format": f"version {facts['version']}, features: {', '.join(features) or 'none'}",
-        "size": f"{human(facts['size'])}: {facts['blocks']} blocks of {human(facts['block_size'])}",
-        "physical": f"{facts['phys_base']:#x} to {facts['phys_base'] + facts['size'] - 1:#x}",
-        "space": f"{human(used)} used, {human(facts['space_free'])} free of {human(facts['space'])}",
-        "free blocks": f"{facts['blocks_free']}, {facts['blocks_largest_free_run']} of them in one piece",
-        "slabs": f"{facts['slabs']} blocks cut into pages of 4 KiB",
-        "inodes": f"{facts['inodes']}, {'?' if facts['orphans'] is None else facts['orphans']} of them without a name",
-        "journal": f"{human(facts['journal']['size'])}, {facts['journal']['sequence']} transactions so far",
-        "damaged": _damaged(facts["damaged"]),
-        "created": _when(facts["created"]),
-        "mounts": f"{facts['mounts']}, the last from {_when(facts['last_mounted'])}",
-        "unmounted": _when(facts["last_unmounted"]),
+        "uuid": facts.uuid,
+        "label": printable(facts.label) or "-",
+        "format": f"version {facts.version}, features: {', '.join(features) or 'none'}",
+        "size": f"{human(facts.size)}: {facts.blocks} blocks of {human(facts.block_size)}",
+        "physical": f"{facts.phys_base:#x} to {facts.phys_base + facts.size - 1:#x}",
+        "space": f"{human(used)} used, {human(facts.space_free)} free of {human(facts.space)}",
+        "free blocks": f"{facts.blocks_free}, {facts.blocks_largest_free_run} of them in one piece",
+        "slabs": f"{facts.slabs} blocks cut into pages of 4 KiB",
+        "inodes": f"{facts.inodes}, {'?' if facts.orphans is None else facts.orphans} of them without a name",
+        "journal": f"{human(facts.journal.size)}, {facts.journal.sequence} transactions so far",
+        "damaged": _damaged(facts.damaged),
+        "created": _when(facts.created),
+        "mounts": f"{facts.mounts}, the last from {_when(facts.last_mounted)}",
+        "unmounted": _when(facts.last_unmounted),
     }
-    for name, text in rows.items():
-        print(f"{name:12} {text}")
+    return [f"{name:12} {text}" for name, text in rows.items()]
 
 
-def _damaged(findings: list[dict[str, Any]]) -> str:
+def _damaged(findings: list[api.Finding]) -> str:
     """How many structures were found damaged, and which, a line each."""
     if not findings:
         return "nothing that was read"
-    lines = [f"{one['structure']} at {one['offset']:#x}: {one['found']}" for one in findings[:SHOWN]]
+    lines = [f"{one.structure} at {one.offset:#x}: {one.found}" for one in findings[:SHOWN]]
     lines += [f"and {len(findings) - SHOWN} more"] if len(findings) > SHOWN else []
     count = f"{len(findings)} structure{'s' * (len(findings) != 1)}: run fsck.pkernfs"
     return f"\n{'':13}".join([count, *lines])
 
 
-def _print_file(path: str, facts: dict[str, Any]) -> None:
-    shape = "contiguous" if facts["contiguous"] else f"{len(facts['extents'])} extents"
-    print(f"{path}: inode {facts['ino']}, {facts['size']} bytes, {human(facts['allocated'])} allocated, {shape}")
-    print(f"region {facts['region']}, {'mapped directly' if facts['direct'] else 'not mapped directly'}")
-    if facts["extents"]:
-        print(f"{'file offset':>18} {'region offset':>18} {'physical':>18} {'length':>14}")
-    for extent in facts["extents"]:
-        print(
-            f"{extent['file_offset']:#18x} {extent['region_offset']:#18x} {extent['physical']:#18x} "
-            f"{extent['length']:#14x}"
-        )
-    for pin in facts["pins"]:
-        name = "a domain that is being removed" if pin["domain"] is None else f"domain {printable(pin['domain'])}"
-        print(
-            f"pinned by {name}: IOVA {pin['iova']:#x}, offset {pin['offset']:#x}, length {pin['length']:#x}, "
-            f"{pin['access']}"
-        )
+def _file_lines(path: str, facts: api.FileInfo) -> list[str]:
+    shape = "contiguous" if facts.contiguous else f"{len(facts.extents)} extents"
+    lines = [
+        f"{path}: inode {facts.ino}, {facts.size} bytes, {human(facts.allocated)} allocated, {shape}",
+        f"region {facts.region}, {'mapped directly' if facts.direct else 'not mapped directly'}",
+    ]
+    if facts.extents:
+        lines.append(f"{'file offset':>18} {'region offset':>18} {'physical':>18} {'length':>14}")
+    for extent in facts.extents:
+        place = f"{extent.file_offset:#18x} {extent.region_offset:#18x} {extent.physical:#18x}"
+        lines.append(f"{place} {extent.length:#14x}")
+    for pin in facts.pins:
+        name = "a domain that is being removed" if pin.domain is None else f"domain {printable(pin.domain)}"
+        what = f"IOVA {pin.iova:#x}, offset {pin.offset:#x}, length {pin.length:#x}, {pin.access}"
+        lines.append(f"pinned by {name}: {what}")
+    return lines
 
 
 VERBS = {"info": Verb(DESCRIPTION, add_arguments, run)}

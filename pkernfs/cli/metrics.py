@@ -62,26 +62,27 @@ class StatusCollector:
         """The metrics; only pkernfs_up 0 when the keeper does not answer."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        from pkernfs.client import ask_keeper
+        from pkernfs import client
 
         families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
         up = GaugeMetricFamily("pkernfs_up", "Whether the keeper of the mount answers.", labels=["mountpoint"])
         try:
-            status = ask_keeper(self.mount, "status")
+            status = client.status(self.mount)
         except PkernfsError:
             up.add_metric([os.path.realpath(self.mount)], 0)
             yield up
             return
-        mountpoint = status["mountpoint"].encode(errors="surrogateescape").decode(errors="backslashreplace")
+        mountpoint = status.mountpoint.encode(errors="surrogateescape").decode(errors="backslashreplace")
         up.add_metric([mountpoint], 1)
         yield up
         for key, name, kind, text in FIGURES:
-            if status[key] is not None:
+            value = getattr(status, key)
+            if value is not None:
                 family = families[kind](name, text, labels=["mountpoint"])
-                family.add_metric([mountpoint], status[key])
+                family.add_metric([mountpoint], value)
                 yield family
         requests = CounterMetricFamily("pkernfs_requests", "Requests of the kernel.", labels=["mountpoint", "kind"])
-        for request, count in status["requests"].items():
+        for request, count in status.requests.items():
             requests.add_metric([mountpoint, request], count)
         yield requests
 
@@ -90,9 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Once, or until the mount ends.  Raises PkernfsError."""
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server, write_to_textfile
 
-    from pkernfs.client import ask_keeper
+    from pkernfs import client
 
-    device = ask_keeper(arguments.mount, "status")["device"]
+    device = client.status(arguments.mount).device
     registry = CollectorRegistry()
     registry.register(StatusCollector(arguments.mount))
     if not arguments.port and not arguments.file:

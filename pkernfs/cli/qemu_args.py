@@ -33,32 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Choose the mapping, mark the file when it is the direct one, print the option.  Raises PkernfsError."""
-    from pkernfs.client import control
+    from pkernfs import client
     from pkernfs.qemu.cmdline import backend_option
 
     path = os.path.realpath(arguments.file)
     if not os.path.isfile(path):
         raise UsageError(f"{arguments.file}: expected a regular file in a pkernfs mount", hint="truncate -s makes one")
-    facts = control(path, "file")
-    size = facts["size"]
+    facts = client.file(path)
+    size = facts.size
     if not size or size % 4096:
         raise UsageError(
             f"{arguments.file}: expected a size that is a multiple of 4096, found {size}",
             hint=f"truncate -s {max(-(-size // 4096), 1) * 4096} {shlex.quote(arguments.file)}",
         )
-    if arguments.direct and not facts["contiguous"]:
+    if arguments.direct and not facts.contiguous:
         raise UsageError(
-            f"{arguments.file}: expected one piece of the region, found {len(facts['extents'])} extents",
+            f"{arguments.file}: expected one piece of the region, found {len(facts.extents)} extents",
             hint="make it anew with truncate -s while enough space is free, or use --path",
         )
-    direct = arguments.direct or (not arguments.path and facts["contiguous"] and _qemu_knows_offset())
+    direct = arguments.direct or (not arguments.path and facts.contiguous and _qemu_knows_offset())
     mem_path, offset = path, None
     if direct:
-        facts = control(path, "direct")
-        if not facts["contiguous"] or facts["size"] != size:
-            control(path, "direct", on=False)
+        facts = client.set_direct(path)
+        if not facts.contiguous or facts.size != size:
+            client.set_direct(path, on=False)
             raise UsageError(f"{arguments.file}: it was changed meanwhile", hint="try again")
-        mem_path, offset = facts["region"], facts["extents"][0]["region_offset"]
+        mem_path, offset = facts.region, facts.extents[0].region_offset
     if arguments.json:
         properties = {"qom-type": "memory-backend-file", "id": arguments.id, "size": size, "mem-path": mem_path}
         properties |= {"share": True} | ({"offset": offset} if offset is not None else {})

@@ -43,22 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Set if asked to, and print.  Raises PkernfsError."""
-    from pkernfs.client import control
+    from pkernfs import client
 
     path = os.path.realpath(arguments.directory)
     if not os.path.isdir(path):
         raise UsageError(f"{arguments.directory}: expected a directory in a pkernfs mount")
-    words = {} if arguments.limit is None else {"limit": arguments.limit}
-    quota = control(path, "quota", timeout=None, **words)
+    quota = client.quota(path, arguments.limit)
     above = (path, *map(str, PurePath(path).parents))
-    place = next((place for place in above if os.stat(place).st_ino == quota["ino"]), path)
+    place = next((place for place in above if os.stat(place).st_ino == quota.ino), path)
     if arguments.json:
-        found = {"directory": place, "limit": quota["limit"], "used": quota["used"]} if quota["ino"] else None
+        found = {"directory": place, "limit": quota.limit, "used": quota.used} if quota.ino else None
         print(json.dumps({"quota": found}, indent=2))
-    elif not quota["ino"]:
+    elif not quota.ino:
         print(f"{path}: no quota")
     else:
-        print(f"{place}: {human(quota['used'])} of {human(quota['limit'])} used")
+        print(f"{place}: {human(quota.used)} of {human(quota.limit)} used")
     return 0
 
 

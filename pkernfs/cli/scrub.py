@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import printable
+from pkernfs.cli.text import printable, show
 from pkernfs.errors import PkernfsError
 
 if TYPE_CHECKING:
+    from pkernfs import api
     from pkernfs.cli.progress import Advance
 
 DESCRIPTION = """\
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scrub, and name the files that are concerned.  Raises PkernfsError."""
+    from pkernfs.api import to_builtins
     from pkernfs.cli.progress import bar
     from pkernfs.client import mount_of
     from pkernfs.mountinfo import mountpoints_of
@@ -49,35 +50,29 @@ def run(arguments: argparse.Namespace) -> int:
             region, (structures, problems) = mount.source, _all(_online(mount.mountpoint), advance)
         else:
             region, (structures, problems) = target, _offline(target, advance)
-    paths = _paths(region, {problem["ino"] for problem in problems} - {0})
-    for problem in problems:
-        problem["path"] = paths.get(problem["ino"])
-    if arguments.json:
-        print(json.dumps({"structures": structures, "clean": not problems, "problems": problems}, indent=2))
-    else:
-        for problem in problems:
-            print((f"{printable(problem['path'])}: " if problem["path"] else "") + problem["text"])
-        print(f"{target}: {structures} structures verified, {len(problems)} damaged")
+    paths = _paths(region, {problem.ino for problem in problems} - {0})
+    lines = [(f"{printable(paths[one.ino])}: " if one.ino in paths else "") + one.text for one in problems]
+    lines.append(f"{target}: {structures} structures verified, {len(problems)} damaged")
+    found = [to_builtins(one) | {"path": paths.get(one.ino)} for one in problems]
+    show(arguments, {"structures": structures, "clean": not problems, "problems": found}, lines)
     return DAMAGED if problems else 0
 
 
-Step = tuple[dict[str, Any], int]  #: what a step found; the number of pages of the region
-
-
-def _online(mountpoint: str) -> Iterator[Step]:
-    """Ask the server for one step after the other."""
-    from pkernfs.client import control
+def _online(mountpoint: str) -> Iterator[tuple[api.Scrubbed, int]]:
+    """Each step of the server, and the number of pages of the region."""
+    from pkernfs import api, client
     from pkernfs.format import PAGES_PER_BLOCK
 
-    pages = control(mountpoint, "info")["blocks"] * PAGES_PER_BLOCK
+    pages = client.info(mountpoint).blocks * PAGES_PER_BLOCK
     page = 0
     while page < pages:
-        step = control(mountpoint, "scrub", page=page)
+        step = client.ask(mountpoint, api.Scrub(page=page))
         yield step, pages
-        page = step["next"]
+        page = step.next
 
 
-def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
+def _offline(path: str, advance: Advance | None) -> tuple[int, list[api.DamagedChecksum]]:
+    from pkernfs import api
     from pkernfs.cli.offline import keep_quiet
     from pkernfs.errors import CorruptError, FormatError
     from pkernfs.fsck.repair.metadata import find_copy
@@ -90,23 +85,22 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[dict[str, An
         try:
             fs = open_filesystem(region)
         except CorruptError as error:
-            return 1, [Damage.of(error)._asdict()]
+            return 1, [api.DamagedChecksum(*Damage.of(error))]
         except FormatError as error:
             if find_copy(region) is None:
                 raise
-            return 1, [Damage(error.text.removeprefix(f"{region.path}: "), 0, 0)._asdict()]
+            return 1, [api.DamagedChecksum(error.text.removeprefix(f"{region.path}: "), ino=0, offset=0)]
         pages = fs.volume.total_pages
-        steps = ({**step._asdict(), "problems": [p._asdict() for p in step.problems]} for step in scrub_all(fs))
-        return _all(((step, pages) for step in steps), advance)
+        return _all(((step.reply(), pages) for step in scrub_all(fs)), advance)
 
 
-def _all(steps: Iterable[Step], advance: Advance | None) -> tuple[int, list[dict[str, Any]]]:
+def _all(steps: Iterable[tuple[api.Scrubbed, int]], advance: Advance | None) -> tuple[int, list[api.DamagedChecksum]]:
     structures, problems = 0, []
     for step, pages in steps:
-        structures += step["structures"]
-        problems += step["problems"]
+        structures += step.structures
+        problems += step.problems
         if advance:
-            advance("verifying", step["next"], pages)
+            advance("verifying", step.next, pages)
     return structures, problems
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import duration, human, printable
+from pkernfs.cli.text import as_json, duration, human, printable, show
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 DESCRIPTION = """\
 Show who serves a mount, and how it has been doing: its keeper and its worker, takeovers and the longest stall, requests
@@ -34,79 +36,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask and print.  Raises PkernfsError."""
-    from pkernfs.client import ask_keeper
+    from pkernfs import client
 
-    status = ask_keeper(arguments.mount, "status")
+    status = client.status(arguments.mount)
     if not arguments.watch:
-        print(json.dumps(status, indent=2) if arguments.json else "\n".join(lines(status)))
+        show(arguments, status, lines(status))
         return 0
     if arguments.json or not sys.stdout.isatty():
         return _repeat(arguments, status)
     return _watch(arguments, status)
 
 
-def _repeat(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
+def _repeat(arguments: argparse.Namespace, status: api.Status) -> int:
     """A line (or a paragraph) each time, for programs and pipes."""
-    from pkernfs.client import ask_keeper
+    from pkernfs import client
 
     while True:
-        print(json.dumps(status) if arguments.json else "\n".join(lines(status)) + "\n", flush=True)
+        print(as_json(status, None) if arguments.json else "\n".join(lines(status)) + "\n", flush=True)
         time.sleep(arguments.every)
-        status = ask_keeper(arguments.mount, "status")
+        status = client.status(arguments.mount)
 
 
-def _watch(arguments: argparse.Namespace, status: dict[str, Any]) -> int:
+def _watch(arguments: argparse.Namespace, status: api.Status) -> int:
     """In place, on a terminal, until ^C: which waits to be looked at, as an exception could be lost in a finalizer."""
     import signal
 
     from rich.live import Live
 
-    from pkernfs.client import ask_keeper
+    from pkernfs import client
 
-    before: dict[str, int] = status["requests"]
+    before = status.requests
     begun = time.monotonic()
     interrupt = {signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, interrupt)
     with Live(_picture(status, before, 1.0), auto_refresh=False, screen=True) as live:
         while not signal.sigtimedwait(interrupt, arguments.every):
-            status = ask_keeper(arguments.mount, "status", timeout=5.0)
+            status = client.status(arguments.mount, timeout=5.0)
             now = time.monotonic()
             live.update(_picture(status, before, now - begun), refresh=True)
-            before, begun = status["requests"], now
+            before, begun = status.requests, now
     return 0
 
 
-def _picture(status: dict[str, Any], before: dict[str, int], passed: float) -> Any:
+def _picture(status: api.Status, before: dict[str, int], passed: float) -> Any:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table("request", "so far", "per second", "", box=None, pad_edge=False)
     table.columns[1].justify = table.columns[2].justify = "right"
-    rates = {kind: (count - before.get(kind, 0)) / passed for kind, count in status["requests"].items()}
+    rates = {kind: (count - before.get(kind, 0)) / passed for kind, count in status.requests.items()}
     most = max(rates.values(), default=0.0) or 1.0
-    for kind, count in sorted(status["requests"].items(), key=lambda item: -item[1]):
+    for kind, count in sorted(status.requests.items(), key=lambda item: -item[1]):
         table.add_row(kind, f"{count:,}", f"{rates[kind]:,.0f}", "█" * round(40 * rates[kind] / most))
     return Group(Text("\n".join(lines(status)[:-1])), Text(), table)
 
 
-def lines(status: dict[str, Any]) -> list[str]:
+def lines(status: api.Status) -> list[str]:
     """The status for people."""
-    ago = duration(time.time() - status["last_takeover"]) if status["last_takeover"] else ""
-    last = f", the last {ago} ago: {status['last_reason']}" if ago else ""
-    requests = sorted(status["requests"].items(), key=lambda item: -item[1])
+    ago = duration(time.time() - status.last_takeover) if status.last_takeover else ""
+    last = f", the last {ago} ago: {status.last_reason}" if ago else ""
+    requests = sorted(status.requests.items(), key=lambda item: -item[1])
     rows = {
-        "mount": f"{printable(status['mountpoint'])}, region {printable(status['region'])}",
-        "keeper": f"{status['keeper']}, mounted for {duration(status['uptime'])}"
-        + f", {status['keepers']} keepers so far" * (status["keepers"] > 1),
-        "worker": f"{status['worker']}, version {status['version']}, serving for {duration(status['worker_uptime'])}",
-        "standby": str(status["standby"] or "none yet"),
-        "takeovers": f"{status['takeovers']}{last}",
-        "stall": f"{duration(status['longest_stall'])} at most",
-        "dirty": "not known" if status["dirty"] is None else f"{human(status['dirty'])} in the page cache",
-        "pinned": f"{human(status['pinned'])} mapped past the mount",
-        "requests": f"{sum(status['requests'].values()):,}: "
-        + ", ".join(f"{kind} {count:,}" for kind, count in requests),
+        "mount": f"{printable(status.mountpoint)}, region {printable(status.region)}",
+        "keeper": f"{status.keeper}, mounted for {duration(status.uptime)}"
+        + f", {status.keepers} keepers so far" * (status.keepers > 1),
+        "worker": f"{status.worker}, version {status.version}, serving for {duration(status.worker_uptime)}",
+        "standby": str(status.standby or "none yet"),
+        "takeovers": f"{status.takeovers}{last}",
+        "stall": f"{duration(status.longest_stall)} at most",
+        "dirty": "not known" if status.dirty is None else f"{human(status.dirty)} in the page cache",
+        "pinned": f"{human(status.pinned)} mapped past the mount",
+        "requests": f"{sum(status.requests.values()):,}: " + ", ".join(f"{kind} {count:,}" for kind, count in requests),
     }
     return [f"{name:10} {text}" for name, text in rows.items()]
 

@@ -4,12 +4,18 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 
-def show(arguments: argparse.Namespace, facts: Any, lines: Iterable[str]) -> None:
-    """The facts with --json, else the lines."""
-    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines))
+def show(arguments: argparse.Namespace, facts: object, lines: Iterable[str]) -> None:
+    """The facts with --json (a reply of api.py, or made of dicts and lists), else the lines."""
+    print(as_json(facts) if arguments.json else "\n".join(lines))
+
+
+def as_json(facts: object, indent: int | None = 2) -> str:
+    """The facts as --json prints them."""
+    from pkernfs.api import to_builtins
+
+    return json.dumps(to_builtins(facts), indent=indent)
 
 
 def human(count: int) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import duration
+from pkernfs.cli.text import duration, show
 from pkernfs.errors import PkernfsError
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 DESCRIPTION = """\
 Let this installation of pkernfs serve a mount that an older one (or a newer one) serves, while it stays in use.
@@ -40,29 +42,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Upgrade, and tell.  Raises PkernfsError."""
-    done = _keeper(arguments.mount) if arguments.keeper else _worker(arguments.mount, arguments.probation)
-    if arguments.json:
-        print(json.dumps(done, indent=2))
-    elif arguments.keeper:
-        print(f"{arguments.mount}: keeper {done['keeper']} in place of {done['from']}")
+    if arguments.keeper:
+        before, keeper = _keeper(arguments.mount)
+        line = f"{arguments.mount}: keeper {keeper} in place of {before}"
+        show(arguments, {"from": before, "keeper": keeper}, [line])
     else:
-        stall = f"stalled for {duration(done['longest_stall'])} at most"
-        print(f"{arguments.mount}: version {done['to']} in place of {done['from']}, {stall}")
+        done = _worker(arguments.mount, arguments.probation)
+        stall = f"stalled for {duration(done.longest_stall)} at most"
+        show(arguments, done, [f"{arguments.mount}: version {done.after} in place of {done.before}, {stall}"])
     return 0
 
 
-def _worker(mount: str, probation: float) -> dict[str, Any]:
-    from pkernfs.client import ask_keeper
+def _worker(mount: str, probation: float) -> api.Upgraded:
+    from pkernfs import api, client
     from pkernfs.server.child import worker_command
 
-    return ask_keeper(mount, "upgrade", timeout=None, command=worker_command(), probation=probation)
+    return client.ask(mount, api.Upgrade(command=worker_command(), probation=probation))
 
 
-def _keeper(mount: str) -> dict[str, Any]:
-    """Become the keeper, in a process of its own."""
-    from pkernfs.client import ask_keeper
+def _keeper(mount: str) -> tuple[int, int]:
+    """Become the keeper, in a process of its own; the processes of the one before and of this one."""
+    from pkernfs import client
 
-    before = ask_keeper(mount, "status")["keeper"]
+    before = client.status(mount).keeper
     reader, writer = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -82,12 +84,14 @@ def _keeper(mount: str) -> dict[str, Any]:
         said = file.read(1 << 16)
     if not said.startswith(b"+"):
         raise PkernfsError(said[1:].decode(errors="replace") or f"{mount}: the new keeper has failed")
-    return {"from": before, "keeper": child}
+    return before, child
 
 
 def _take_over(mount: str, report: int) -> None:
     """Get everything from the keeper of the mount, and keep it to its end.  Raises PkernfsError."""
+    from pkernfs.api import HandOver
     from pkernfs.client import keeper_address
+    from pkernfs.codec import encode_request
     from pkernfs.server.child import FDS_MAX
     from pkernfs.server.daemon import let_go_of_terminal
     from pkernfs.server.succession import taken
@@ -97,7 +101,7 @@ def _take_over(mount: str, report: int) -> None:
     os.chdir("/")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(keeper_address(mount))
-        connection.sendall(b'{"verb": "hand-over"}\n')
+        connection.sendall(encode_request(HandOver()))
         data, fds = receive_fds(connection, 1 << 16, FDS_MAX)
         keeper = taken(connection, data, fds)
         connection.sendall(b"+")

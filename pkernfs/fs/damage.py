@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import Any
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
 from pkernfs.format import INODE_SIZE
@@ -52,10 +51,3 @@ class Damage:
         """Raise FsError(EROFS) when the inode was found damaged."""
         if ino in self.inodes:
             raise FsError(errno.EROFS, f"inode {ino} was found damaged, run fsck.pkernfs")
-
-    def facts(self) -> list[dict[str, Any]]:
-        """The findings as `pkernfs info --json` prints them."""
-        return [
-            {"structure": error.what, "offset": error.offset, "ino": error.ino or None, "found": error.found}
-            for error in self.found.values()
-        ]

@@ -3,83 +3,92 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
+from pkernfs.api import Extent, Features, FileInfo, Finding, JournalInfo, RegionInfo
 from pkernfs.errors import CorruptError
 from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, Ino, geometry
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
+from pkernfs.fs.volume import Volume
 
 
-def file_facts(fs: Filesystem, ino: int) -> dict[str, Any]:
+def file_facts(fs: Filesystem, ino: int) -> FileInfo:
     """The memory of a regular file, and which domains map it.
 
     Raises FsError(EINVAL) for anything else, CorruptError.
     """
     inode = fs.getattr(ino)
     extents = [
-        {
-            "file_offset": extent.start * PAGE,
-            "region_offset": extent.page * PAGE,
-            "physical": fs.volume.physical(extent.page * PAGE),
-            "length": extent.length * PAGE,
-        }
+        Extent(
+            file_offset=extent.start * PAGE,
+            region_offset=extent.page * PAGE,
+            physical=fs.volume.physical(extent.page * PAGE),
+            length=extent.length * PAGE,
+        )
         for extent in fs.content.extents(ino)
     ]
-    contiguous = bool(extents) and extents[0]["file_offset"] == 0 and extents[0]["length"] >= inode.size > 0
-    return {
-        "ino": ino,
-        "size": inode.size,
-        "allocated": inode.pages * PAGE,
-        "flags": [name for bit, name in FLAG_NAMES.items() if inode.flags & bit],
-        "contiguous": contiguous,
-        "direct": bool(inode.flags & FLAG_DIRECT),
-        "extents": extents,
-        "pins": fs.guard.describe_pins(Ino(ino)) if pins(inode) else [],
-    }
+    contiguous = bool(extents) and extents[0].file_offset == 0 and extents[0].length >= inode.size > 0
+    return FileInfo(
+        region=fs.region.path,
+        ino=ino,
+        size=inode.size,
+        allocated=inode.pages * PAGE,
+        flags=[name for bit, name in FLAG_NAMES.items() if inode.flags & bit],
+        contiguous=contiguous,
+        direct=bool(inode.flags & FLAG_DIRECT),
+        extents=extents,
+        pins=fs.guard.describe_pins(Ino(ino)) if pins(inode) else [],
+    )
 
 
-def region_facts(fs: Filesystem) -> dict[str, Any]:
+def region_facts(fs: Filesystem) -> RegionInfo:
     """Geometry, use and features of the region."""
     volume = fs.volume
     sb = volume.sb
     figures = fs.statfs()
-    return {
-        "region": fs.region.path,
-        "kind": fs.region.kind,
-        "readonly": fs.region.readonly,
-        "volatile": fs.region.volatile,
-        "barriers": fs.region.barriers,
-        "version": sb.version,
-        "uuid": str(uuid.UUID(bytes=sb.uuid)),
-        "label": sb.label.rstrip(b"\0").decode(errors="replace"),
-        "features": {"compat": sb.compat, "ro_compat": sb.ro_compat, "incompat": sb.incompat},
-        "size": sb.blocks * BLOCK,
-        "block_size": BLOCK,
-        "page_size": PAGE,
-        "blocks": sb.blocks,
-        "blocks_free": volume.space.free_blocks,
-        "blocks_largest_free_run": _largest_free_run(fs),
-        "slabs": len(volume.space.slab_blocks()),
-        "space": figures.blocks * PAGE,
-        "space_free": figures.free * PAGE,
-        "inodes": figures.files - figures.free_files,
-        "orphans": _orphans(fs),
-        "phys_base": sb.phys_base,
-        "journal": {
-            "offset": sb.journal_offset,
-            "size": geometry(sb.blocks).journal_size,
-            "sequence": volume.journal.sequence,
-            "replayed_records": volume.recovered,
-        },
-        "first_block": sb.first_block,
-        "pages_per_block": PAGES_PER_BLOCK,
-        "created": sb.created,
-        "mounts": volume.superblock_word("mounts"),
-        "last_mounted": volume.superblock_word("mounted"),
-        "last_unmounted": volume.superblock_word("unmounted"),
-        "damaged": volume.damage.facts(),  # at last: with what was found for these facts
-    }
+    return RegionInfo(
+        region=fs.region.path,
+        kind=fs.region.kind,
+        readonly=fs.region.readonly,
+        volatile=fs.region.volatile,
+        barriers=fs.region.barriers,
+        version=sb.version,
+        uuid=str(uuid.UUID(bytes=sb.uuid)),
+        label=sb.label.rstrip(b"\0").decode(errors="replace"),
+        features=Features(compat=sb.compat, ro_compat=sb.ro_compat, incompat=sb.incompat),
+        size=sb.blocks * BLOCK,
+        block_size=BLOCK,
+        page_size=PAGE,
+        blocks=sb.blocks,
+        blocks_free=volume.space.free_blocks,
+        blocks_largest_free_run=_largest_free_run(fs),
+        slabs=len(volume.space.slab_blocks()),
+        space=figures.blocks * PAGE,
+        space_free=figures.free * PAGE,
+        inodes=figures.files - figures.free_files,
+        orphans=_orphans(fs),
+        phys_base=sb.phys_base,
+        journal=JournalInfo(
+            offset=sb.journal_offset,
+            size=geometry(sb.blocks).journal_size,
+            sequence=volume.journal.sequence,
+            replayed_records=volume.recovered,
+        ),
+        first_block=sb.first_block,
+        pages_per_block=PAGES_PER_BLOCK,
+        created=sb.created,
+        mounts=volume.superblock_word("mounts"),
+        last_mounted=volume.superblock_word("mounted"),
+        last_unmounted=volume.superblock_word("unmounted"),
+        damaged=_findings(volume),  # at last: with what was found for these facts
+    )
+
+
+def _findings(volume: Volume) -> list[Finding]:
+    return [
+        Finding(structure=error.what, offset=error.offset, ino=error.ino or None, found=error.found)
+        for error in volume.damage.found.values()
+    ]
 
 
 def _orphans(fs: Filesystem) -> int | None:

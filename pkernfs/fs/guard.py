@@ -9,11 +9,14 @@ All questions that begin with ``may`` raise FsError when the answer is no, but f
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.format import GUARDED, Ino, Inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 
 def pins(inode: Inode) -> int:
@@ -71,7 +74,7 @@ class Guard:
     def may_cut(self, ino: Ino, inode: Inode, end: int) -> None:
         """May the pages of a file from page ``end`` on be freed, though it has pins?"""
 
-    def describe_pins(self, ino: Ino) -> list[dict[str, Any]]:
+    def describe_pins(self, ino: Ino) -> list[api.Pin]:
         """What pins a file, for ``pkernfs info --json``."""
         return []
 

@@ -6,7 +6,7 @@ What is verified are single structures; whether they agree with each other is fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.format import (
@@ -30,6 +30,9 @@ from pkernfs.fs.slab import Slab
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.region import check_superblock
 
+if TYPE_CHECKING:
+    from pkernfs import api
+
 STEP = 256  #: structures of one step, and at most one page of inodes more: a few milliseconds
 
 
@@ -52,6 +55,13 @@ class Scrubbed(NamedTuple):
     next: int
     structures: int  #: whose checksums were verified
     problems: list[Damage]
+
+    def reply(self) -> api.Scrubbed:
+        """As the control protocol has it."""
+        from pkernfs import api
+
+        problems = [api.DamagedChecksum(*damage) for damage in self.problems]
+        return api.Scrubbed(next=self.next, structures=self.structures, problems=problems)
 
 
 def scrub_step(fs: Filesystem, page: int) -> Scrubbed:

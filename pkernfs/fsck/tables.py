@@ -31,8 +31,8 @@ def check_tables(region: Region) -> list[Problem]:
     fs = Filesystem(Volume(region), PageTableGuard)
     inos = {os.fsdecode(name): ino for name, ino in named_domains(fs.volume)}
     return [
-        Problem(CODE, f"{found['kind']}: {found['text']}", inos.get(found["domain"] or "", ROOT_PGTABLES_INO))
-        for found in audit(fs)["problems"]
+        Problem(CODE, f"{found.kind}: {found.text}", inos.get(found.domain or "", ROOT_PGTABLES_INO))
+        for found in audit(fs).problems
     ]
 
 

@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
 
 class Audit:
-    """One audit of all domains: ``run``, step by step; then ``facts``."""
+    """One audit of all domains: ``run``, step by step; then ``problems`` has what was found."""
 
     def __init__(self, fs: Filesystem) -> None:
         self.fs = fs
@@ -190,12 +190,6 @@ class Audit:
                 wanted = " ".join(f"{word:#x}" for word in domain.entry)
                 self.note("context", -1, f"{text}: expected {wanted}, which points to the tables of its domain")
 
-    def facts(self) -> dict[str, Any]:
-        """As JSON."""
-        figures = {"domains": self.domains, "mappings": self.mappings, "tables": self.tables, "bytes": self.bytes}
-        problems = [problem._asdict() for problem in self.problems]
-        return {"devices": len(self.attachments), **figures, "problems": problems}
-
 
 def owner(volume: Volume, physical: int) -> str:
     """Whether memory is in use, and for what; "": it is not."""
@@ -212,9 +206,9 @@ def owner(volume: Volume, physical: int) -> str:
     return {BLOCK_FREE: "", BLOCK_DATA: "a block of another file, or of another part of it"}.get(kind, "metadata")
 
 
-def audit(fs: Filesystem) -> dict[str, Any]:
-    """All at once."""
+def audit(fs: Filesystem) -> Audit:
+    """One that has run."""
     one = Audit(fs)
     for _ in one.run():
         pass
-    return one.facts()
+    return one

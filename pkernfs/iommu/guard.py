@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
@@ -34,6 +34,9 @@ from pkernfs.iommu.invalidations import is_pending
 from pkernfs.iommu.pins import pins_of
 from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached
 from pkernfs.region import Region
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 
 def open_filesystem(region: Region, lookups: Lookups | None = None) -> Filesystem:
@@ -109,16 +112,18 @@ class PageTableGuard(Guard):
                 domain = f"domain {pin.name!r}" if pin.name else f"the domain of inode {pin.domain}"
                 raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {domain} at IOVA {pin.iova:#x}")
 
-    def describe_pins(self, ino: Ino) -> list[dict[str, Any]]:
+    def describe_pins(self, ino: Ino) -> list[api.Pin]:
         """The mappings that name a file; offsets and lengths in bytes."""
+        from pkernfs import api
+
         return [
-            {
-                "domain": pin.name,
-                "iova": pin.iova,
-                "offset": pin.mapping.start * PAGE,
-                "length": pin.mapping.length * PAGE,
-                "access": ACCESS_NAMES[pin.mapping.access],
-            }
+            api.Pin(
+                domain=pin.name,
+                iova=pin.iova,
+                offset=pin.mapping.start * PAGE,
+                length=pin.mapping.length * PAGE,
+                access=ACCESS_NAMES[pin.mapping.access],
+            )
             for pin in pins_of(self.volume, ino)
         ]
 

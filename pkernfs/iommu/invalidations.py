@@ -10,7 +10,7 @@ to invalidate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pkernfs.format import (
     GENERATION,
@@ -25,7 +25,6 @@ from pkernfs.format import (
     PendingInvalidation,
 )
 from pkernfs.fs.transaction import Transaction
-from pkernfs.iommu import pci
 from pkernfs.iommu.records import Records
 
 #: Ranges that are kept of one domain id; more become all of it, so that the records of an id take less than half a leaf
@@ -41,12 +40,6 @@ class Invalidation(NamedTuple):
     requester: int = -1
     iova: Iova = Iova(0)
     length: int = 0  #: bytes
-
-    def facts(self) -> dict[str, Any]:
-        """As JSON."""
-        if self.requester >= 0:
-            return {"kind": "context", "id": self.id, "device": pci.text(self.requester), "iova": None, "length": None}
-        return {"kind": "iotlb", "id": self.id, "device": None, "iova": self.iova, "length": self.length or None}
 
 
 def pending(roots: Records) -> Iterator[Invalidation]:

@@ -1,36 +1,35 @@
-"""What `pkernfs iommu` shows, as JSON: lists, walks, audits; of a mount and of a region that is not mounted."""
+"""What `pkernfs iommu` shows, as replies of api.py: of a mount, and of a region that is not mounted."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from typing import Any
 
+from pkernfs import api
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
-from pkernfs.iommu.audit import audit
+from pkernfs.iommu.audit import Audit
+from pkernfs.iommu.audit import audit as run_audit
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.directory import called, named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import ADDRESS, BY_NAME, DEVICES, FORMATS, LEAF_NAMES, span
-from pkernfs.iommu.invalidations import generation, pending
+from pkernfs.iommu.invalidations import Invalidation, generation, pending
 from pkernfs.iommu.records import Records
 
-__all__ = ["attachments_of", "audit", "domain_facts", "list_all", "pending_facts", "root", "walk"]
 
-
-def device_facts(requester: int, attachment: Attachment, domain: str) -> dict[str, Any]:
+def device_facts(requester: int, attachment: Attachment, domain: str) -> api.Device:
     """A device that is attached."""
-    return {
-        "device": pci.text(requester),
-        "domain": domain,
-        "id": attachment.id,
-        "persistent": bool(attachment.flags & PERSISTENT),
-        "state": "deferred" if attachment.flags & DEFERRED else "attached",
-    }
+    return api.Device(
+        device=pci.text(requester),
+        domain=domain,
+        id=attachment.id,
+        persistent=bool(attachment.flags & PERSISTENT),
+        state="deferred" if attachment.flags & DEFERRED else "attached",
+    )
 
 
 def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
@@ -38,15 +37,21 @@ def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
     return dict(Records(fs.volume, ROOT_PGTABLES_INO).attachments())
 
 
-def pending_facts(fs: Filesystem, number: int | None = None) -> list[dict[str, Any]]:
+def _invalidation(one: Invalidation) -> api.Invalidation:
+    if one.requester >= 0:
+        return api.Invalidation(kind="context", id=one.id, device=pci.text(one.requester), iova=None, length=None)
+    return api.Invalidation(kind="iotlb", id=one.id, device=None, iova=one.iova, length=one.length or None)
+
+
+def pending_facts(fs: Filesystem, number: int | None = None) -> list[api.Invalidation]:
     """The pending invalidations; of one domain id, or all."""
-    return [one.facts() for one in pending(Records(fs.volume, ROOT_PGTABLES_INO)) if number in (None, one.id)]
+    return [_invalidation(one) for one in pending(Records(fs.volume, ROOT_PGTABLES_INO)) if number in (None, one.id)]
 
 
-def invalidations(fs: Filesystem) -> dict[str, Any]:
-    """The pending invalidations, and the token that names the list."""
+def invalidations(fs: Filesystem, freed: int = 0) -> api.Invalidations:
+    """The pending invalidations, and the token that names the list.  ``freed``: pages, by an acknowledgement."""
     token = generation(Records(fs.volume, ROOT_PGTABLES_INO))
-    return {"stale": pending_facts(fs), "token": token, "freed": 0}
+    return api.Invalidations(invalidations=pending_facts(fs), token=token, freed=freed)
 
 
 def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
@@ -67,7 +72,7 @@ def paths(fs: Filesystem, inos: set[int]) -> dict[int, str]:
     return found
 
 
-def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | None = None) -> dict[str, Any]:
+def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | None = None) -> api.Domain:
     """One domain, with its mappings and devices."""
     domain = Domain(fs.volume, ino)
     record = domain.record
@@ -75,39 +80,39 @@ def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | No
     if names is None:
         names = paths(fs, {mapping.ino for _, mapping in mappings})
     used = domain.pages.used_count() if domain.pages.inode.size else 0
-    return {
-        "name": name,
-        "ino": ino,
-        "format": domain.form.name,
-        "levels": record.levels,
-        "aperture": domain.aperture,
-        "reserved": [(one.start, one.stop - 1) for one in domain.form.reserved if one.start < domain.aperture],
-        "id": record.id,
-        "leaf": span(record.leaf),
-        "root": domain.pages.physical(record.root) if record.root else None,
-        "size": domain.pages.inode.size,
-        "tables": used - record.awaiting,
-        "stale": record.awaiting,
-        "mappings": [
-            {
-                "iova": at * PAGE,
-                "length": mapping.length * PAGE,
-                "ino": mapping.ino,
-                "file": names.get(mapping.ino),
-                "offset": mapping.start * PAGE,
-                "access": ACCESS_NAMES[mapping.access],
-            }
+    return api.Domain(
+        name=name,
+        ino=ino,
+        format=domain.form.name,
+        levels=record.levels,
+        aperture=domain.aperture,
+        reserved=[(one.start, one.stop - 1) for one in domain.form.reserved if one.start < domain.aperture],
+        id=record.id,
+        leaf=span(record.leaf),
+        root=domain.pages.physical(record.root) if record.root else None,
+        size=domain.pages.inode.size,
+        tables=used - record.awaiting,
+        awaiting=record.awaiting,
+        mappings=[
+            api.DomainMapping(
+                iova=at * PAGE,
+                length=mapping.length * PAGE,
+                ino=mapping.ino,
+                file=names.get(mapping.ino),
+                offset=mapping.start * PAGE,
+                access=ACCESS_NAMES[mapping.access],
+            )
             for at, mapping in mappings
         ],
-        "devices": [
+        devices=[
             device_facts(requester, attachment, name)
             for requester, attachment in attachments_of(fs).items()
             if attachment.domain == ino
         ],
-    }
+    )
 
 
-def list_all(fs: Filesystem) -> dict[str, Any]:
+def list_all(fs: Filesystem) -> api.Domains:
     """Everything."""
     contexts = Contexts(fs.volume)
     found: dict[str, int] = {}
@@ -118,29 +123,29 @@ def list_all(fs: Filesystem) -> dict[str, Any]:
             inos |= {mapping.ino for _, mapping in Domain(fs.volume, ino).records.mappings()}
             found[os.fsdecode(name)] = ino
         except CorruptError as error:
-            damaged.append({"name": os.fsdecode(name), "ino": ino, "text": str(error)})
+            damaged.append(api.DamagedDomain(name=os.fsdecode(name), ino=ino, text=str(error)))
     names = paths(fs, inos)
-    return {
-        "phys_base": fs.volume.sb.phys_base,
-        "roots": [_root_facts(contexts, *table) for table in contexts.tables()],
-        "domains": [domain_facts(fs, ino, name, names) for name, ino in found.items()],
-        "damaged": damaged,
-        "stale": pending_facts(fs),
-    }
+    return api.Domains(
+        phys_base=fs.volume.sb.phys_base,
+        roots=[_root_facts(contexts, *table) for table in contexts.tables()],
+        domains=[domain_facts(fs, ino, name, names) for name, ino in found.items()],
+        damaged=damaged,
+        invalidations=pending_facts(fs),
+    )
 
 
-def _root_facts(contexts: Contexts, number: int, segment: int, page: int) -> dict[str, Any]:
+def _root_facts(contexts: Contexts, number: int, segment: int, page: int) -> api.RootTable:
     device = DEVICES[number]
-    return {
-        "format": FORMATS[number].name,
-        "segment": segment,
-        "physical": contexts.pages.physical(page),
-        "register": device.register,
-        "entries": device.devices,
-    }
+    return api.RootTable(
+        format=FORMATS[number].name,
+        segment=segment,
+        physical=contexts.pages.physical(page),
+        register=device.register,
+        entries=device.devices,
+    )
 
 
-def root(fs: Filesystem, form: str, segment: int) -> dict[str, Any]:
+def root(fs: Filesystem, form: str, segment: int) -> api.RootTable:
     """A root table that is there.  Raises FsError(ENOENT)."""
     contexts = Contexts(fs.volume)
     if form not in BY_NAME:
@@ -155,13 +160,11 @@ def root(fs: Filesystem, form: str, segment: int) -> dict[str, Any]:
 # -- walking --------------------------------------------------------------------------------------------------------
 
 
-def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> dict[str, Any]:
+def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> api.Walk:
     """What the tables make of an IOVA of a device (or of domain ``ino``), step by step, as hardware does it.
 
     Raises FsError(ENOENT) for a device that is not attached, CorruptError.
     """
-    steps: list[dict[str, Any]] = []
-    fault = None
     if requester is not None:
         attachment = Records(fs.volume, ROOT_PGTABLES_INO).attachment(requester)
         if attachment is None:
@@ -169,28 +172,34 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> d
         ino = attachment.domain
     assert ino is not None
     domain = Domain(fs.volume, ino)
+    result = api.Walk(
+        device=None if requester is None else pci.text(requester),
+        domain=called(fs.volume, ino),
+        iova=iova,
+        steps=[],
+        physical=None,
+        page_size=None,
+        access="",
+        fault=None,
+        ino=None,
+        file=None,
+        offset=None,
+    )
     if requester is not None:
-        fault = _walk_device(fs, domain, requester, steps)
+        result.fault = _walk_device(fs, domain, requester, result.steps)
     if not 0 <= iova < domain.aperture:
-        fault = fault or f"the IOVA is beyond the {domain.aperture.bit_length() - 1} bits of the tables"
-    result = {"physical": None, "page_size": None, "access": ""}
+        result.fault = result.fault or f"the IOVA is beyond the {domain.aperture.bit_length() - 1} bits of the tables"
     for reserved in domain.form.reserved:
         if iova in reserved:
-            fault = fault or f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
-    if fault is None:
-        fault = _walk_tables(domain, iova, steps, result)
+            never = f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
+            result.fault = result.fault or never
+    if result.fault is None:
+        result.fault = _walk_tables(domain, iova, result)
     wanted = file_at(domain, iova) if 0 <= iova < domain.aperture else None
-    return {
-        "device": None if requester is None else pci.text(requester),
-        "domain": called(fs.volume, ino),
-        "iova": iova,
-        "steps": steps,
-        **result,
-        "fault": fault,
-        "ino": wanted[0] if wanted else None,
-        "file": paths(fs, {wanted[0]}).get(wanted[0]) if wanted else None,
-        "offset": wanted[1] if wanted else None,
-    }
+    if wanted:
+        result.ino, result.offset = wanted
+        result.file = paths(fs, {result.ino}).get(result.ino)
+    return result
 
 
 def file_at(domain: Domain, iova: int) -> tuple[int, int] | None:
@@ -201,12 +210,11 @@ def file_at(domain: Domain, iova: int) -> tuple[int, int] | None:
     return None
 
 
-def _step(level: str | int, table: int, index: int, entry: int, means: str, *, size: int = 8) -> dict[str, Any]:
-    address = table + index * size
-    return {"level": level, "table": table, "index": index, "address": address, "entry": entry, "means": means}
+def _step(level: str | int, table: int, index: int, entry: int, means: str, *, size: int = 8) -> api.Step:
+    return api.Step(level=level, table=table, index=index, address=table + index * size, entry=entry, means=means)
 
 
-def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[dict[str, Any]]) -> str | None:
+def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[api.Step]) -> str | None:
     """The steps to the domain's tables; why it ends there, or None."""
     contexts = Contexts(fs.volume)
     number = domain.record.tables
@@ -234,7 +242,7 @@ def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[dic
     return None if words == domain.entry else "the entry does not point to the domain's tables: see pkernfs iommu audit"
 
 
-def _walk_tables(domain: Domain, iova: int, steps: list[dict[str, Any]], result: dict[str, Any]) -> str | None:
+def _walk_tables(domain: Domain, iova: int, result: api.Walk) -> str | None:
     form, pages = domain.form, domain.pages
     page = domain.record.root
     if not page:
@@ -244,22 +252,42 @@ def _walk_tables(domain: Domain, iova: int, steps: list[dict[str, Any]], result:
         entry = pages.read(page)[index]
         here = pages.physical(page)
         if not entry & form.present:
-            steps.append(_step(level, here, index, entry, "not present"))
+            result.steps.append(_step(level, here, index, entry, "not present"))
             return f"not present at level {level}"
         odd = form.odd_bits(entry, level)
         if odd:
-            steps.append(_step(level, here, index, entry, f"bits {odd:#x} are wrong"))
+            result.steps.append(_step(level, here, index, entry, f"bits {odd:#x} are wrong"))
             return f"reserved bits at level {level}"
         if form.is_leaf(entry, level):
             access = ACCESS_NAMES[form.access(entry)]
-            result["physical"] = (entry & ADDRESS & -span(level)) + iova % span(level)
-            result["page_size"] = span(level)
-            result["access"] = access
+            result.physical = (entry & ADDRESS & -span(level)) + iova % span(level)
+            result.page_size = span(level)
+            result.access = access
             means = f"leaf of {LEAF_NAMES[level]} at {entry & ADDRESS & -span(level):#x}, {access}"
-            steps.append(_step(level, here, index, entry, means))
+            result.steps.append(_step(level, here, index, entry, means))
             return None
         page = pages.page_at(entry & ADDRESS)
-        steps.append(_step(level, here, index, entry, f"table of level {level - 1} at {entry & ADDRESS:#x}"))
+        result.steps.append(_step(level, here, index, entry, f"table of level {level - 1} at {entry & ADDRESS:#x}"))
         if page < 0:
             return f"the table of level {level - 1} is not one of the domain's"
     raise AssertionError("a table of level 1 has leaves only")
+
+
+# -- the audit ------------------------------------------------------------------------------------------------------
+
+
+def audited(audit: Audit) -> api.Audited:
+    """What an audit that has run has found."""
+    return api.Audited(
+        devices=len(audit.attachments),
+        domains=audit.domains,
+        mappings=audit.mappings,
+        tables=audit.tables,
+        bytes=audit.bytes,
+        problems=[api.Problem(*problem) for problem in audit.problems],
+    )
+
+
+def audit(fs: Filesystem) -> api.Audited:
+    """An audit, all at once."""
+    return audited(run_audit(fs))

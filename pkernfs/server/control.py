@@ -1,31 +1,38 @@
-"""The control socket: verbs as JSON objects, one a line each way, for the owner of the mount and root only."""
+"""The worker's control socket, served by trio beside FUSE's requests."""
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
 
+from pkernfs.api import PATIENCE, Request, Server, WorkerRequest
+from pkernfs.codec import encode_error, encode_result
 from pkernfs.errors import FsError, PkernfsError
-from pkernfs.sockets import CONNECTIONS, check_owner
+from pkernfs.format import Ino
+from pkernfs.server.conversation import CHUNK, Conversation
 
 log = logging.getLogger("pkernfs")
 
-LINE_MAX = 1 << 16
-PATIENCE = 60.0  #: seconds that a client may take to send a line, or to take a reply
-Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Handler = Callable[[Any], Awaitable[object]]  #: from a request to its result
+
+
+def inode_of(request: WorkerRequest[Any]) -> Ino:
+    """The inode that a request is about.  Raises FsError(EINVAL) when it names none."""
+    if not request.ino:
+        raise FsError(errno.EINVAL, '"ino": expected an inode number, found 0')
+    return Ino(request.ino)
 
 
 class ControlSocket:
-    """Answers on ``listener`` with the functions in ``verbs``; each gets the request and gives the result."""
+    """Answers on ``listener`` with ``handlers``: one for each class of requests to the worker."""
 
-    def __init__(self, listener: socket.socket, verbs: dict[str, Verb]) -> None:
-        self.verbs = verbs
+    def __init__(self, listener: socket.socket, handlers: Mapping[type[Request[Any]], Handler]) -> None:
+        self.handlers = handlers
         self.connections = 0
         self.listener = listener
 
@@ -48,49 +55,23 @@ class ControlSocket:
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         """Answer line by line.  Raises TooSlowError, BrokenResourceError."""
-        try:
-            check_owner(stream.socket)
-        except FsError as refusal:
-            return await _send(stream, _error(refusal))
-        if self.connections > CONNECTIONS:
-            return await _send(stream, _error(FsError(errno.EAGAIN, f"{CONNECTIONS} connections are open")))
-        buffer = bytearray()
-        while True:
+        conversation = Conversation(stream.socket, Server.WORKER, self.connections)
+        while not conversation.over:
             with trio.fail_after(PATIENCE):
-                while (end := buffer.find(b"\n")) < 0:
-                    if len(buffer) > LINE_MAX:
-                        error = FsError(errno.E2BIG, f"a request of more than {LINE_MAX} bytes")
-                        return await _send(stream, _error(error))
-                    chunk = await stream.receive_some(LINE_MAX)
+                while (request := conversation.next()) is None:
+                    chunk = await stream.receive_some(CHUNK)
                     if not chunk:
-                        return None
-                    buffer += chunk
-            line = bytes(buffer[:end])
-            del buffer[: end + 1]
-            await _send(stream, await self.answer(line))
+                        return
+                    conversation.feed(chunk)
+            reply = await self.answer(request)
+            with trio.fail_after(PATIENCE):
+                await stream.send_all(reply)
 
-    async def answer(self, line: bytes) -> bytes:
+    async def answer(self, request: Request[Any] | PkernfsError) -> bytes:
         """The reply to one request; never raises."""
+        if isinstance(request, PkernfsError):
+            return encode_error(request)
         try:
-            request = json.loads(line)
-            verb = self.verbs.get(request["verb"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return _error(FsError(errno.EINVAL, 'expected a JSON object with "verb"'))
-        if verb is None:
-            return _error(FsError(errno.EOPNOTSUPP, f"verb {request['verb']!r}; known are {', '.join(self.verbs)}"))
-        try:
-            return json.dumps({"result": await verb(request)}).encode() + b"\n"
-        except PkernfsError as error:
-            return _error(error)
+            return encode_result(await self.handlers[type(request)](request))
         except Exception as error:
-            log.exception("a bug: control verb %r failed", request)
-            return _error(FsError(errno.EIO, f"a bug in the server, see its log ({error!r})"))
-
-
-async def _send(stream: trio.SocketStream, reply: bytes) -> None:
-    with trio.fail_after(PATIENCE):
-        await stream.send_all(reply)
-
-
-def _error(error: PkernfsError) -> bytes:
-    return json.dumps({"error": str(error), "errno": error.errno}).encode() + b"\n"
+            return encode_error(error, request)

@@ -19,8 +19,8 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
 
+from pkernfs import api
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError
@@ -188,12 +188,12 @@ class Keeper:
     def _handle_commands(self) -> None:
         while (command := self.commands.next()) is not None:
             try:
-                if command.verb == "hand-over":
-                    self._hand_over(command)
-                else:
+                if isinstance(command.request, api.Upgrade):
                     self.life.check(Phase.UPGRADING, "upgrade")
-                    self.upgrade = Upgrade(command)
+                    self.upgrade = Upgrade(command, command.request)
                     self.life.enter(Phase.UPGRADING)
+                else:
+                    self._hand_over(command)
             except PkernfsError as error:
                 command.refuse(error)
 
@@ -271,16 +271,16 @@ class Keeper:
 
     # -- facts, and the end -------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> api.Status:
         """What `pkernfs status` shows."""
-        return {
+        return api.Status(
             **self.state.status(),
-            "standby": self.standby.pid,
-            "requests": requests(self.stats),
-            "failed_requests": self.stats[BUGS],
-            "dirty": dirty_bytes(self.state.device),
-            "pinned": pinned_bytes(self.serving.fds.region, self.state.worker),
-        }
+            standby=self.standby.pid,
+            requests=requests(self.stats),
+            failed_requests=self.stats[BUGS],
+            dirty=dirty_bytes(self.state.device),
+            pinned=pinned_bytes(self.serving.fds.region, self.state.worker),
+        )
 
     def close(self) -> None:
         """End the standby; and the mount, unless another keeper has it."""

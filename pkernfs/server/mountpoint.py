@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 
-from pkernfs.client import control
+from pkernfs import client
 from pkernfs.errors import RegionBusyError, RegionError
 from pkernfs.mountinfo import FSTYPE, mount_at
 from pkernfs.options import MountOptions
@@ -52,11 +52,11 @@ def remount(path: str, options: MountOptions) -> None:
     if mounted is None or mounted.fstype != FSTYPE:
         raise RegionError(f"{path}: expected a pkernfs mount to change", hint="findmnt -t fuse.pkernfs lists them")
     if not options.readonly or options.barriers is not None:
-        facts = control(real, "info")
-        if not options.readonly and facts["readonly"]:
+        info = client.info(real)
+        if not options.readonly and info.readonly:
             raise RegionError(f"{path}: its region was opened for reading only", hint="umount it and mount it anew")
-        if options.barriers not in (None, facts["barriers"]) and not facts["readonly"]:
-            found = "with" if facts["barriers"] else "without"
+        if options.barriers not in (None, info.barriers) and not info.readonly:
+            found = "with" if info.barriers else "without"
             raise RegionError(f"{path}: its region was opened {found} barriers", hint="umount it and mount it anew")
     # mount(2) itself: the mount(8) of util-linux 2.41 hands FUSE's own options on, which the kernel then refuses.
     flags = MS_REMOUNT | os.statvfs(real).f_flag & sum(MS_FLAGS.values()) & ~MS_FLAGS["ro"]

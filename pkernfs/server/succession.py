@@ -11,7 +11,8 @@ import os
 import socket
 import sys
 
-from pkernfs.errors import RegionError
+from pkernfs.api import HandOver
+from pkernfs.codec import decode_reply
 from pkernfs.server.child import Child, receive
 from pkernfs.server.device import Device
 from pkernfs.server.keeper import Keeper
@@ -32,13 +33,10 @@ def adopt(state: State, fds: list[int]) -> Keeper:
 
 
 def taken(connection: socket.socket, data: bytes, fds: list[int]) -> Keeper:
-    """The keeper of what another one hands on: the first part of its answer was read.  Raises RegionError."""
+    """The keeper of what another one hands on: the first part of its reply was read.  Raises RefusedError."""
     while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
         data += more
-    reply = json.loads(data)
-    if "error" in reply:
-        raise RegionError(reply["error"])
-    state = State.from_json(reply["result"])
+    state = State.from_json(decode_reply(data, HandOver()))
     start_logging(state.options)
     return adopt(state, fds)
 

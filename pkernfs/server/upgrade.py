@@ -10,7 +10,8 @@ import logging
 import time
 from typing import NamedTuple
 
-from pkernfs.errors import PkernfsError, UsageError
+from pkernfs import api
+from pkernfs.errors import PkernfsError
 from pkernfs.server.child import Child
 from pkernfs.server.commands import Command
 from pkernfs.server.state import State
@@ -18,7 +19,6 @@ from pkernfs.server.state import State
 log = logging.getLogger("pkernfs")
 
 CHECK = 20.0  #: seconds that the new worker may take to read the region
-PROBATION = 5.0  #: seconds
 
 
 class UpgradeError(PkernfsError):
@@ -42,26 +42,18 @@ class Decision(NamedTuple):
 
 
 class Upgrade:
-    """One upgrade.  ``command``: with "command", the program, and "probation" in seconds if that is not the usual time.
+    """One upgrade, as ``request`` has it.  ``command`` is answered at its end."""
 
-    Raises UsageError.
-    """
-
-    def __init__(self, command: Command) -> None:
-        program, probation = command.request.get("command"), command.request.get("probation", PROBATION)
-        if not isinstance(program, list) or not program or not all(isinstance(word, str) for word in program):
-            raise UsageError(f'"command": expected a list of words, found {program!r}')
-        if not isinstance(probation, (int, float)) or not 0 <= probation <= 3600:
-            raise UsageError(f'"probation": expected seconds, found {probation!r}')
+    def __init__(self, command: Command, request: api.Upgrade) -> None:
         self.command = command
-        self.program: list[str] = program
-        self.probation = float(probation)
+        self.program = request.command
+        self.probation = request.probation
         self._previous = ""  #: version that the new one takes the place of
         self._stall = 0.0  #: seconds in which nobody served
         self._end = 0.0  #: of the probation
         self._bugs = 0  #: requests that had failed in a bug before it served
-        self.worker = Child(program)
-        log.info("upgrade: starting %s", " ".join(program))
+        self.worker = Child(request.command)
+        log.info("upgrade: starting %s", " ".join(request.command))
 
     def check_worker(self, state: State, region_fd: int) -> Decision:
         """To be called when the new worker has sent something, or has ended: whether it can read the region."""
@@ -92,7 +84,7 @@ class Upgrade:
         """Answer the client: the new version serves."""
         log.info("upgrade: version %s serves in place of %s", state.version, self._previous)
         self.command.answer(
-            {"from": self._previous, "to": state.version, "worker": state.worker, "longest_stall": self._stall}
+            api.Upgraded(before=self._previous, after=state.version, worker=state.worker, longest_stall=self._stall)
         )
 
     def fail(self, why: str) -> None:

@@ -1,4 +1,4 @@
-"""What the control socket can be asked: each verb is one function from the request to the result."""
+"""What the worker's control socket can be asked: each verb is one function from the request to the reply."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 import trio
+from msgspec.structs import asdict
 
+from pkernfs import api
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fsck.scrub import scrub_step
-from pkernfs.server.control import Verb
-from pkernfs.server.iommu import iommu
+from pkernfs.server.control import Handler, inode_of
+from pkernfs.server.iommu import iommu_verbs
 from pkernfs.server.operations import Operations
-
-
-def _ino(request: dict[str, Any]) -> int:
-    ino = request.get("ino")
-    if not isinstance(ino, int) or not 0 < ino < 1 << 60:
-        raise FsError(errno.EINVAL, f'"ino": expected an inode number, found {ino!r}')
-    return ino
 
 
 def verbs(
     operations: Operations, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]
-) -> dict[str, Verb]:
+) -> dict[type[api.Request[Any]], Handler]:
     """The verbs of a mount.
 
     ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, ``invalidate_name(directory, name)`` of a
@@ -34,26 +29,20 @@ def verbs(
     """
     fs = operations.fs
 
-    async def info(request: dict[str, Any]) -> dict[str, Any]:
-        return {**region_facts(fs), "server": os.getpid()}
+    async def info(_: api.Info) -> api.MountInfo:
+        return api.MountInfo(**asdict(region_facts(fs)), server=os.getpid())
 
-    async def file(request: dict[str, Any]) -> dict[str, Any]:
-        return {"region": fs.region.path, **file_facts(fs, _ino(request))}
+    async def file(request: api.WorkerRequest[api.FileInfo]) -> api.FileInfo:
+        return file_facts(fs, inode_of(request))
 
-    async def scrub(request: dict[str, Any]) -> dict[str, Any]:
-        """Verify some checksums from a page on; the caller goes on with "next"."""
-        page = request.get("page")
-        if not isinstance(page, int):
-            raise FsError(errno.EINVAL, f'"page": expected a number, found {page!r}')
-        step = scrub_step(fs, page)
-        return {**step._asdict(), "problems": [damage._asdict() for damage in step.problems]}
+    async def scrub(request: api.Scrub) -> api.Scrubbed:
+        return scrub_step(fs, request.page).reply()
 
-    async def direct(request: dict[str, Any]) -> dict[str, Any]:
-        """Mark a file as mapped directly from the region, or ("on": false) as no longer so."""
-        ino, on = _ino(request), request.get("on") is not False
-        if on and operations.enable_writeback_cache:
+    async def direct(request: api.Direct) -> api.FileInfo:
+        ino = inode_of(request)
+        if request.on and operations.enable_writeback_cache:
             raise FsError(errno.EOPNOTSUPP, "a direct mapping of a file on a mount with -o writeback: mount it without")
-        fs.attributes.set_direct(ino, on)
+        fs.attributes.set_direct(ino, request.on)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
             await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)
@@ -62,26 +51,27 @@ def verbs(
                 raise
         return await file(request)
 
-    async def quota(request: dict[str, Any]) -> dict[str, Any]:
-        """The quota of a directory (or what is above it), after setting it to "limit" bytes if that is there."""
-        ino = _ino(request)
-        limit = request.get("limit")
-        if limit is None:
-            return fs.quotas.get(ino)._asdict()
-        if not isinstance(limit, int) or not 0 <= limit < 1 << 63:
-            raise FsError(errno.EINVAL, f'"limit": expected bytes, found {limit!r}')
-        return fs.quotas.set(ino, limit)._asdict()
+    async def quota(request: api.Quota) -> api.QuotaUse:
+        ino, limit = inode_of(request), request.limit
+        return api.QuotaUse(*(fs.quotas.get(ino) if limit is None else fs.quotas.set(ino, limit)))
 
-    def noting(verb: Verb) -> Verb:
-        async def call(request: dict[str, Any]) -> dict[str, Any]:
+    def noting(handler: Handler) -> Handler:
+        async def call(request: api.Request[Any]) -> object:
             try:
-                return await verb(request)
+                return await handler(request)
             except CorruptError as error:
                 fs.volume.damage.note(error)
                 raise
 
         return call
 
-    known: dict[str, Verb] = {"info": info, "file": file, "direct": direct, "scrub": scrub, "quota": quota}
-    known["iommu"] = iommu(fs, invalidate, invalidate_name)
-    return {name: noting(verb) for name, verb in known.items()}
+    known: dict[type[api.Request[Any]], Handler] = {
+        api.Info: info,
+        api.File: file,
+        api.Direct: direct,
+        api.Scrub: scrub,
+        api.Quota: quota,
+        **iommu_verbs(fs, invalidate, invalidate_name),
+    }
+    assert set(known) == {verb.request for verb in api.VERBS.values() if verb.server is api.Server.WORKER}
+    return {request: noting(handler) for request, handler in known.items()}

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import Any, Final
 
+from pkernfs.api import to_builtins
 from pkernfs.errors import FsError
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem
@@ -59,7 +60,7 @@ class Facts:
         facts = self.of_mount()
         if fact in facts:
             return str(facts[fact]).encode(errors="surrogateescape")
-        of_file = file_facts(self.fs, ino) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
+        of_file = to_builtins(file_facts(self.fs, ino)) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
         if fact not in of_file:
             raise FsError(errno.ENODATA, f"extended attribute {name!r}")
         return json.dumps(of_file[fact]).encode()

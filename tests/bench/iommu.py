@@ -90,7 +90,7 @@ def measure_guest(report: Report) -> None:
         }
         for name, call in calls.items():
             report.add(f"{name} 64 GiB", "million entries/s", LEAVES[leaf], entries / seconds(call) / 1e6)
-        assert views.audit(fs)["problems"] == []
+        assert views.audit(fs).problems == []
 
 
 def measure_loop(report: Report) -> None:

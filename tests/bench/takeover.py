@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from pkernfs.client import ask_keeper
+from pkernfs import client
+from pkernfs.api import to_builtins
 from tests.bench import mounting
 from tests.bench.report import Report, machine
 from tests.bench.systems import GiB, Pkernfs, discard_all, run
@@ -64,7 +65,8 @@ JOBS: Final = [
 
 def status(system: Pkernfs) -> dict[str, Any]:
     """What `pkernfs status --json` tells."""
-    return ask_keeper(str(system.mnt), "status")
+    found: dict[str, Any] = to_builtins(client.status(str(system.mnt)))
+    return found
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

@@ -173,7 +173,7 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
         other.store(offset, bytes([other.view[offset] ^ 1]))
         assert len(scrub(damaged)) == 1, hex(offset)
         is_superblock = offset == fs.volume.sb.journal_offset + 20
-        assert len(damaged.volume.damage.facts()) == 1 - is_superblock
+        assert len(damaged.volume.damage.found) == 1 - is_superblock
         assert damaged.volume.damage.inodes == ({ino} if offset in (ino * 256 + 40, value) else set())
 
 

@@ -138,8 +138,8 @@ def test_a_mount_is_refused_or_only_what_is_damaged_fails(
         assert failed == case.damaged
         again = {path: results(fs, changers, path) for path in tried}
         assert {path for path, errnos in again.items() if errnos} == case.damaged
-    facts = region_facts(fs)["damaged"]
-    offsets = [one["offset"] for one in facts]
+    facts = region_facts(fs).damaged
+    offsets = [one.offset for one in facts]
     assert len(offsets) == len(set(offsets)) == len(caplog.records)
     assert bool(facts) >= bool(case.damaged)
 
@@ -217,7 +217,7 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     flip(fs, slab * f.BLOCK + 100)
     fs = open_fs(fs.region)
     before = fs.statfs()
-    assert [one["structure"] for one in region_facts(fs)["damaged"]] == [f"the header of slab {slab}"]
+    assert [one.structure for one in region_facts(fs).damaged] == [f"the header of slab {slab}"]
     assert fs.read(safe, 0, 9) == b"safe"
     new = mkfile(fs, b"new", b"new")
     assert fs.content.extents(new)[0].page // 512 != slab
@@ -244,7 +244,7 @@ def test_findings_are_limited(victim: Filesystem, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.ERROR, "pkernfs"):
         for n in range(3000):
             damage.note(CorruptError("test", n, "damage", ino=n + 1))
-    assert len(damage.facts()) == 1000
+    assert len(damage.found) == 1000
     assert len(caplog.records) == 1001
     assert len(damage.inodes) == 3000
 

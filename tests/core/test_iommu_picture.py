@@ -8,6 +8,7 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
+from pkernfs import api
 from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import FILES, Space, short, space
 from pkernfs.cli.iommu.picture.svg import svg
@@ -27,26 +28,36 @@ MAPPINGS = [
 EXTENTS = {20: [(0, 1 << 40, GiB), (GiB, 2 << 40, 7 * GiB)], 21: [(0, 3 << 40, 2 * MiB)], 23: [(0, 4 << 40, 2 * MiB)]}
 
 
-def domain(mappings: list[tuple[int, int, int, int, str]], names: dict[int, Any]) -> dict[str, Any]:
+def domain(mappings: list[tuple[int, int, int, int, str]], names: dict[int, Any]) -> api.Domain:
     """One, as `list` tells it."""
-    fields = ("iova", "length", "ino", "offset", "access")
-    device = {"device": "0000:00:05.0", "domain": "dom-0", "id": 1, "persistent": True, "state": "attached"}
-    return {
-        "name": "dom-<0>",
-        "ino": 16,
-        "format": "vtd",
-        "levels": 4,
-        "aperture": 256 * TiB,
-        "id": 1,
-        "reserved": [[0xFEE00000, 0xFEEFFFFF]],
-        "mappings": [{**dict(zip(fields, one, strict=True)), "file": names[one[2]]} for one in mappings],
-        "devices": [device],
-    }
+    device = api.Device(device="0000:00:05.0", domain="dom-0", id=1, persistent=True, state="attached")
+    return api.Domain(
+        name="dom-<0>",
+        ino=16,
+        format="vtd",
+        levels=4,
+        aperture=256 * TiB,
+        reserved=[(0xFEE00000, 0xFEEFFFFF)],
+        id=1,
+        leaf=GiB,
+        root=None,
+        size=2 * MiB,
+        tables=1,
+        awaiting=0,
+        mappings=[
+            api.DomainMapping(iova=iova, length=length, ino=ino, file=names[ino], offset=offset, access=access)
+            for iova, length, ino, offset, access in mappings
+        ],
+        devices=[device],
+    )
 
 
-def extents(ino: int) -> list[dict[str, int]]:
+def extents(ino: int) -> list[api.Extent]:
     """As the control verb "file" tells them."""
-    return [{"file_offset": at, "physical": to, "length": length} for at, to, length in EXTENTS.get(ino, [])]
+    return [
+        api.Extent(file_offset=at, region_offset=0, physical=to, length=length)
+        for at, to, length in EXTENTS.get(ino, [])
+    ]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pkernfs.api import Pin
 from pkernfs.errors import FsError
 from pkernfs.format import (
     BLOCK,
@@ -382,7 +383,7 @@ def test_pins_count_against_the_quota_of_the_directory(fs: Filesystem) -> None:
 
 def test_info_shows_pins(fs: Filesystem) -> None:
     domain, file = mapped(fs)
-    assert file_facts(fs, file)["pins"] == [
-        {"domain": "dom-0", "iova": 0x100 * PAGE, "offset": 2 * PAGE, "length": 3 * PAGE, "access": "rw"}
+    assert file_facts(fs, file).pins == [
+        Pin(domain="dom-0", iova=0x100 * PAGE, offset=2 * PAGE, length=3 * PAGE, access="rw")
     ]
-    assert file_facts(fs, domain)["pins"] == []
+    assert file_facts(fs, domain).pins == []

@@ -491,7 +491,7 @@ def test_a_wrong_count_is_noted_and_refuses_nothing(fs: Filesystem, d: int, used
     patch_inode(fs, d, inline=with_quota(inode, quota_of(inode)._replace(used=used_now)).inline)
     fs.setattr(ino, SetAttr(size=1))
     fs.unlink(d, b"f")
-    assert any("quota" in finding["structure"] for finding in fs.volume.damage.facts())
+    assert any("quota" in error.what for error in fs.volume.damage.found.values())
     repair_region(fs.region)
     fs.volume.inodes.clear()
 

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from live_update import MODES, LiveUpdate, Report
 
-from pkernfs.client import ask_keeper
+from pkernfs import client
+from pkernfs.api import to_builtins
 from pkernfs.qemu.console import CHUNKS, parse
 from tests.mount.site import Site, run, wait_for
 from tests.mount.site import site as made_site
@@ -102,7 +103,8 @@ def update(site: Site, images: Path, mode: str) -> Iterator[LiveUpdate]:
 
 def status(site: Site) -> dict[str, Any]:
     """What `pkernfs status --json` shows, without the processor time of a command that the guest would miss."""
-    return ask_keeper(str(site.mnt), "status")
+    found: dict[str, Any] = to_builtins(client.status(str(site.mnt)))
+    return found
 
 
 def tick(update: LiveUpdate) -> int:

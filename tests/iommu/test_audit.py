@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from pkernfs.api import Audited
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import devices, mapping, reclaim, replace, views
@@ -30,15 +30,15 @@ def prepared() -> Filesystem:
     mapping.map_file(fs, new(fs, b"dom-1"), 0, other)
     devices.attach(fs, dom, DEVICE)
     devices.attach(fs, fs.resolve(b"iommu/dom-1"), OTHER)
-    assert views.audit(fs)["problems"] == []
+    assert views.audit(fs).problems == []
     return fs
 
 
 def entry_of(fs: Filesystem, iova: int, level: int = 0, name: bytes = b"dom-0") -> tuple[int, int]:
     """(region offset, value) of the entry of a level (0: the last) for an IOVA."""
-    steps = views.walk(fs, None, fs.resolve(b"iommu/" + name), iova)["steps"]
-    step = next((step for step in steps if step["level"] == level), steps[-1])
-    return step["address"] - BASE, step["entry"]
+    steps = views.walk(fs, None, fs.resolve(b"iommu/" + name), iova).steps
+    step = next((step for step in steps if step.level == level), steps[-1])
+    return step.address - BASE, step.entry
 
 
 def patch(iova: int, change: Callable[[Filesystem, int], int], level: int = 0) -> Callable[[Filesystem], None]:
@@ -174,10 +174,10 @@ def test_a_fault_is_reported(name: str) -> None:
     kind, plant = FAULTS[name]
     fs = prepared()
     plant(fs)
-    found = views.audit(fs)["problems"]
+    found = views.audit(fs).problems
     assert found
-    assert {problem["kind"] for problem in found} <= {kind, *CONSEQUENCES.get(name, ())}, found
-    assert kind in {problem["kind"] for problem in found}
+    assert {problem.kind for problem in found} <= {kind, *CONSEQUENCES.get(name, ())}, found
+    assert kind in {problem.kind for problem in found}
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in FAULTS.items() if not {kind, name} & NOT_OF_TABLES])
@@ -187,11 +187,11 @@ def test_tables_are_made_anew(name: str) -> None:
     FAULTS[name][1](fs)
     dom = fs.resolve(b"iommu/dom-0")
     assert replace.replace(fs, dom, rebuild=True).compared == 0
-    assert views.audit(fs)["problems"] == []
-    assert {one["kind"] for one in views.pending_facts(fs)} == {"context", "iotlb"}
+    assert views.audit(fs).problems == []
+    assert {one.kind for one in views.pending_facts(fs)} == {"context", "iotlb"}
     reclaim.acknowledge(fs)
-    assert views.audit(fs)["problems"] == []
-    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB)["offset"] == 65 * KiB
+    assert views.audit(fs).problems == []
+    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
 
 
 #: What else is true then.
@@ -207,16 +207,14 @@ def test_what_waits_for_hardware_is_no_fault() -> None:
     dom = fs.resolve(b"iommu/dom-0")
     replace.replace(fs, dom, 1)
     facts = views.domain_facts(fs, dom, "")
-    assert facts["stale"] > 0
-    assert views.audit(fs)["problems"] == []
-    assert reclaim.acknowledge(fs) == facts["stale"]
-    assert views.audit(fs)["problems"] == []
+    assert facts.awaiting > 0
+    assert views.audit(fs).problems == []
+    assert reclaim.acknowledge(fs) == facts.awaiting
+    assert views.audit(fs).problems == []
 
 
 def test_what_an_audit_counts() -> None:
-    facts: dict[str, Any] = views.audit(prepared())
-    assert facts == {
-        **{"devices": 2, "domains": 2, "mappings": 3, "bytes": 8 * MiB + 64 * KiB + 4 * MiB, "problems": []},
-        "tables": facts["tables"],
-    }
-    assert facts["tables"] == 3 + 2 + 3
+    bytes_ = 8 * MiB + 64 * KiB + 4 * MiB
+    assert views.audit(prepared()) == Audited(
+        devices=2, domains=2, mappings=3, tables=3 + 2 + 3, bytes=bytes_, problems=[]
+    )

@@ -91,7 +91,7 @@ def image(form: str) -> bytes:
     mapping.unmap(fs, dom(fs), 3 * GiB, 64 * KiB)
     fs.unlink(fs.resolve(b""), b"gone")
     assert check(fs.volume) == []
-    assert views.audit(fs)["problems"] == []
+    assert views.audit(fs).problems == []
     return bytes(region.view)
 
 
@@ -134,7 +134,7 @@ def seen(fs: Filesystem) -> dict[str, Any]:
 def test_a_crash_at_any_store(name: str, form: str) -> None:
     region = Scratch(image(form))
     fs = open_fs(region)
-    root = next(facts["physical"] for facts in views.list_all(fs)["roots"] if facts["format"] == form)
+    root = next(facts.physical for facts in views.list_all(fs).roots if facts.format == form)
     hardware = Hardware(region, form, root)
     states = [seen(fs)]
     reaches = [hardware.reach(DEVICE)]
@@ -183,7 +183,7 @@ def judge(
     fs = open_fs(region)
     if again:
         again(fs)
-    problems = [*check(fs.volume), *views.audit(fs)["problems"]]
+    problems = [*check(fs.volume), *views.audit(fs).problems]
     assert problems == [], where
     found = states.index(seen(fs))
     region.take_back(mark)

@@ -69,7 +69,7 @@ def test_tables_are_made_anew_after_damage_was_noticed(word: int) -> None:
     fs = used()
     dom = fs.resolve(b"iommu/dom-0")
     fs.region.store_word(first_word(fs, b"iommu/dom-0"), word)
-    fs.region.store_word(views.walk(fs, None, dom, IOVA)["steps"][-1]["address"] - BASE, 0)
+    fs.region.store_word(views.walk(fs, None, dom, IOVA).steps[-1].address - BASE, 0)
     for look in (
         lambda: mapping.map_file(fs, dom, IOVA, fs.resolve(b"guest"), live_update=True),
         lambda: replace.replace(fs, dom),
@@ -78,9 +78,9 @@ def test_tables_are_made_anew_after_damage_was_noticed(word: int) -> None:
             look()
         fs.volume.damage.note(caught.value)
     replace.replace(fs, dom, rebuild=True)
-    assert views.audit(fs)["problems"] == []
+    assert views.audit(fs).problems == []
     reclaim.acknowledge(fs)
-    assert views.audit(fs)["problems"] == []
+    assert views.audit(fs).problems == []
 
 
 def test_one_domain_does_not_stop_the_others() -> None:
@@ -89,10 +89,10 @@ def test_one_domain_does_not_stop_the_others() -> None:
     replace.replace(fs, fs.resolve(b"iommu/dom-1"), 1)
     fs = open_fs(fs.region)
     listed = views.list_all(fs)
-    assert [one["name"] for one in listed["domains"]] == ["dom-1"]
-    assert [one["name"] for one in listed["damaged"]] == ["dom-0"]
+    assert [one.name for one in listed.domains] == ["dom-1"]
+    assert [one.name for one in listed.damaged] == ["dom-0"]
     assert reclaim.acknowledge(fs) > 0
-    assert views.domain_facts(fs, new(fs, b"dom-2"), "")["id"] == 3
+    assert views.domain_facts(fs, new(fs, b"dom-2"), "").id == 3
     assert restore(fs, cold=True) == ["0000:00:05.0", "0000:00:06.0"]
 
 

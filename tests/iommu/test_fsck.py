@@ -35,9 +35,9 @@ def test_a_fault_is_mended(name: str) -> None:
     assert mend_tables(region) == []
     fs = open_fs(region)
     assert check(fs.volume) == []
-    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB)["offset"] == 65 * KiB
-    assert views.walk(fs, DEVICE, None, IOVA + 3 * MiB)["physical"] is not None
-    assert views.walk(fs, OTHER, None, MiB)["fault"] is None
+    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
+    assert views.walk(fs, DEVICE, None, IOVA + 3 * MiB).physical is not None
+    assert views.walk(fs, OTHER, None, MiB).fault is None
 
 
 def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
@@ -58,7 +58,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     fs = open_fs(region)
     fs.setattr(fs.resolve(b"guest"), SetAttr(size=0))
     assert check_tables(region) == []
-    assert views.walk(fs, DEVICE, None, IOVA)["fault"] == "not present at level 3"
+    assert views.walk(fs, DEVICE, None, IOVA).fault == "not present at level 3"
 
 
 def test_the_command(tmp_path: Path) -> None:

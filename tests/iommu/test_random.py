@@ -201,7 +201,7 @@ class World:
         audit = Audit(self.fs)
         for _ in audit.run():
             pass
-        assert audit.facts()["problems"] == []
+        assert audit.problems == []
         assert_sound(self.fs)
 
 

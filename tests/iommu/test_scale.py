@@ -39,7 +39,7 @@ def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
     replace.replace(fs, dom, leaf)
     region.moved = 0
     mapping.map_file(fs, dom, TiB, guest)
-    assert views.domain_facts(fs, dom, "")["tables"] == tables
+    assert views.domain_facts(fs, dom, "").tables == tables
     budget = (tables + 64) * PAGE
     assert region.moved < 2 * budget
     region.moved = 0
@@ -51,4 +51,4 @@ def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
     region.moved = 0
     mapping.unmap(fs, dom, TiB, TiB)
     assert region.moved < 3 * budget
-    assert views.audit(fs)["bytes"] == 0
+    assert views.audit(fs).bytes == 0

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pkernfs.client import ask_keeper
+from pkernfs import client
+from pkernfs.api import to_builtins
 from pkernfs.format import JOURNAL_HEADER, MiB
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Problem, check
@@ -178,7 +179,7 @@ class Site(Mounted):
 
     def status(self) -> dict[str, Any]:
         """What `pkernfs status` tells."""
-        status: dict[str, Any] = ask_keeper(str(self.mnt), "status")
+        status: dict[str, Any] = to_builtins(client.status(str(self.mnt)))
         return status
 
     def wait_for_takeovers(self, number: int) -> None:

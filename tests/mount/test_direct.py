@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.client import control
+from pkernfs import client
 from pkernfs.qemu.cmdline import Version, find_qemu
 from pkernfs.qemu.errors import QemuError
 from tests.mount.agent import Agent
@@ -177,7 +177,7 @@ def test_stores_go_on_while_there_is_no_server(site: Site, ram: Path, other: Age
 def test_unmarking(site: Site, ram: Path) -> None:
     backend(site, ram)
     assert json.loads(os.getxattr(ram, "user.pkernfs.direct")) is True
-    control(str(ram), "direct", on=False)
+    client.set_direct(str(ram), on=False)
     assert json.loads(os.getxattr(ram, "user.pkernfs.direct")) is False
     ram.write_bytes(b"small")
     assert ram.read_bytes() == b"small"

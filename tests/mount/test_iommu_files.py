@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.client import control
+from pkernfs import client
 from pkernfs.format import BLOCK
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import open_region
@@ -53,7 +53,7 @@ def store(site: Site, path: Path, offset: int, data: bytes) -> None:
     """Store into the memory of a file past the mount, as hardware does."""
     (extent,) = json.loads(os.getxattr(path, "user.pkernfs.extents"))
     with site.region.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        at = extent["region_offset"] + offset
+        at = extent.region_offset + offset
         memory[at : at + len(data)] = data
 
 
@@ -61,7 +61,7 @@ def test_a_domain_by_touch_and_truncate(site: Site, domain: Path) -> None:
     facts = json.loads(site.run_ok("pkernfs", "info", "--json", domain))
     assert facts["flags"] == ["file", "iommu-domain-pgtables"]
     (extent,) = facts["extents"]
-    assert (extent["region_offset"] % BLOCK, extent["length"]) == (0, BLOCK)
+    assert (extent.region_offset % BLOCK, extent["length"]) == (0, BLOCK)
     assert domain.read_bytes() == b"\1" + bytes(BLOCK - 1)
     site.run_ok("truncate", "-s", "2M", domain)
     site.restart()
@@ -177,11 +177,11 @@ def test_what_is_mapped_stays(site: Site) -> None:
     assert "pinned by domain dom-0: IOVA 0x100000, offset 0x2000, length 0x3000, rw" in site.run_ok(
         "pkernfs", "info", path
     )
-    (extent,) = control(str(path), "file")["extents"]
+    (extent,) = client.file(str(path)).extents
     path.unlink()
     for step in (site.restart, site.umount, site.mount):
         step()
-        assert site.region.read_bytes()[extent["region_offset"] :][: 5 * PAGE] == b"R" * 5 * PAGE
+        assert site.region.read_bytes()[extent.region_offset :][: 5 * PAGE] == b"R" * 5 * PAGE
     before = site.free()
     offline(site, lambda fs: unmap(fs, fs.resolve(b"iommu/dom-0"), 0x100))
     assert site.free() == before + 5 + 1
@@ -192,7 +192,7 @@ def test_removing_the_domain_lets_the_file_go(site: Site) -> None:
     path = mapped(site)
     with (site.mnt / "iommu/dom-0").open("rb") as domain:
         os.unlink(domain.name)
-        assert control(str(path), "file")["pins"] == []
+        assert client.file(str(path)).pins == []
         os.truncate(path, 0)
         assert domain.read(1) == b"\1"
     site.verify()

@@ -13,6 +13,7 @@ from xml.etree import ElementTree as xml
 import pytest
 
 from pkernfs import client, mountinfo
+from pkernfs.api import Invalidation
 from pkernfs.cli.iommu import LISTED as VERBS
 from pkernfs.cli.iommu import walk
 from pkernfs.cli.iommu.invalidations import commands, covering
@@ -278,11 +279,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What is asked of a server that answers as ``ANSWERS`` says."""
     questions: list[dict[str, Any]] = []
 
-    def control(path: str, verb: str, timeout: float | None = 60.0, **words: Any) -> dict[str, Any]:
-        questions.append({"path": path, "verb": verb, **words})
-        return ANSWERS[words["op"]]
+    def exchange(_address: bytes, line: bytes, _timeout: float | None) -> bytes:
+        questions.append(json.loads(line))
+        return json.dumps({"result": ANSWERS[questions[-1]["verb"]]}).encode() + b"\n"
 
-    monkeypatch.setattr(client, "control", control)
+    monkeypatch.setattr(client, "exchange", exchange)
     return questions
 
 
@@ -298,11 +299,16 @@ PROBLEM = {
     "iova": 0x1000,
     "text": "translates to a block of another",
 }
+ROOT = {"format": "vtd", "segment": 0, "physical": BASE, "register": "RTADDR", "entries": 256}
+DOMAIN = {
+    **{"name": "dom-0", "ino": 16, "format": "amd", "levels": 4, "aperture": 1 << 48, "reserved": [], "id": 8},
+    **{"leaf": 1 << 30, "root": None, "size": 2 * MiB, "tables": 1, "stale": 0, "mappings": [], "devices": []},
+}
 ANSWERS: dict[str, dict[str, Any]] = {
-    "map": {"iova": 0, "length": 4096, "offset": 8192, "stale": []},
-    "audit": {"devices": 1, "domains": 1, "mappings": 2, "tables": 5, "bytes": 4096, "problems": [PROBLEM]},
-    "iotlb-needed": {"stale": STALE, "token": 77, "freed": 0},
-    "list": {"domains": [{"id": 8, "format": "amd"}], "roots": [{"format": "vtd"}], "stale": STALE},
+    "iommu-map": {**{"iova": 0, "length": 4096, "ino": 20, "offset": 8192, "access": "wo", "entries": 0}, "stale": []},
+    "iommu-audit": {"devices": 1, "domains": 1, "mappings": 2, "tables": 5, "bytes": 4096, "problems": [PROBLEM]},
+    "iommu-invalidations": {"stale": STALE, "token": 77, "freed": 0},
+    "iommu-list": {"phys_base": BASE, "domains": [DOMAIN], "roots": [ROOT], "damaged": [], "stale": STALE},
 }
 
 
@@ -310,12 +316,12 @@ def test_map_asks_as_the_protocol_has_it(site: Site, dom: Path, asked: list[dict
     words = ["iommu", "map", str(dom), "0x1B000", str(site.mnt / "rom"), "--offset", "8K", "--wo", "--live-update"]
     for _ in range(2):
         assert pkernfs(words) == 0
-    requests = [question.pop("request") for question in asked]
+    requests = [question.pop("key") for question in asked]
     assert asked[0] == asked[1]
     assert asked[0] == {
-        "path": str(dom),
-        "verb": "iommu",
-        "op": "map",
+        "verb": "iommu-map",
+        "version": 1,
+        "ino": dom.stat().st_ino,
         "iova": 0x1B000,
         "file_ino": (site.mnt / "rom").stat().st_ino,
         "offset": 8192,
@@ -335,7 +341,7 @@ def test_audit_with_problems(site: Site, capsys: pytest.CaptureFixture[str]) -> 
         f"{site.mnt}: 1 device, 1 domain, 2 mappings, 5 tables, 4 KiB of translations audited: 1 problem",
     ]
     assert pkernfs(["iommu", "audit", str(site.mnt), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == ANSWERS["audit"]
+    assert json.loads(capsys.readouterr().out) == ANSWERS["iommu-audit"]
 
 
 @pytest.mark.usefixtures("asked")
@@ -359,9 +365,9 @@ def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("new", "old", "sent"),
     [
-        ([], [], (False, 0)),
-        (["--ack", "all"], ["--done"], (True, 0)),
-        (["--ack", "77"], ["--done", "--token", "77"], (True, 77)),
+        ([], [], None),
+        (["--ack", "all"], ["--done"], 0),
+        (["--ack", "77"], ["--done", "--token", "77"], 77),
     ],
     ids=["look", "all", "token"],
 )
@@ -371,7 +377,7 @@ def test_acknowledge(
     capsys: pytest.CaptureFixture[str],
     new: list[str],
     old: list[str],
-    sent: tuple[bool, int],
+    sent: int | None,
 ) -> None:
     """The command's old name and options do the same for one release, and no help lists them."""
     printed = []
@@ -380,7 +386,7 @@ def test_acknowledge(
         assert pkernfs(["iommu", *words, str(site.mnt), "--json"]) == 0
         printed.append(capsys.readouterr().out)
         (question,) = asked
-        assert (question["done"], question["token"]) == sent
+        assert question["acknowledge"] == sent
     assert printed[0] == printed[1]
     assert "iotlb-needed" not in says("--help")
     assert "deprecated" in says("invalidations", "--help")
@@ -404,8 +410,8 @@ def test_the_range_of_an_invalidation(iova: int, pages: int, amd: str) -> None:
     assert address % size == 0
     assert address <= iova < iova + length <= address + size
     assert order == 0 or iova // (size // 2) != (iova + length - 1) // (size // 2)
-    stale = {"kind": "iotlb", "id": 3, "device": None, "iova": iova, "length": length}
-    (command,) = commands("amd", stale)
+    pending = Invalidation(kind="iotlb", id=3, device=None, iova=iova, length=length)
+    (command,) = commands("amd", pending)
     assert amd in command
     coded = int(command.split("address ")[1].split(",")[0], 16)
     if order:

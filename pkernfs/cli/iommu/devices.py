@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pkernfs.cli.iommu.arguments import add_domain, device, domain, existing
-from pkernfs.cli.iommu.ask import ask, reminder
+from pkernfs.cli.iommu.ask import reminder
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import printable, show
 
@@ -29,10 +29,13 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _attach(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     name = device(arguments.device)
-    result = ask(domain(arguments.domain), "attach", device=name, persistent=arguments.persistent)
-    kept = ", persistent" * bool(result["persistent"])
-    line = f"{result['device']}: {result['state']} to {printable(result['domain'])}, domain id {result['id']}{kept}"
+    request = api.IommuAttach(device=name, persistent=arguments.persistent)
+    result = client.ask(domain(arguments.domain), request)
+    kept = ", persistent" * result.persistent
+    line = f"{result.device}: {result.state} to {printable(result.domain)}, domain id {result.id}{kept}"
     show(arguments, result, [line])
     return 0
 
@@ -52,10 +55,12 @@ def _detach_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _detach(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     name = device(arguments.device)
     path = existing(arguments.mount, "a path")
-    result = ask(path, "detach", device=name)
-    show(arguments, result, [f"{result['device']}: detached", *reminder(result, path)])
+    result = client.ask(path, api.IommuDetach(device=name))
+    show(arguments, result, [f"{result.device}: detached", *reminder(result.invalidations, path)])
     return 0
 
 

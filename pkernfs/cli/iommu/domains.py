@@ -6,7 +6,7 @@ import argparse
 import os
 
 from pkernfs.cli.iommu.arguments import DOMAIN, FORMATS, UNITS, add_domain, domain, existing
-from pkernfs.cli.iommu.ask import about, ask, reminder
+from pkernfs.cli.iommu.ask import about, reminder
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import plural, printable, show
 from pkernfs.errors import UsageError
@@ -39,13 +39,15 @@ def _create_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _create(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
     from pkernfs.format import IOMMU_INO
 
     folder, name = os.path.split(arguments.domain.rstrip("/"))
     folder = existing(folder or ".", "MOUNT/iommu/NAME")
     if os.stat(folder).st_ino != IOMMU_INO or name in ("", ".", ".."):
         raise UsageError(f"{arguments.domain}: expected {DOMAIN}: domains are made in the directory iommu of a mount")
-    result = ask(folder, "create", name=name, levels=arguments.levels, format=arguments.format)
+    request = api.IommuCreate(name=name, levels=arguments.levels, format=arguments.format)
+    result = client.ask(folder, request)
     show(arguments, result, [f"{printable(arguments.domain)}: {about(result)}"])
     return 0
 
@@ -63,7 +65,9 @@ def _destroy_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _destroy(arguments: argparse.Namespace) -> int:
-    result = ask(domain(arguments.domain), "destroy")
+    from pkernfs import api, client
+
+    result = client.ask(domain(arguments.domain), api.IommuDestroy())
     show(arguments, result, [f"{printable(arguments.domain)}: destroyed"])
     return 0
 
@@ -91,12 +95,14 @@ def _replace_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _replace(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     space = domain(arguments.domain)
     leaf = LEAVES[arguments.leaf] if arguments.leaf else None
-    result = ask(space, "replace", leaf=leaf, rebuild=arguments.rebuild)
-    before, after = f"{result['tables_before']:,}", plural(result["tables_after"], "table")
-    line = f"{printable(arguments.domain)}: {before} -> {after}, {plural(result['compared'], 'translation')} compared"
-    show(arguments, result, [line, *reminder(result, space)])
+    result = client.ask(space, api.IommuReplace(leaf=leaf, rebuild=arguments.rebuild))
+    before, after = f"{result.tables_before:,}", plural(result.tables_after, "table")
+    line = f"{printable(arguments.domain)}: {before} -> {after}, {plural(result.compared, 'translation')} compared"
+    show(arguments, result, [line, *reminder(result.invalidations, space)])
     return 0
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import UNITS, existing
-from pkernfs.cli.iommu.ask import INVALIDATIONS, ask
+from pkernfs.cli.iommu.ask import INVALIDATIONS
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, plural, printable, show, span
 from pkernfs.format import PAGE
 from pkernfs.iommu import pci
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 DESCRIPTION = """\
 Show the invalidations that are pending: what an IOMMU may have cached of tables that have changed since, as the
@@ -52,40 +55,44 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     path = existing(arguments.mount, "a path")
-    result = ask(path, "iotlb-needed", done=arguments.ack is not None, token=arguments.ack or ALL)
+    result = client.ask(path, api.IommuInvalidations(acknowledge=arguments.ack))
     show(arguments, result, _lines(result, path, arguments))
     return 0
 
 
-def _lines(result: dict[str, Any], path: str, arguments: argparse.Namespace) -> Iterator[str]:
+def _lines(result: api.Invalidations, path: str, arguments: argparse.Namespace) -> Iterator[str]:
+    from pkernfs import api, client
+
     if arguments.ack is not None:
-        yield f"acknowledged: {plural(result['freed'], 'page')} of old tables reclaimed"
-    pending = result["stale"]
+        yield f"acknowledged: {plural(result.freed, 'page')} of old tables reclaimed"
+    pending = result.invalidations
     if not pending:
         yield "nothing to invalidate"
         return
-    listing = ask(path, "list")
-    formats = {domain["id"]: domain["format"] for domain in listing["domains"] if domain["id"]}
-    roots = sorted({root["format"] for root in listing["roots"]}) or ["vtd"]
+    listing = client.ask(path, api.IommuList())
+    formats = {domain.id: domain.format for domain in listing.domains if domain.id}
+    roots = sorted({root.format for root in listing.roots}) or ["vtd"]
     queued: set[str] = set()
     for one in pending:
-        known = formats.get(one["id"])
+        known = formats.get(one.id)
         needed = [command for form in ([known] if known else roots) for command in commands(form, one)]
         yield _headline(one)
         yield "\n".join(f"  {command}" for command in needed if command not in queued) or "  as above"
         queued.update(needed)
     if any("page-selective" in command for command in queued):
         yield "where an address mask is above the unit's CAP.MAMV: domain-selective instead"
-    yield f"then: {INVALIDATIONS} {printable(arguments.mount)} --ack {result['token']}"
+    yield f"then: {INVALIDATIONS} {printable(arguments.mount)} --ack {result.token}"
 
 
-def _headline(one: dict[str, Any]) -> str:
-    if one["kind"] == "context":
-        return f"device {one['device']}: its context has changed"
-    if one["length"] is None:
-        return f"domain id {one['id']}: all translations"
-    return f"domain id {one['id']}: {span(one['iova'], one['length'])} ({human(one['length'])})"
+def _headline(one: api.Invalidation) -> str:
+    if one.device is not None:
+        return f"device {one.device}: its context has changed"
+    if one.iova is None or one.length is None:
+        return f"domain id {one.id}: all translations"
+    return f"domain id {one.id}: {span(one.iova, one.length)} ({human(one.length)})"
 
 
 def covering(iova: int, length: int) -> tuple[int, int]:
@@ -94,11 +101,11 @@ def covering(iova: int, length: int) -> tuple[int, int]:
     return iova >> (12 + order) << (12 + order), order
 
 
-def commands(form: str, one: dict[str, Any]) -> list[str]:
+def commands(form: str, one: api.Invalidation) -> list[str]:
     """What a driver queues for one pending invalidation, in order."""
-    name = one["id"]
-    if one["kind"] == "context":
-        requester = pci.parse(one["device"])
+    name = one.id
+    if one.device is not None:
+        requester = pci.parse(one.device)
         source = f"{requester & 0xFFFF:#06x} of segment {requester >> 16:#x}"
         if form == "vtd":
             return [
@@ -107,9 +114,9 @@ def commands(form: str, one: dict[str, Any]) -> list[str]:
                 f"VT-d: IOTLB invalidation, domain-selective: domain id {name}",
             ]
         return [f"AMD: INVALIDATE_DEVTAB_ENTRY: device id {source}", _amd_all(name)]
-    if one["length"] is None:
+    if one.iova is None or one.length is None:
         return [f"VT-d: IOTLB invalidation, domain-selective: domain id {name}"] if form == "vtd" else [_amd_all(name)]
-    address, order = covering(one["iova"], one["length"])
+    address, order = covering(one.iova, one.length)
     if form == "vtd":
         return [
             f"VT-d: IOTLB invalidation, page-selective within domain: domain id {name}, address {address:#x},"

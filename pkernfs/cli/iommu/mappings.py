@@ -7,7 +7,7 @@ import errno
 import os
 
 from pkernfs.cli.iommu.arguments import UNITS, add_domain, address, domain
-from pkernfs.cli.iommu.ask import ask, reminder
+from pkernfs.cli.iommu.ask import reminder
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable, show, span
 from pkernfs.errors import FsError, UsageError
@@ -42,6 +42,8 @@ def _map_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _map(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     space, file = domain(arguments.domain), os.path.realpath(arguments.file)
     try:
         found = os.stat(file)
@@ -51,9 +53,7 @@ def _map(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.file}: expected a file in the same mount as {arguments.domain}")
     if arguments.length == 0:
         raise FsError(errno.EINVAL, "length 0: expected at least a page of 4096 bytes")
-    result = ask(
-        space,
-        "map",
+    request = api.IommuMap(
         iova=arguments.iova,
         file_ino=found.st_ino,
         offset=arguments.offset,
@@ -61,10 +61,11 @@ def _map(arguments: argparse.Namespace) -> int:
         access=arguments.access,
         live_update=arguments.live_update,
     )
-    where = f"{printable(arguments.file)}, offset {result['offset']:#x}, {arguments.access}"
+    result = client.ask(space, request)
+    where = f"{printable(arguments.file)}, offset {result.offset:#x}, {arguments.access}"
     checked = ": it was mapped already" * arguments.live_update
-    line = f"{span(result['iova'], result['length'])} translates to {where}{checked}"
-    show(arguments, result, [line, *reminder(result, space)])
+    line = f"{span(result.iova, result.length)} translates to {where}{checked}"
+    show(arguments, result, [line, *reminder(result.invalidations, space)])
     return 0
 
 
@@ -87,10 +88,12 @@ def _unmap_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _unmap(arguments: argparse.Namespace) -> int:
+    from pkernfs import api, client
+
     space = domain(arguments.domain)
-    result = ask(space, "unmap", iova=arguments.iova, length=arguments.length)
-    line = f"{span(result['iova'], result['length'])}: {human(result['unmapped'])} unmapped"
-    show(arguments, result, [line, *reminder(result, space)])
+    result = client.ask(space, api.IommuUnmap(iova=arguments.iova, length=arguments.length))
+    line = f"{span(result.iova, result.length)}: {human(result.unmapped)} unmapped"
+    show(arguments, result, [line, *reminder(result.invalidations, space)])
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import FORMATS, UNITS, segment
 from pkernfs.cli.iommu.ask import about, reminder
 from pkernfs.cli.iommu.source import file_name, source
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, plural, printable, show, table
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 ROOT = """\
 Print the physical address of the root table, which goes into the register of the IOMMU, and nothing else, so that
@@ -36,7 +39,7 @@ def _root_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _root(arguments: argparse.Namespace) -> int:
     result = source(arguments.target).root(arguments.format, arguments.segment)
-    show(arguments, result, [f"{result['physical']:#x}"])
+    show(arguments, result, [f"{result.physical:#x}"])
     return 0
 
 
@@ -55,37 +58,37 @@ def _list(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _listing(result: dict[str, Any]) -> Iterator[str]:
-    for root in result["roots"]:
-        yield f"root table: {FORMATS[root['format']]}, segment {root['segment']}, at physical {root['physical']:#x}"
-    for n, domain in enumerate(result["domains"]):
-        if n or result["roots"]:
+def _listing(result: api.Domains) -> Iterator[str]:
+    for root in result.roots:
+        yield f"root table: {FORMATS[root.format]}, segment {root.segment}, at physical {root.physical:#x}"
+    for n, domain in enumerate(result.domains):
+        if n or result.roots:
             yield ""
-        yield f"{printable(domain['name'] or '(no name)')}: {about(domain)}"
+        yield f"{printable(domain.name or '(no name)')}: {about(domain)}"
         yield from (f"  {line}" for line in _domain(domain))
-    yield from (f"{printable(one['name'])}: {one['text']}" for one in result.get("damaged", ()))
-    if not result["domains"]:
+    yield from (f"{printable(one.name)}: {one.text}" for one in result.damaged)
+    if not result.domains:
         yield "no domains"
-    for line in reminder(result):
+    for line in reminder(result.invalidations):
         yield ""
         yield line
 
 
-def _domain(domain: dict[str, Any]) -> list[str]:
-    where = f"root at physical {domain['root']:#x}, " if domain["root"] is not None else ""
-    stale = f", {plural(domain['stale'], 'page')} of old ones" if domain["stale"] else ""
-    lines = [f"{where}{plural(domain['tables'], 'table')}{stale}, leaves of up to {human(domain['leaf'])}"]
-    for one in domain["devices"]:
-        kept = ", persistent" * bool(one["persistent"])
-        lines.append(f"device {one['device']} {one['state']}{kept}")
-    mappings = domain["mappings"]
+def _domain(domain: api.Domain) -> list[str]:
+    where = f"root at physical {domain.root:#x}, " if domain.root is not None else ""
+    awaiting = f", {plural(domain.awaiting, 'page')} of old ones" if domain.awaiting else ""
+    lines = [f"{where}{plural(domain.tables, 'table')}{awaiting}, leaves of up to {human(domain.leaf)}"]
+    for one in domain.devices:
+        kept = ", persistent" * one.persistent
+        lines.append(f"device {one.device} {one.state}{kept}")
+    mappings = domain.mappings
     rows = [
         (
-            f"{one['iova']:#x}",
-            f"{one['iova'] + one['length'] - 1:#x}",
-            human(one["length"]),
-            one["access"],
-            f"{one['offset']:#x}",
+            f"{one.iova:#x}",
+            f"{one.iova + one.length - 1:#x}",
+            human(one.length),
+            one.access,
+            f"{one.offset:#x}",
             file_name(one),
         )
         for one in mappings
@@ -119,15 +122,15 @@ exit status:
 
 def _audit(arguments: argparse.Namespace) -> int:
     result = source(arguments.target).audit()
-    problems = result["problems"]
+    problems = result.problems
     lines = []
     for problem in problems:
-        where = [printable(problem[key]) for key in ("domain", "device") if problem[key]]
-        where += [f"IOVA {problem['iova']:#x}"] if problem["iova"] is not None else []
-        lines.append(": ".join([problem["kind"], *([", ".join(where)] if where else []), printable(problem["text"])]))
-    walked = ", ".join(plural(result[f"{what}s"], what) for what in ("device", "domain", "mapping", "table"))
+        where = [printable(name) for name in (problem.domain, problem.device) if name]
+        where += [f"IOVA {problem.iova:#x}"] if problem.iova is not None else []
+        lines.append(": ".join([problem.kind, *([", ".join(where)] if where else []), printable(problem.text)]))
+    walked = ", ".join(plural(getattr(result, f"{what}s"), what) for what in ("device", "domain", "mapping", "table"))
     found = plural(len(problems), "problem") if problems else "no problems"
-    lines.append(f"{arguments.target}: {walked}, {human(result['bytes'])} of translations audited: {found}")
+    lines.append(f"{arguments.target}: {walked}, {human(result.bytes)} of translations audited: {found}")
     show(arguments, result, lines)
     return 1 if problems else 0
 

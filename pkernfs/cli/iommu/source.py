@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.iommu.arguments import existing
-from pkernfs.cli.iommu.ask import ask
 from pkernfs.cli.text import printable
 from pkernfs.errors import UsageError
 
 if TYPE_CHECKING:
+    from pkernfs import api
     from pkernfs.fs.filesystem import Filesystem
-
-Facts = dict[str, Any]
+T = TypeVar("T")
 
 
 class Source:
@@ -24,31 +23,39 @@ class Source:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def list(self) -> Facts:
+    def list(self) -> api.Domains:
         """All domains."""
-        return ask(self.path, "list")
+        from pkernfs import api, client
 
-    def root(self, form: str, segment: int) -> Facts:
+        return client.ask(self.path, api.IommuList())
+
+    def root(self, form: api.Format, segment: int) -> api.RootTable:
         """The root table of a PCI segment, made when there is none yet."""
-        return ask(self.path, "root", format=form, segment=segment)
+        from pkernfs import api, client
 
-    def walk(self, iova: int, device: str | None = None) -> Facts:
+        return client.ask(self.path, api.IommuRoot(format=form, segment=segment))
+
+    def walk(self, iova: int, device: str | None = None) -> api.Walk:
         """One translation, of a device or of the domain that ``path`` is."""
-        return ask(self.path, "walk", iova=iova, **({} if device is None else {"device": device}))
+        from pkernfs import api, client
 
-    def audit(self) -> Facts:
+        return client.ask(self.path, api.IommuWalk(iova=iova, device=device))
+
+    def audit(self) -> api.Audited:
         """The proof, and what contradicts it."""
-        return ask(self.path, "audit")
+        from pkernfs import api, client
+
+        return client.ask(self.path, api.IommuAudit())
 
     def ino(self) -> int:
         """The inode of the domain."""
         return os.stat(self.path).st_ino
 
-    def file(self, ino: int) -> Facts:
+    def file(self, ino: int) -> api.FileInfo:
         """The memory of a file, which need not have a name.  Raises PkernfsError."""
-        from pkernfs.client import control
+        from pkernfs import api, client
 
-        return control(self.path, "file", ino=ino)
+        return client.ask(self.path, api.File(ino=ino))
 
 
 class Offline(Source):
@@ -58,48 +65,41 @@ class Offline(Source):
         super().__init__(path)
         self.region = region
 
-    def _use(self, use: Callable[[Filesystem], Any]) -> Any:
+    def _use(self, use: Callable[[Filesystem], T]) -> T:
         from pkernfs.cli.offline import with_filesystem
 
         return with_filesystem(self.region, use)
 
-    def list(self) -> Facts:
+    def list(self) -> api.Domains:
         from pkernfs.iommu import views
 
-        found: Facts = self._use(views.list_all)
-        return found
+        return self._use(views.list_all)
 
-    def root(self, form: str, segment: int) -> Facts:
+    def root(self, form: api.Format, segment: int) -> api.RootTable:
         from pkernfs.iommu import views
 
-        found: Facts = self._use(lambda fs: views.root(fs, form, segment))
-        return found
+        return self._use(lambda fs: views.root(fs, form, segment))
 
-    def walk(self, iova: int, device: str | None = None) -> Facts:
+    def walk(self, iova: int, device: str | None = None) -> api.Walk:
         from pkernfs.iommu import pci, views
 
         if device is not None:
             requester = pci.parse(device)
-            found: Facts = self._use(lambda fs: views.walk(fs, requester, None, iova))
-        else:
-            found = self._use(lambda fs: views.walk(fs, None, fs.resolve(os.fsencode(self.path)), iova))
-        return found
+            return self._use(lambda fs: views.walk(fs, requester, None, iova))
+        return self._use(lambda fs: views.walk(fs, None, fs.resolve(os.fsencode(self.path)), iova))
 
-    def audit(self) -> Facts:
+    def audit(self) -> api.Audited:
         from pkernfs.iommu import views
 
-        found: Facts = self._use(views.audit)
-        return found
+        return self._use(views.audit)
 
     def ino(self) -> int:
-        found: int = self._use(lambda fs: fs.resolve(os.fsencode(self.path)))
-        return found
+        return self._use(lambda fs: fs.resolve(os.fsencode(self.path)))
 
-    def file(self, ino: int) -> Facts:
+    def file(self, ino: int) -> api.FileInfo:
         from pkernfs.fs.facts import file_facts
 
-        found: Facts = self._use(lambda fs: file_facts(fs, ino))
-        return found
+        return self._use(lambda fs: file_facts(fs, ino))
 
 
 def source(word: str, *, domain: bool = False) -> Source:
@@ -128,6 +128,6 @@ def source(word: str, *, domain: bool = False) -> Source:
     return Offline(region, path)
 
 
-def file_name(one: Facts) -> str:
+def file_name(one: api.DomainMapping | api.Walk) -> str:
     """The file of a mapping, for people."""
-    return printable(one["file"]) if one["file"] is not None else f"inode {one['ino']}, without a name"
+    return printable(one.file) if one.file is not None else f"inode {one.ino}, without a name"

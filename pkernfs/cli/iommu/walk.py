@@ -6,12 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import UNITS, address, device
-from pkernfs.cli.iommu.source import Facts, file_name, source
+from pkernfs.cli.iommu.source import file_name, source
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable, show, table
 from pkernfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 WALK = """\
 Follow the tables as hardware would, and print each entry on the way: where it is, what it holds, what that means; then
@@ -43,10 +47,10 @@ def _walk(arguments: argparse.Namespace) -> int:
         _colourful(head, rows, result)
     else:
         show(arguments, result, [*table(head, rows, "<>>>><"), _end(result)])
-    return 0 if result["fault"] is None else 1
+    return 0 if result.fault is None else 1
 
 
-def _find(where: list[str]) -> Callable[[int], Facts]:
+def _find(where: list[str]) -> Callable[[int], api.Walk]:
     """The walk from a device or a domain.  Raises UsageError."""
     if len(where) > 2:
         raise UsageError(f"{' '.join(where)}: expected MOUNT DEVICE IOVA, DEVICE IOVA or DOMAIN IOVA")
@@ -73,22 +77,22 @@ def only_mount() -> str:
     return found[0]
 
 
-def _rows(result: Facts) -> list[tuple[str, ...]]:
+def _rows(result: api.Walk) -> list[tuple[str, ...]]:
     """Each entry on the way."""
     return [
         (
-            step["level"] if isinstance(step["level"], str) else f"level {step['level']}",
-            f"{step['table']:#x}",
-            f"{step['index']:#x}",
-            f"{step['address']:#x}",
-            f"{step['entry']:#x}",
-            step["means"],
+            step.level if isinstance(step.level, str) else f"level {step.level}",
+            f"{step.table:#x}",
+            f"{step.index:#x}",
+            f"{step.address:#x}",
+            f"{step.entry:#x}",
+            step.means,
         )
-        for step in result["steps"]
+        for step in result.steps
     ]
 
 
-def _colourful(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], result: Facts) -> None:
+def _colourful(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], result: api.Walk) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -101,19 +105,19 @@ def _colourful(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], result: F
         shown.add_row(*map(Text, row))
     console = Console(highlight=False)
     console.print(shown)
-    console.print(Text(_end(result), style="bold green" if result["fault"] is None else "bold red"))
+    console.print(Text(_end(result), style="bold green" if result.fault is None else "bold red"))
 
 
-def _end(result: Facts) -> str:
+def _end(result: api.Walk) -> str:
     """What the walk comes to."""
-    if result["fault"] is not None:
-        return f"IOVA {result['iova']:#x} faults: {result['fault']}"
-    allowed = {"rw": "read and write", "ro": "read only", "wo": "write only"}[result["access"]]
-    text = f"IOVA {result['iova']:#x} is physical {result['physical']:#x}, {allowed}, page of"
-    text += f" {human(result['page_size'])}"
-    if result["ino"] is None:
+    if result.fault is not None:
+        return f"IOVA {result.iova:#x} faults: {result.fault}"
+    allowed = {"rw": "read and write", "ro": "read only", "wo": "write only"}[result.access]
+    text = f"IOVA {result.iova:#x} is physical {result.physical:#x}, {allowed}, page of"
+    text += f" {human(result.page_size or 0)}"
+    if result.ino is None:
         return f"{text}; no mapping says so"
-    return f"{text}: {file_name(result)}, offset {result['offset']:#x}"
+    return f"{text}: {file_name(result)}, offset {result.offset:#x}"
 
 
 VERBS = {"walk": Verb(WALK, _walk_arguments, _walk)}

@@ -261,7 +261,7 @@ def shown(fs: Filesystem) -> None:
     """What `pkernfs info` and `pkernfs ls -lR` print."""
     rows, _ = _collect(fs, "", True)
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        info._print_region(region_facts(fs) | {"mountpoint": None})
+        print("\n".join(info.region_lines(region_facts(fs))))
         for row in rows:
             print(ls._line(row, LONG))
     text.getvalue().encode()

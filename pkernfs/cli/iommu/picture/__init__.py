@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import UNITS
 from pkernfs.cli.iommu.source import Source, source
@@ -14,6 +14,7 @@ from pkernfs.errors import PkernfsError, UsageError
 from pkernfs.format import PAGE
 
 if TYPE_CHECKING:
+    from pkernfs import api
     from pkernfs.cli.iommu.picture.space import Block, Space
 
 DESCRIPTION = """\
@@ -41,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError("--svg -: expected a file beside --json, which prints on standard output, too")
     where = source(arguments.domain, domain=True)
     ino = where.ino()
-    domain = next((one for one in where.list()["domains"] if one["ino"] == ino), None)
+    domain = next((one for one in where.list().domains if one.ino == ino), None)
     if domain is None:
         raise UsageError(f"{arguments.domain}: expected a domain", hint="pkernfs iommu create makes one")
     found = space(domain, lambda ino: _extents(where, ino), BLOCKS if arguments.svg or arguments.json else LINES)
@@ -56,13 +57,12 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _extents(where: Source, ino: int) -> list[dict[str, Any]]:
+def _extents(where: Source, ino: int) -> list[api.Extent]:
     """Of a file, or none when it cannot be asked."""
     try:
-        extents: list[dict[str, Any]] = where.file(ino)["extents"]
+        return where.file(ino).extents
     except PkernfsError:
         return []
-    return extents
 
 
 def _leaves(where: Source, block: Block) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ def _leaves(where: Source, block: Block) -> tuple[int, ...]:
     middle = block.mappings[len(block.mappings) // 2]
     pages = {block.start, middle.iova + middle.length // 2 // PAGE * PAGE, block.end - PAGE}
     walks = [where.walk(page) for page in sorted(pages)]
-    return tuple(sorted({walk["page_size"] if walk["fault"] is None else 0 for walk in walks}))
+    return tuple(sorted({(walk.page_size or 0) if walk.fault is None else 0 for walk in walks}))
 
 
 def _write_svg(found: Space, path: str) -> None:
@@ -111,7 +111,7 @@ def _print(found: Space) -> None:
         console.print(text)
 
 
-def _facts(found: Space) -> dict[str, Any]:
+def _facts(found: Space) -> dict[str, object]:
     """The picture for programs."""
     blocks = [
         {
@@ -137,8 +137,8 @@ def _facts(found: Space) -> dict[str, Any]:
         for part in found.memory
     ]
     return {
-        "domain": found.domain["name"],
-        "aperture": found.domain["aperture"],
+        "domain": found.domain.name,
+        "aperture": found.domain.aperture,
         "mappings": sum(len(block.mappings) for block in found.blocks),
         "blocks": blocks,
         "memory": memory,

@@ -6,11 +6,14 @@ What is too small to be seen is merged with its neighbours, so that 10,000 mappi
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pkernfs.cli.iommu.picture.merge import OTHERS, Mapping, Span, merge
 from pkernfs.cli.text import human, plural, span
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 FILES = 12  #: that are told apart; the smallest of more become one
 DEVICES = 6  #: that are named
@@ -124,7 +127,7 @@ class Band(NamedTuple):
 class Space(NamedTuple):
     """All of the picture."""
 
-    domain: dict[str, Any]
+    domain: api.Domain
     names: dict[int, str]  #: of files, by inode; of OTHERS how many they are
     blocks: list[Block]
     memory: list[Memory]  #: by file, then offset
@@ -133,8 +136,7 @@ class Space(NamedTuple):
     def where(self, band: Band) -> list[Run]:
         """The memory that one mapping, which has a block of its own, translates to."""
         first = band.block.mappings[0]
-        runs = [{"file_offset": run.offset, "physical": run.physical, "length": run.length} for run in band.memory.runs]
-        return _runs(runs, [(first.offset, first.offset + first.length)])
+        return _runs(band.memory.runs, [(first.offset, first.offset + first.length)])
 
     def colours(self) -> dict[int, str]:
         """One for each file, by inode."""
@@ -150,7 +152,7 @@ class Space(NamedTuple):
 
     def devices(self) -> str:
         """Those that are attached, in a line."""
-        names = [f"{one['device']}{' persistent' * bool(one['persistent'])}" for one in self.domain["devices"]]
+        names = [f"{one.device}{' persistent' * bool(one.persistent)}" for one in self.domain.devices]
         more = f" and {len(names) - DEVICES} more" if len(names) > DEVICES else ""
         return f"devices: {', '.join(names[:DEVICES]) or 'none attached'}{more}"
 
@@ -166,7 +168,7 @@ class Space(NamedTuple):
 
     def gap(self, start: int, end: int) -> str:
         """What to say about IOVAs that are not mapped."""
-        reserved = sum(max(0, min(last + 1, end) - max(first, start)) for first, last in self.domain["reserved"])
+        reserved = sum(max(0, min(last + 1, end) - max(first, start)) for first, last in self.domain.reserved)
         free = f"{human(end - start - reserved)} free"
         return f"{free}, {human(reserved)} reserved" if reserved else free
 
@@ -178,20 +180,16 @@ class Space(NamedTuple):
 
 
 def space(
-    domain: dict[str, Any],
-    extents: Callable[[int], list[dict[str, Any]]],
+    domain: api.Domain,
+    extents: Callable[[int], list[api.Extent]],
     most: int,
 ) -> Space:
     """The picture of a domain with at most ``most`` blocks of IOVAs, and fewer of memory.
 
     ``domain``: as `list` tells it; ``extents`` gives those of an inode, in order, or none where they are not known.
     """
-    mappings = sorted(
-        Mapping(one["iova"], one["length"], one["ino"], one["offset"], one["access"]) for one in domain["mappings"]
-    )
-    names = {
-        one["ino"]: one["file"] if one["file"] is not None else f"inode {one['ino']}" for one in domain["mappings"]
-    }
+    mappings = sorted(Mapping(one.iova, one.length, one.ino, one.offset, one.access) for one in domain.mappings)
+    names = {one.ino: one.file if one.file is not None else f"inode {one.ino}" for one in domain.mappings}
     use: dict[int, int] = {}
     for mapping in mappings:
         use[mapping.ino] = use.get(mapping.ino, 0) + mapping.length
@@ -203,7 +201,10 @@ def space(
 
     blocks = merge([Block(m.iova, m.iova + m.length, [m], shown[m.ino]) for m in mappings], most)
     memory = _memory(mappings, shown, max(FILES + 1, most * 3 // 4))
-    known = {ino: extents(ino) for ino in sorted({part.ino for part in memory} - {OTHERS})}
+    known = {
+        ino: [Run(one.file_offset, one.physical, one.length) for one in extents(ino)]
+        for ino in sorted({part.ino for part in memory} - {OTHERS})
+    }
     for part in memory:
         part.runs = tuple(_runs(known.get(part.ino, []), part.parts))
     return Space(domain, names, blocks, memory, _bands(blocks, memory, shown))
@@ -228,18 +229,18 @@ def _memory(mappings: list[Mapping], shown: dict[int, int], most: int) -> list[M
     return merge(parts, most, across_files=False)
 
 
-def _runs(extents: list[dict[str, Any]], parts: list[tuple[int, int]]) -> list[Run]:
+def _runs(extents: Sequence[Run], parts: list[tuple[int, int]]) -> list[Run]:
     """Where parts of a file are; both in the order of the file."""
     runs: list[Run] = []
     at = 0
     for start, end in parts:
-        while at < len(extents) and extents[at]["file_offset"] + extents[at]["length"] <= start:
+        while at < len(extents) and extents[at].offset + extents[at].length <= start:
             at += 1
         n = at
-        while n < len(extents) and extents[n]["file_offset"] < end:
+        while n < len(extents) and extents[n].offset < end:
             extent = extents[n]
-            first, last = max(extent["file_offset"], start), min(extent["file_offset"] + extent["length"], end)
-            physical = extent["physical"] + first - extent["file_offset"]
+            first, last = max(extent.offset, start), min(extent.offset + extent.length, end)
+            physical = extent.physical + first - extent.offset
             before = runs[-1] if runs else None
             if before and before.offset + before.length == first and before.physical + before.length == physical:
                 runs[-1] = before._replace(length=before.length + last - first)

@@ -39,7 +39,7 @@ class _Drawing:
         self.full = {ino: printable(name) for ino, name in space.names.items()}
         room = int((COLUMN - 16) / CHAR)
         self.names = {ino: short(name, room) for ino, name in self.full.items()}
-        self.title = printable(space.domain["name"] or "without a name")
+        self.title = printable(space.domain.name or "without a name")
         self.canvas = Canvas(
             f"Address space of the IOMMU domain {self.title}", f"{space.summary()}. {' '.join(space.notes())}"
         )
@@ -101,7 +101,7 @@ class _Drawing:
     def _blocks(self, y: float) -> float:
         """The left column; where it ends."""
         write, blocks = self.canvas.write, self.space.blocks
-        at, aperture = 0, self.space.domain["aperture"]
+        at, aperture = 0, self.space.domain.aperture
         if not blocks or blocks[0].start:
             write(LABEL, y + 8, "right dim", "0x0")
         for n, block in enumerate(blocks):

@@ -45,11 +45,11 @@ def picture(space: Space, marks: Marks) -> list[list[Piece]]:
     fills = {ino: marks.fills[n % (len(marks.fills) - 1)] for n, ino in enumerate(space.usage()) if ino != OTHERS}
     fills[OTHERS] = marks.fills[-1]
     lines = [
-        [Piece(f"{printable(domain['name'] or '(no name)')}: {about(domain)}; {space.summary()}")],
+        [Piece(f"{printable(domain.name or '(no name)')}: {about(domain)}; {space.summary()}")],
         [Piece(space.devices())],
         [],
     ]
-    width = max(len(f"{domain['aperture']:#x}"), *(len(f"{block.end:#x}") for block in space.blocks), 0)
+    width = max(len(f"{domain.aperture:#x}"), *(len(f"{block.end:#x}") for block in space.blocks), 0)
 
     def edge(address: int, kind: str) -> list[Piece]:
         return [Piece(f"{address:#x}".rjust(width) + f" {kind[0]}{kind[1] * WIDTH}{kind[2]}")]
@@ -64,11 +64,11 @@ def picture(space: Space, marks: Marks) -> list[list[Piece]]:
             lines.append(edge(block.start, marks.between if started or block.start > at else marks.top))
         lines += _block(space, block, width, marks, fills)
         at, started = block.end, True
-        last = at == domain["aperture"]
+        last = at == domain.aperture
         lines.append(edge(at, marks.bottom if last else marks.between))
-    if at < domain["aperture"]:
+    if at < domain.aperture:
         lines += [] if started else [edge(0, marks.top)]
-        lines += [_free(space, at, domain["aperture"], width, marks), edge(domain["aperture"], marks.bottom)]
+        lines += [_free(space, at, domain.aperture, width, marks), edge(domain.aperture, marks.bottom)]
     lines.append([])
     for ino, size in space.usage().items():
         lines.append([Piece(fills[ino] * 2, ino), Piece(f" {printable(space.names[ino])}, {human(size)}")])
