@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Parser, add_version
 
 if TYPE_CHECKING:
-    from pkernfs.fsck.check import Checker, Problem, Progress
-    from pkernfs.fsck.repair import Repair
-    from pkernfs.region import FileRegion
+    from pkernfs.cli.progress import Advance
+    from pkernfs.fsck.check import Progress
+    from pkernfs.fsck.run import Result
 
 DESCRIPTION = """\
 Check a pkernfs region: every structure, and that they agree.  Prints one line for each problem.
@@ -61,25 +61,6 @@ def _descriptor(word: str) -> int:
     return int(word)
 
 
-class Outcome(NamedTuple):
-    """What one run found."""
-
-    problems: list[Problem]  #: what the first check found
-    left: list[Problem]  #: what is there at the end
-    repairs: list[Repair]
-    checker: Checker | None  #: None: the volume could not be opened
-    records: int  #: records of the journal that were replayed
-    stored: bool  #: they are in the region now, not in memory only
-    warnings: list[str]
-    paths: dict[int, str]  #: of the inodes concerned, where they have one
-    shown: bool = False  #: the problems were, with the question
-
-    @property
-    def code(self) -> int:
-        """The exit code."""
-        return CORRECTED * bool(self.repairs or (self.records and self.stored)) | LEFT * bool(self.left)
-
-
 def parser() -> Parser:
     """The parser of fsck.pkernfs."""
     made = FsckParser(prog="fsck.pkernfs", description=DESCRIPTION, epilog=EPILOG)
@@ -103,128 +84,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from pkernfs.cli.fsck_report import report
     from pkernfs.errors import PkernfsError
+    from pkernfs.fsck.run import fsck
 
+    session = _Session(arguments)
     try:
-        outcome = _run(arguments)
+        with session:
+            result = fsck(arguments.region, session.agree, in_use=arguments.no, progress=session.progress)
     except PkernfsError as error:
         print(f"fsck.pkernfs: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("fsck.pkernfs: cancelled: what was repaired so far is whole; run it again", file=sys.stderr)
         return CANCELLED
-    report(arguments, outcome)
-    return outcome.code
+    code = CORRECTED * bool(result.repairs or (result.records and result.stored)) | LEFT * bool(result.left)
+    report(arguments, result, code, shown=session.asked)
+    return code
 
 
-def _run(arguments: argparse.Namespace) -> Outcome:
-    """Open, check, perhaps repair.  A clean region is not opened for writing.  Raises PkernfsError."""
-    from pkernfs.errors import RegionBusyError
-    from pkernfs.fsck.check import check_region
-    from pkernfs.fsck.tables import check_tables
-    from pkernfs.region import open_region
+class _Session:
+    """Somebody who may look on, and be asked: a bar on a terminal, the descriptor of -C, and a question."""
 
-    told = arguments.no or arguments.yes or arguments.auto
-    ask = not told and not arguments.json and sys.stdin.isatty() and sys.stdout.isatty()
-    warnings = []
-    try:
-        opened = open_region(arguments.region, readonly=True)
-    except RegionBusyError as error:
-        if not arguments.no:
-            raise RegionBusyError(error.text, hint="unmount it, or look only with -n") from None
-        warnings.append(f"{error.text}: what changes meanwhile may seem damaged")
-        opened = open_region(arguments.region, readonly=True, locked=False)
-    with opened as region:
-        records = _waiting(region)
-        with _progress(arguments) as tell:
-            problems, checker = check_region(region, progress=tell)
-        if checker and not problems:
-            problems = check_tables(region)
-        paths = _paths(checker, {problem.ino for problem in problems})
-    found = Outcome(problems, problems, [], checker, records, False, warnings, paths)
-    if not (records or problems) or not (ask or arguments.yes or arguments.auto):
-        return found
-    if ask and problems:
-        agreed = _agreed(arguments.region, found)
-        found = found._replace(shown=True)
-        if not agreed:
-            return found
-    return _repaired(arguments, found)
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.region: str = arguments.region
+        self.asked = False  #: the problems were shown, with the question
+        self._quiet: bool = arguments.json
+        self._descriptor: int = arguments.C or 0
+        self._bar = ExitStack()
+        self._advance: Advance | None = None
+        told = arguments.yes or arguments.auto
+        ask = not (told or arguments.no or arguments.json) and sys.stdin.isatty() and sys.stdout.isatty()
+        #: whether to repair what was found; None: look only
+        self.agree: Callable[[Result], bool] | None = self._ask if ask else (lambda _: True) if told else None
+        self.progress: Callable[[Progress], None] | None = None  #: None: nobody wants to know
 
+    def __enter__(self) -> None:
+        self._show_bar()
+        self.progress = self._tell if self._advance or self._descriptor else None
 
-def _repaired(arguments: argparse.Namespace, found: Outcome) -> Outcome:
-    from pkernfs.fsck.repair import finish_transaction, repair_region
-    from pkernfs.fsck.tables import check_tables, mend_tables
-    from pkernfs.region import open_region
+    def _show_bar(self) -> None:
+        from pkernfs.cli.progress import bar
 
-    with open_region(arguments.region) as region:
+        self._advance = self._bar.enter_context(bar(quiet=self._quiet))
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _tell(self, at: Progress) -> None:
+        if self._advance:
+            self._advance(at.name, at.done, at.total)
+        if self._descriptor:
+            with suppress(OSError):  # nobody reads any more
+                os.write(self._descriptor, f"{at.number} {at.done} {at.total} {self.region}\n".encode())
+
+    def _ask(self, found: Result) -> bool:
+        """Show what was found, and ask.  A transaction that waits is replayed without a question."""
+        from pkernfs.cli.fsck_report import count, lines
+
+        if not found.problems:
+            return True
+        self.asked = True
+        self._bar.close()  # it would be drawn over the question
+        for line in lines(self.region, found.problems, found.paths):
+            print(line)
         try:
-            with _progress(arguments) as tell:
-                done = repair_region(region, progress=tell)
-            if not done.left and check_tables(region):
-                done = done._replace(repairs=done.repairs + mend_tables(region), left=check_tables(region))
-        except KeyboardInterrupt:
-            finish_transaction(region)
-            raise
-        concerned = {problem.ino for problem in (*done.found, *done.left)} | {repair.ino for repair in done.repairs}
-        paths = found.paths | _paths(done.checker, concerned)
-    # A region that could not be opened has shown one problem only, until its metadata was mended.
-    problems = found.problems if found.checker else found.problems + done.found
-    return found._replace(
-        problems=problems,
-        left=done.left,
-        repairs=done.repairs,
-        checker=done.checker,
-        records=done.records,
-        stored=True,
-        paths=paths,
-    )
-
-
-def _agreed(region: str, found: Outcome) -> bool:
-    """Show what was found, and ask."""
-    from pkernfs.cli.fsck_report import count, lines
-
-    for line in lines(region, found.problems, found.paths):
-        print(line)
-    try:
-        return input(f"{region}: {count(found.problems, 'problem')} found: repair (y/N)? ").lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
-
-
-def _paths(checker: Checker | None, inos: set[int]) -> dict[int, str]:
-    from pkernfs.fs.paths import a_path_of
-
-    return a_path_of(checker.volume, inos - {0}) if checker and inos - {0} else {}
-
-
-@contextmanager
-def _progress(arguments: argparse.Namespace) -> Iterator[Callable[[Progress], None] | None]:
-    """What to tell how far it is: a bar on a terminal, and the descriptor of -C; None: nobody wants to know."""
-    from pkernfs.cli.progress import bar
-
-    with bar(quiet=arguments.json) as advance:
-
-        def tell(at: Progress) -> None:
-            if advance:
-                advance(at.name, at.done, at.total)
-            if arguments.C:
-                with suppress(OSError):  # nobody reads any more
-                    os.write(arguments.C, f"{at.number} {at.done} {at.total} {arguments.region}\n".encode())
-
-        yield tell if advance or arguments.C else None
-
-
-def _waiting(region: FileRegion) -> int:
-    """How many records of the journal wait to be applied; 0 also when that cannot be told: the check says why."""
-    from pkernfs.errors import PkernfsError
-    from pkernfs.fs.journal import Journal
-    from pkernfs.region import read_superblock
-
-    try:
-        journal = Journal(region, read_superblock(region, readonly=True))
-        seal = region.word(journal.header_at)
-        return len(list(journal.records(seal >> 1))) if seal & 1 else 0
-    except PkernfsError:
-        return 0
+            answer = input(f"{self.region}: {count(found.problems, 'problem')} found: repair (y/N)? ")
+        except EOFError:
+            print()
+            return False
+        self._show_bar()
+        return answer.lower() in ("y", "yes")

@@ -99,17 +99,25 @@ class Journal:
         region.store_word(self.header_at, seal)
         self.whole = True
 
+    def waiting(self) -> list[tuple[JournalRecord, bytes]]:
+        """The records of the transaction that waits to be applied; none waits when there are none.
+
+        Raises CorruptError when it cannot be trusted.
+        """
+        seal = self.region.word(self.header_at)
+        if seal >> 1 > MAX_SEQUENCE:
+            raise CorruptError("the journal header", self.header_at, f"sequence {seal >> 1:#x}")
+        return list(self.records(seal >> 1)) if seal & 1 else []
+
     def recover(self) -> int:
         """Finish the transaction that was sealed and not retired, if there is one; its number of records, else 0.
 
         Raises CorruptError when a sealed transaction cannot be trusted: nothing has been applied then.
         """
+        records = self.waiting()
         seal = self.region.word(self.header_at)
-        if seal >> 1 > MAX_SEQUENCE:
-            raise CorruptError("the journal header", self.header_at, f"sequence {seal >> 1:#x}")
         if not seal & 1:
             return 0
-        records = list(self.records(seal >> 1))
         if self.region.readonly and self.region.kind == "devdax":
             raise RegionError(f"{self.region.path}: the journal must be replayed", hint="mount it read-write once")
         # A server that was killed may have left the seal in the page cache only.

@@ -34,13 +34,14 @@ from pkernfs.format import (
     SUPERBLOCK,
     WORDS,
     Inode,
+    PageNo,
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.paths import paths_of
 from pkernfs.fs.xattrs import Xattrs
-from pkernfs.fsck.check import Checker
+from pkernfs.fsck.check import FILESYSTEM, run_check
 
 RECORD_KINDS = {STORE: "store", DISCARD: "discard", WORDS: "words"}
 
@@ -136,18 +137,15 @@ def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
 
 def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
     """Of a data block, or of a page that is neither free nor of inodes nor a header."""
-    checker = Checker(fs.volume)
-    checker.run()
-    page = offset // PAGE
-    block, index = divmod(page, PAGES_PER_BLOCK)
-    pages = checker.ledger.pages.get(block)
-    ino = checker.ledger.blocks[block] if pages is None else pages[index]
+    check = run_check(fs.volume, FILESYSTEM)
+    page = PageNo(offset // PAGE)
+    ino = check.memory.owner_of(page)
     if not ino:
-        unread = ", or by something that cannot be read: run fsck.pkernfs" if checker.ledger.incomplete else ""
+        unread = ", or by something that cannot be read: run fsck.pkernfs" if check.findings.incomplete else ""
         return {"structure": f"{structure}, allocated but owned by nobody{unread}"}
     facts = _named(fs, structure, ino)
     inode = read_inode(fs.region, ino)
-    facts["orphan"] = ino in checker.listed
+    facts["orphan"] = ino in check.reached.listed
     if structure == PAGE_KINDS[PAGE_NODE]:
         return facts | {"tree": _tree_of(fs, ino, inode, page)}
     if structure == PAGE_KINDS[PAGE_XATTR]:

@@ -32,7 +32,12 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
 from pkernfs.fs.pages import Page, read_inode, seal_inode
-from pkernfs.fsck.check import check
+from pkernfs.fs.volume import Volume
+from pkernfs.fsck import check as fsck_check
+from pkernfs.fsck import repair as fsck_repair
+from pkernfs.fsck.check import FILESYSTEM, Check
+from pkernfs.fsck.findings import Finding
+from pkernfs.fsck.repair import Outcome
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, Region
@@ -43,6 +48,21 @@ ME = Caller(1000, 100)
 SEED = bytes(range(16))
 UUID = uuid.UUID(int=0x1234)
 SECOND = 10**9
+
+
+def check(volume: Volume) -> list[Finding]:
+    """What fsck finds, but for page tables: the records that these tests make have none."""
+    return fsck_check.check(volume, FILESYSTEM)
+
+
+def check_region(region: Region) -> tuple[list[Finding], Check | None]:
+    """The same, of a region that is to be opened first."""
+    return fsck_check.check_region(region, passes=FILESYSTEM)
+
+
+def repair_region(region: Region) -> Outcome:
+    """What fsck -y does, but for page tables."""
+    return fsck_repair.repair_region(region, passes=FILESYSTEM)
 
 
 def new_fs(mib: int = 64, kind: Callable[[int], Region] = MemoryRegion) -> Filesystem:

@@ -4,6 +4,7 @@ import ast
 import errno
 import os
 import random
+import re
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +18,12 @@ from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.pages import seal_page
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck import check as check_package
-from pkernfs.fsck.check import INVARIANTS, Checker, check, check_region
-from pkernfs.fsck.check.ledger import MAX_PROBLEMS
+from pkernfs.fsck.check import check, check_region, run_check
+from pkernfs.fsck.check.passes import EACH_INODE, PASSES
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.findings import MAX_FINDINGS
+from pkernfs.fsck.problems import PROBLEMS, Code, Stage
+from pkernfs.fsck.repair.stages import STAGES, STEPS
 from pkernfs.iommu.guard import PageTableGuard
 from pkernfs.region import MemoryRegion
 from tests.core.faults import DOUBLE, FAULTS, flip, inode_of, orphan_files
@@ -26,26 +31,50 @@ from tests.core.images import CowRegion, cast
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, new_fs, patch_inode
 
 
-def noted_names() -> set[str]:
-    """What the checks note: the strings in the first argument of each note, or kept as ``code`` before."""
+def noted_codes() -> set[Code]:
+    """What the checks note: the codes in the first argument of each note, or kept as ``code`` before."""
     found = []
     for path in Path(str(check_package.__file__)).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
-                case ast.Call(func=ast.Attribute(attr="note" | "note_damage" | "note_unread"), args=[first, *_]):
+                case ast.Call(func=ast.Attribute(attr="note" | "note_error"), args=[first, *_]):
                     found.append(first)
-                case ast.Call(func=ast.Name("Problem"), args=[first, *_]):
+                case ast.Call(func=ast.Name("note" | "Finding"), args=[first, *_]):
                     found.append(first)
                 case ast.Assign(targets=[ast.Name("code")], value=value):
                     found.append(value)
-    names = [node.value for first in found for node in ast.walk(first) if isinstance(node, ast.Constant)]
-    return {name for name in names if isinstance(name, str)}
+    names = [node for first in found for node in ast.walk(first) if isinstance(node, ast.Attribute)]
+    return {Code[node.attr] for node in names if isinstance(node.value, ast.Name) and node.value.id == "Code"}
 
 
 def test_every_invariant_has_a_fault() -> None:
-    """Who adds a check adds its name and statement to the list, and a fault that only it reports."""
-    assert {code for code, _ in FAULTS.values()} == set(INVARIANTS)
-    assert noted_names() == set(INVARIANTS)
+    """Who adds a check adds a line to the table, and a fault that only it reports.
+
+    Those of page tables, whose records are sound, are in tests/iommu/test_audit.py, and mended by test_fsck.py there.
+    """
+    assert {code for code, _ in FAULTS.values()} | {Code.IOMMU_TABLES} == set(PROBLEMS)
+    assert noted_codes() == set(PROBLEMS)
+
+
+def test_the_table_of_problems() -> None:
+    """Every code has a line, and every stage something to mend, and its place in the order."""
+    assert list(PROBLEMS) == [code for code in Code if code != Code.IOMMU_TABLES] + [Code.IOMMU_TABLES]
+    for code, problem in PROBLEMS.items():
+        assert problem.statement, code
+        assert list(problem.mended_by) == sorted(problem.mended_by, key=list(Stage).index) != [], code
+    assert {stage for problem in PROBLEMS.values() for stage in problem.mended_by} == set(Stage)
+    assert [stage for step in STEPS for stage in step] == list(STAGES) == [s for s in Stage if s != Stage.METADATA]
+
+
+def test_texts_count_the_invariants() -> None:
+    """Wherever their number stands."""
+    root = Path(__file__).parents[2]
+    texts = [
+        path for folder in ("", "pkernfs", "tests", "examples", ".github") for path in (root / folder).glob("*.md")
+    ]
+    texts += (root / "pkernfs").glob("**/*.py")
+    found = [int(n) for path in texts for n in re.findall(r"(\d+) invariants", path.read_text())]
+    assert set(found) <= {len(PROBLEMS)}
 
 
 def codes_of(fs: Filesystem) -> set[str]:
@@ -57,7 +86,7 @@ def codes_of(fs: Filesystem) -> set[str]:
     for problem in problems:
         assert problem.text
         assert "\n" not in problem.text
-        assert problem.code in INVARIANTS
+        assert problem.code in PROBLEMS
     return {problem.code for problem in problems}
 
 
@@ -71,9 +100,9 @@ def victim() -> Filesystem:
 
 def test_a_sound_region_has_no_problems(victim: Filesystem) -> None:
     assert codes_of(victim) == set()
-    checker = Checker(victim.volume)
-    assert checker.run() == []
-    assert (checker.files, checker.directories) == (6, 5)
+    found = run_check(victim.volume)
+    assert found.findings.all == []
+    assert (found.reached.files, found.reached.directories) == (6, 5)
 
 
 @pytest.mark.parametrize(("code", "plant"), FAULTS.values(), ids=FAULTS)
@@ -124,10 +153,10 @@ def test_a_transaction_to_replay_is_no_problem(victim: Filesystem) -> None:
     # The transaction before, sealed again: replaying it changes nothing, for it was applied already.
     victim.region.store_word(at, victim.volume.journal.sequence * 2 + 1)
     region = MemoryRegion(image=victim.region.view)
-    problems, checker = check_region(region)
+    problems, found = check_region(region)
     assert problems == []
-    assert checker
-    assert checker.volume.recovered > 0
+    assert found
+    assert found.volume.recovered > 0
 
 
 def test_a_sealed_journal_behind_the_back_of_a_volume(victim: Filesystem) -> None:
@@ -146,7 +175,7 @@ def test_any_damage_neither_raises_nor_loops(seed: int) -> None:
         except FormatError:
             continue
         nothing += not problems
-        assert len(problems) <= MAX_PROBLEMS
+        assert len(problems) <= MAX_FINDINGS
     assert nothing < 40
 
 
@@ -205,10 +234,12 @@ def test_problems_are_limited() -> None:
     fs.lookups.add(ino)
     for n in range(20):
         fs.create(d, b"%d" % n, stat.S_IFREG, ME)
-    checker = Checker(fs.volume)
-    for n in range(2 * MAX_PROBLEMS):
-        checker.note("test", f"{n}")
-    assert len(checker.run()) == MAX_PROBLEMS
+    state = Check(fs.volume, EACH_INODE)
+    for n in range(2 * MAX_FINDINGS):
+        state.note(Code.LEAKED_PAGE, f"{n}")
+    for one in PASSES:
+        one(state)
+    assert len(state.findings.shown()) == len(state.findings.all) == MAX_FINDINGS
 
 
 def test_a_fresh_region_is_sound() -> None:

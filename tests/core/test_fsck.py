@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.cli.fsck import main
-from pkernfs.fsck.check import INVARIANTS
+from pkernfs.fsck.problems import PROBLEMS, Code
 from pkernfs.region import open_region, read_superblock
 from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode, sparse_file
 
@@ -168,7 +168,7 @@ def test_json(made: str, capsys: Capture) -> None:
         ino = open_fs(region).resolve(b"f")
     assert problem == {
         "checker": "inode-pages",
-        "invariant": INVARIANTS["inode-pages"],
+        "invariant": PROBLEMS[Code.INODE_PAGES].statement,
         "text": problem["text"],
         "ino": ino,
         "path": "/f",

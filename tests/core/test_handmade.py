@@ -16,8 +16,6 @@ from pkernfs.fs import cache
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.facts import region_facts
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fsck.check import check_region
-from pkernfs.fsck.repair import repair_region
 from tests.core.faults import (
     flip,
     share_page,
@@ -25,7 +23,7 @@ from tests.core.faults import (
 )
 from tests.core.handmade import CASES, FAR, Case
 from tests.core.images import CowRegion, cast
-from tests.core.support import ME, ROOT, mkdir, mkfile, new_fs, open_fs, patch_inode
+from tests.core.support import ME, ROOT, check_region, mkdir, mkfile, new_fs, open_fs, patch_inode, repair_region
 
 #: Damage, what was found damaged, and what follows from an operation that failed.
 SANE = {errno.EUCLEAN, errno.EROFS, errno.ENOENT, errno.ENODATA}

@@ -18,8 +18,6 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.quota import Use
 from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fs.times import Times
-from pkernfs.fsck.check import check
-from pkernfs.fsck.repair import repair_region
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import (
@@ -27,6 +25,7 @@ from tests.core.support import (
     ROOT,
     MiB,
     assert_sound,
+    check,
     content,
     fails,
     full,
@@ -35,6 +34,7 @@ from tests.core.support import (
     new_fs,
     open_fs,
     patch_inode,
+    repair_region,
     tree,
     unchanged,
 )

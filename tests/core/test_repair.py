@@ -17,8 +17,8 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import seal_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check import check, check_region
-from pkernfs.fsck.repair import Outcome, repair_region
+from pkernfs.fsck.problems import PROBLEMS
+from pkernfs.fsck.repair import Outcome
 from pkernfs.iommu.guard import PageTableGuard, open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, RecordingRegion, Region
@@ -44,6 +44,8 @@ from tests.core.support import (
     ROOT,
     MiB,
     Shape,
+    check,
+    check_region,
     full,
     map_file,
     mkdir,
@@ -52,6 +54,7 @@ from tests.core.support import (
     new_fs,
     open_fs,
     patch_inode,
+    repair_region,
 )
 from tests.core.test_check import damaged_regions
 
@@ -141,6 +144,7 @@ def mended(region: Region, *, nothing_left: bool = True) -> Outcome:
         assert bytes(region.view) == image
         check_usable(region)
     for repair in outcome.repairs:
+        assert repair.code in PROBLEMS
         assert repair.text
         assert "\n" not in repair.text
     return outcome

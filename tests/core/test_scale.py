@@ -17,7 +17,7 @@ from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check import Checker
+from pkernfs.fsck.check import run_check
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import Region, open_region
 from tests.core.faults import drop_name, flip, inode_of, leak_blocks
@@ -55,9 +55,9 @@ def test_a_hundred_thousand_files_in_one_directory() -> None:
     assert steps[-1] < 3 * steps[0], steps
     assert fs.getattr(d).size == COUNT
     begin = time.process_time()
-    checker = Checker(fs.volume)
-    assert checker.run() == []
-    assert checker.files == COUNT + 1
+    found = run_check(fs.volume)
+    assert found.findings.all == []
+    assert found.reached.files == COUNT + 1
     assert time.process_time() - begin < 10 * steps[0], "a check is not slower than ten times 10,000 creates"
     assert fs.lookup(d, b"file77777")
     entries = list(fs.readdir(d))
@@ -90,8 +90,7 @@ def test_a_region_of_a_tebibyte() -> None:
     assert len(fs.content.extents(ino)) == 1
     fs.write(ino, size - MiB, b"x" * MiB)
     assert bytes(fs.read(ino, size - 1, 5)) == b"x"
-    checker = Checker(fs.volume)
-    assert checker.run() == []
+    assert run_check(fs.volume).findings.all == []
     again = open_filesystem(region)
     assert again.getattr(ino).size == size
     fs.unlink(ROOT, b"ram")
@@ -119,9 +118,9 @@ def test_memory_of_a_check() -> None:
     for count in counts:
         fs = new_fs(64)
         many_files(fs, count)
-        checker = Checker(Volume(fs.region))
+        volume = Volume(fs.region)
         tracemalloc.start()
-        assert checker.run() == []
+        assert run_check(volume).findings.all == []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (peaks[1] - peaks[0]) / (counts[1] - counts[0]) < 32, peaks

@@ -13,13 +13,12 @@ import pytest
 from pkernfs.format import GiB, KiB, MiB
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
 from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.restore import restore
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn
-from tests.core.support import ME, SEED, UUID, mkfile, open_fs
+from tests.core.support import ME, SEED, UUID, check, mkfile, open_fs
 from tests.iommu.walker import Amd, AmdReason, Malformed, Memory, Vtd, VtdReason
 
 BASE = 1 << 40

@@ -9,18 +9,49 @@ import pytest
 
 from pkernfs.format import BLOCK, MAPPING
 from pkernfs.fs.attributes import SetAttr
-from pkernfs.fsck.check import check
-from pkernfs.fsck.repair import repair_region
-from pkernfs.fsck.tables import check_tables, mend_tables
+from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import FILESYSTEM
+from pkernfs.fsck.check import check as check_all
+from pkernfs.fsck.check.tables import page_tables
+from pkernfs.fsck.findings import Finding
+from pkernfs.fsck.problems import Code
+from pkernfs.fsck.repair import Repair, repair_region
 from pkernfs.iommu import views
 from pkernfs.iommu.records import Records
-from tests.core.support import open_fs
+from pkernfs.region import Region
+from tests.core.support import check, open_fs
 from tests.iommu.space import DEVICE, OTHER, KiB, MiB
 from tests.iommu.test_audit import FAULTS, IOVA, SMALL, prepared, records
 from tests.mount.site import run
 
 #: What the records say wrong themselves is for the checks before.
 OF_RECORDS = {"mapping-of-nothing", "attached-to-no-domain"}
+
+
+def check_tables(region: Region) -> list[Finding]:
+    """What the pass over the page tables finds by itself."""
+    return check_all(Volume(region), (page_tables,))
+
+
+def mend_tables(region: Region) -> list[Repair]:
+    """What the stage for page tables does by itself."""
+    return repair_region(region, passes=(page_tables,)).repairs
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS.keys() - OF_RECORDS))
+def test_a_run_audits_the_tables_where_all_else_is_sound(name: str) -> None:
+    """As an ordinary pass and an ordinary stage."""
+    fs = prepared()
+    FAULTS[name][1](fs)
+    region = fs.region
+    found = check_all(Volume(region))
+    if name != "table-marked-as-free":
+        assert found == check_tables(region)
+        assert {finding.code for finding in found} == {Code.IOMMU_TABLES}
+    outcome = repair_region(region)
+    assert (outcome.found, outcome.left) == (found, [])
+    assert {repair.code for repair in outcome.repairs} <= {Code.IOMMU_TABLES, Code.IOMMU_BITMAP}
+    assert check_all(Volume(region)) == []
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS.keys() - OF_RECORDS))
@@ -52,7 +83,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
 
     records(b"iommu/dom-0", spoil)(fs)
     region = fs.region
-    assert repair_region(region).left == []
+    assert repair_region(region, passes=FILESYSTEM).left == []
     assert {problem.text.split(":")[0] for problem in check_tables(region)} == {"foreign"}
     mend_tables(region)
     fs = open_fs(region)

@@ -11,10 +11,9 @@ import pytest
 from pkernfs.errors import FsError
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fsck.check import check
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.restore import restore
-from tests.core.support import ME, ROOT, mkdir
+from tests.core.support import ME, ROOT, check, mkdir
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
 HT = 0xFD_0000_0000  #: where HyperTransport's addresses begin

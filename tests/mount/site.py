@@ -22,7 +22,8 @@ from pkernfs import client
 from pkernfs.api import to_builtins
 from pkernfs.format import JOURNAL_HEADER, MiB
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check import Problem, check
+from pkernfs.fsck.check import check
+from pkernfs.fsck.findings import Finding
 from pkernfs.mountinfo import mount_at
 from pkernfs.region import open_region
 
@@ -241,7 +242,7 @@ class Site(Mounted):
 
     def verify(self) -> None:
         """The region holds a sound filesystem.  Reads only; a mount must be idle but for what the kernel forgets."""
-        problems: list[Problem] = []
+        problems: list[Finding] = []
 
         def sound() -> bool:
             with open_region(str(self.region), readonly=True, locked=False) as region:

@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pkernfs.errors import CorruptError
-from pkernfs.format import PAGE, PAGE_XATTR, Inode, checksum
+from pkernfs.format import PAGE, PAGE_XATTR, Inode, PageNo, checksum
 from pkernfs.fs.xattrs import Attribute, Xattrs
-from pkernfs.fsck.check.trees import hashed, is_attribute, items, keep
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.check.trees import hashed, is_attribute, items
+from pkernfs.fsck.problems import Code
+from pkernfs.fsck.texts import quoted
 
-if TYPE_CHECKING:
-    from pkernfs.fsck.check.checker import Checker
 
-
-def attributes(checker: Checker, ino: int, inode: Inode) -> None:
+def attributes(check: Check, ino: int, inode: Inode) -> None:
     """Each can be read, stands where its name's hash says, and its value has its checksum."""
     if not inode.xattrs:
         return
-    xattrs = Xattrs(checker.volume, ino, inode)
+    xattrs = Xattrs(check.volume, ino, inode)
     names: dict[int, set[bytes]] = {}
-    kept: list[tuple[int, bytes]] = []
-    dropped: list[str] = []
-    for key, item in items(checker, inode.xattrs, is_attribute):
+    structure = check.structure("xattrs", is_attribute)
+    for key, item in items(check, structure, inode.xattrs):
         try:
             attribute = xattrs._attribute(key, item)
         except CorruptError as error:
-            checker.note("xattr", f"{error.what}: {error.found}", offset=error.offset)
-            dropped.append("an attribute that cannot be read")
+            check.findings.note_error(Code.XATTR, error)
+            structure.dropped.append("an attribute that cannot be read")
             continue
-        what = f"attribute {attribute.name!r} of inode {ino:#x}"
-        good = hashed(checker, key, attribute.name, names, what)
-        if attribute.head.external and not _external(checker, attribute, what):
+        what = f"attribute {quoted(attribute.name)} of inode {ino:#x}"
+        good = hashed(check, structure, key, attribute.name, names, what)
+        if attribute.head.external and not _external(check, attribute, what):
             good = False
-        if not good:
-            dropped.append(f"attribute {attribute.name!r}")
-        elif checker.ledger.salvage:
-            kept.append((key, item))
-    keep(checker, ino, "xattrs", kept, dropped)
+        if good:
+            structure.keep(key, item)
+        else:
+            structure.dropped.append(f"attribute {quoted(attribute.name)}")
+    check.close(structure)
 
 
-def _external(checker: Checker, attribute: Attribute, what: str) -> bool:
+def _external(check: Check, attribute: Attribute, what: str) -> bool:
     """Whether the pages and the checksum of a value that stands outside the tree are sound."""
     size, runs = attribute.head.size, attribute.runs
     if any(not run.length for run in runs) or sum(run.length for run in runs) != -(-size // PAGE):
-        checker.note("xattr", f"{what}: expected the pages of {size} bytes, found {runs}")
+        found = ", ".join(f"{run.page:#x}+{run.length}" for run in runs)
+        check.note(Code.XATTR, f"{what}: expected the pages of {size} bytes, found {found or 'none'}")
         return False
-    readable = [checker.ledger.claim(run.page, run.length, PAGE_XATTR, what) for run in runs]
+    readable = [check.memory.claim(PageNo(run.page), run.length, PAGE_XATTR, what) for run in runs]
     if not all(readable):
         return False
-    value = b"".join(checker.region.read(run.page * PAGE, run.length * PAGE) for run in runs)[:size]
+    value = b"".join(check.region.read(run.page * PAGE, run.length * PAGE) for run in runs)[:size]
     if checksum(value) != attribute.head.checksum:
         found = f"expected checksum {attribute.head.checksum:#010x}, found {checksum(value):#010x}"
-        checker.note("xattr-value", f"{what}: {found}", offset=runs[0].page * PAGE)
+        check.note(Code.XATTR_VALUE, f"{what}: {found}", offset=runs[0].page * PAGE)
         return False
     return True

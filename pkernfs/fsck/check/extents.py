@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Inode
 from pkernfs.fs.pages import has_extents
-from pkernfs.fsck.check.trees import is_extent, items, keep
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.check.trees import is_extent, items
+from pkernfs.fsck.findings import Structure
+from pkernfs.fsck.problems import Code
 
-if TYPE_CHECKING:
-    from pkernfs.fsck.check.checker import Checker
 
-
-def extents(checker: Checker, ino: int, inode: Inode) -> None:
+def extents(check: Check, ino: int, inode: Inode) -> None:
     """Of two extents that overlap the first is the one that is too long, for each says where it begins."""
     if not has_extents(inode):
         return
-    kept: list[tuple[int, bytes]] = []
-    dropped: list[str] = []
-    for extent, end in _ordered(checker, ino, inode, dropped):
+    structure = check.structure("root", is_extent)
+    for extent, end in _ordered(check, structure, inode):
         claimed = extent._replace(length=min(extent.length, end - extent.start))
-        good = checker.ledger.claim_extent(claimed)
+        good = check.memory.claim_extent(claimed)
         if good != [extent]:
-            dropped.append(f"memory of pages {extent.start:#x}+{extent.length:#x} of the file")
-        if checker.ledger.salvage:
-            kept += [(e.start, EXTENT_VALUE.pack(ExtentValue(e.page, e.length))) for e in good]
-    keep(checker, ino, "root", kept, dropped)
+            structure.dropped.append(_memory_of(extent))
+        for part in good:
+            structure.keep(part.start, EXTENT_VALUE.pack(ExtentValue(part.page, part.length)))
+    check.close(structure)
 
 
-def _ordered(checker: Checker, ino: int, inode: Inode, dropped: list[str]) -> Iterator[tuple[Extent, int]]:
+def _memory_of(extent: Extent) -> str:
+    return f"memory of pages {extent.start:#x}+{extent.length:#x} of the file"
+
+
+def _ordered(check: Check, structure: Structure, inode: Inode) -> Iterator[tuple[Extent, int]]:
     """The extents, each with the page of the file where it must end."""
     last: Extent | None = None
-    for extent in _all_extents(checker, ino, inode, dropped):
+    for extent in _all_extents(check, structure, inode):
         if last:
             if extent.start < last.start + last.length:
-                checker.note("extent-order", f"inode {ino:#x}: expected a start behind {last}, found {extent}")
+                text = f"expected a start behind {_place(last)}, found {_place(extent)}"
+                check.note(Code.EXTENT_ORDER, f"inode {structure.owner:#x}: {text}")
             if extent.start <= last.start:
-                dropped.append(f"memory of pages {extent.start:#x}+{extent.length:#x} of the file")
+                structure.dropped.append(_memory_of(extent))
                 continue
             yield last, extent.start
         last = extent
@@ -45,21 +48,25 @@ def _ordered(checker: Checker, ino: int, inode: Inode, dropped: list[str]) -> It
         yield last, last.start + last.length
 
 
-def _all_extents(checker: Checker, ino: int, inode: Inode, dropped: list[str]) -> Iterator[Extent]:
+def _place(extent: Extent) -> str:
+    return f"pages {extent.start:#x}+{extent.length:#x} of the file at page {extent.page:#x}"
+
+
+def _all_extents(check: Check, structure: Structure, inode: Inode) -> Iterator[Extent]:
+    what = f"inode {structure.owner:#x}"
     if not inode.root:
-        checker.ledger.tally.nodes, checker.ledger.tally.broken = [], False
         for at in range(0, INLINE_EXTENTS * EXTENT.size, EXTENT.size):
             extent = EXTENT.unpack(inode.inline, at)
             if not extent.length:
                 if inode.inline[at:].strip(b"\0"):
-                    checker.note("extent-value", f"inode {ino:#x}: expected {at // EXTENT.size} extents, found more")
-                    dropped.append("what stood behind the extents")
+                    check.note(Code.EXTENT_VALUE, f"{what}: expected {at // EXTENT.size} extents, found more")
+                    structure.dropped.append("what stood behind the extents")
                 return
             yield extent
         return
-    for key, value in items(checker, inode.root, is_extent):
+    for key, value in items(check, structure, inode.root):
         if len(value) != EXTENT_VALUE.size:
-            checker.note("extent-value", f"inode {ino:#x}: expected 16 bytes, found an extent of {len(value)}")
-            dropped.append("an extent that cannot be read")
+            check.note(Code.EXTENT_VALUE, f"{what}: expected 16 bytes, found an extent of {len(value)}")
+            structure.dropped.append("an extent that cannot be read")
         else:
             yield Extent(key, *EXTENT_VALUE.unpack(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import (
@@ -42,13 +42,15 @@ from pkernfs.format import (
     DomainRecord,
     Inode,
     Mapping,
+    PageNo,
 )
 from pkernfs.fs.filemap import FileMap
-from pkernfs.fsck.check.trees import is_record, items, keep
+from pkernfs.fsck.check.rules import holds_tables
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.check.trees import is_record, items
+from pkernfs.fsck.findings import BadRecord, Fields, FreeBitmap, NewId
+from pkernfs.fsck.problems import Code
 from pkernfs.layout import Layout
-
-if TYPE_CHECKING:
-    from pkernfs.fsck.check.checker import Checker
 
 IDS = range(1, 0xFFFF)
 IOVA_PAGES = 1 << IOVA_PAGE_BITS
@@ -102,121 +104,115 @@ def record(ino: int, key: int, value: bytes, pages: int) -> Any:
     return None
 
 
-def whole_pages(checker: Checker, ino: int, inode: Inode) -> int:
+def whole_pages(check: Check, ino: int, inode: Inode) -> int:
     """How many pages from the start of a file on are in whole blocks.  Raises CorruptError."""
     pages = 0
-    for extent in FileMap(checker.volume, ino, inode).extents():
+    for extent in FileMap(check.volume, ino, inode).extents():
         first, count = divmod(extent.page, PAGES_PER_BLOCK)[0], extent.length // PAGES_PER_BLOCK
-        kinds = checker.ledger.table[first : first + count]
+        kinds = check.memory.table[first : first + count]
         if extent.start != pages or extent.length % PAGES_PER_BLOCK or kinds != bytes([BLOCK_DATA]) * count:
             break
         pages += extent.length
     return pages
 
 
-def tables(checker: Checker, ino: int, inode: Inode) -> None:
+def tables(check: Check, ino: int, inode: Inode) -> None:
     """Page tables are whole blocks, to their end, and the pages of their bitmaps are in use."""
-    if not _holds_tables(inode) or not checker.ledger.tally.sound or "flags" in checker.fixes.get(ino, {}):
+    if not holds_tables(inode) or not check.findings.tally.sound or ino in check.reached.wrong_flags:
         return
     try:
-        pages = whole_pages(checker, ino, inode)
+        pages = whole_pages(check, ino, inode)
     except CorruptError:
         return
     if inode.size != pages * PAGE:
         found = f"page tables {ino:#x}: expected the size of their {pages // PAGES_PER_BLOCK} blocks"
-        checker.note("iommu-size", f"{found}, found {inode.size} bytes")
-        checker.correct(ino, size=pages * PAGE)
+        text = f"{found}, found {inode.size} bytes"
+        check.note(Code.IOMMU_SIZE, text, data=Fields(ino, {"size": pages * PAGE}))
         return
-    filemap = FileMap(checker.volume, ino, inode)
+    filemap = FileMap(check.volume, ino, inode)
     for at in range(0, pages, BITMAP_PAGES):
         page, _ = filemap.find(at)
-        if not checker.region.view[page * PAGE] & 1:
+        if not check.region.view[page * PAGE] & 1:
             text = f"page {at} of page tables {ino:#x}: expected it in use, found it free"
-            checker.note("iommu-bitmap", text, offset=page * PAGE)
-            checker.bitmaps.append((ino, page))
+            check.note(Code.IOMMU_BITMAP, text, offset=page * PAGE, data=FreeBitmap(ino, PageNo(page)))
 
 
-def records(checker: Checker, ino: int, inode: Inode) -> None:
+def records(check: Check, ino: int, inode: Inode) -> None:
     """Each has a key and a form that are known, and mappings do not overlap; what files they pin is compared later."""
-    if not _holds_tables(inode):
+    named = check.records
+    if not holds_tables(inode):
         if inode.iommu and stat.S_ISREG(inode.mode):
-            checker.pinned[ino] = inode.iommu
+            named.pinned[ino] = inode.iommu
         return
     if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-        checker.domains.add(ino)
+        named.domains.add(ino)
     if not inode.iommu:
         return
     try:
-        pages = whole_pages(checker, ino, inode)
+        pages = whole_pages(check, ino, inode)
     except CorruptError:
-        pages = checker.volume.total_pages
-    kept: list[tuple[int, bytes]] = []
-    dropped: list[str] = []
+        pages = check.volume.total_pages
+    structure = check.structure("iommu", is_record)
     end = 0
-    for key, value in items(checker, inode.iommu, is_record):
+    for key, value in items(check, structure, inode.iommu):
         found = record(ino, key, value, pages)
         if found is None:
             text = f"record {key:#x} of inode {ino:#x}: expected another form, found {value[:32].hex()}"
-            checker.note("iommu-record", f"{text}, {len(value)} bytes")
+            check.note(Code.IOMMU_RECORD, f"{text}, {len(value)} bytes")
         elif isinstance(found, Mapping) and key < end:
             text = f"domain {ino:#x}: expected a mapping from IOVA {end * PAGE:#x} on, found one at {key * PAGE:#x}"
-            checker.note("iommu-overlap", text)
+            check.note(Code.IOMMU_OVERLAP, text)
             found = None
         if found is None:
-            dropped.append(f"record {key:#x}")
+            structure.dropped.append(f"record {key:#x}")
             continue
         if isinstance(found, Mapping):
             end = key + found.length
-            checker.mappings.setdefault(found.ino, []).append((ino, key, found))
+            named.mappings.setdefault(found.ino, []).append((ino, key, found))
         elif isinstance(found, DomainRecord):
-            checker.domain_ids.setdefault(found.id, []).append(ino)
+            named.ids.setdefault(found.id, []).append(ino)
         elif isinstance(found, Attachment):
-            checker.attachments.append((key, found))
-        if checker.ledger.salvage:
-            kept.append((key, value))
-    keep(checker, ino, "iommu", kept, dropped)
+            named.attachments.append((key, found))
+        structure.keep(key, value)
+    check.close(structure)
 
 
-def _holds_tables(inode: Inode) -> bool:
-    return bool(inode.flags & GUARDED) and stat.S_ISREG(inode.mode)
-
-
-def mappings(checker: Checker) -> None:
+def mappings(check: Check) -> None:
     """A mapping names memory of a file, within its size, and a file counts the mappings that name it."""
-    if checker.ledger.incomplete:
+    if check.findings.incomplete:
         return
     counts: Counter[int] = Counter()
-    for file, found in checker.mappings.items():
-        if _is_mappable(checker, file):
+    for file, found in check.records.mappings.items():
+        if _is_mappable(check, file):
             counts[file] = len(found)
-            _memory(checker, file, found)
+            _memory(check, file, found)
             continue
         for domain, key, _ in found:
-            _bad_mapping(checker, domain, key, f"inode {file:#x}, which is none")
-    for ino in sorted({*counts, *checker.pinned}):
-        pins = checker.pinned.get(ino, 0)
+            _bad_mapping(check, domain, key, f"inode {file:#x}, which is none")
+    pinned = check.records.pinned
+    for ino in sorted({*counts, *pinned}):
+        pins = pinned.get(ino, 0)
         if counts[ino] != pins:
-            checker.note("iommu-pins", f"inode {ino:#x}: expected {counts[ino]} pins, found {pins}", ino=ino)
-            checker.correct(ino, iommu=counts[ino])
+            text = f"inode {ino:#x}: expected {counts[ino]} pins, found {pins}"
+            check.note(Code.IOMMU_PINS, text, ino=ino, data=Fields(ino, {"iommu": counts[ino]}))
 
 
-def _is_mappable(checker: Checker, ino: int) -> bool:
-    inode = checker.inode(ino) if ino >= FIRST_FREE_SLOT and checker.in_use(ino) and checker.reached(ino) else None
+def _is_mappable(check: Check, ino: int) -> bool:
+    inode = check.inode(ino) if ino >= FIRST_FREE_SLOT and check.memory.in_use(ino) and ino in check.reached else None
     return inode is not None and stat.S_ISREG(inode.mode) and not inode.flags & GUARDED
 
 
-def _bad_mapping(checker: Checker, domain: int, key: int, found: str) -> None:
+def _bad_mapping(check: Check, domain: int, key: int, found: str) -> None:
     text = f"IOVA {key * PAGE:#x} of domain {domain:#x}: expected memory of a file, found {found}"
-    checker.note("iommu-mapping", text, ino=domain)
-    checker.bad_records.setdefault(domain, []).append(key)
+    check.note(Code.IOMMU_MAPPING, text, ino=domain, data=BadRecord(domain, key))
 
 
-def _memory(checker: Checker, file: int, found: list[tuple[int, int, Mapping]]) -> None:
+def _memory(check: Check, file: int, found: list[tuple[int, int, Mapping]]) -> None:
     """Compare the mappings of one file with its memory and its size."""
-    inode = checker.inode(file)
+    inode = check.inode(file)
     assert inode is not None
     try:
-        extents = list(FileMap(checker.volume, file, inode).extents())
+        extents = list(FileMap(check.volume, file, inode).extents())
     except CorruptError:
         return  # noted where the extents were
     runs: list[list[int]] = []
@@ -234,28 +230,27 @@ def _memory(checker: Checker, file: int, found: list[tuple[int, int, Mapping]]) 
         if at < len(runs) and runs[at][0] <= mapping.start and end <= runs[at][1]:
             last = max(last, end)
         else:
-            _bad_mapping(checker, domain, key, f"a hole in inode {file:#x}")
+            _bad_mapping(check, domain, key, f"a hole in inode {file:#x}")
     if last > -(-inode.size // PAGE):
         text = f"inode {file:#x}: expected {last} pages, as mapped, found {inode.size} bytes"
-        checker.note("iommu-end", text, ino=file)
-        checker.correct(file, size=last * PAGE)
+        check.note(Code.IOMMU_END, text, ino=file, data=Fields(file, {"size": last * PAGE}))
 
 
-def attachments(checker: Checker) -> None:
+def attachments(check: Check) -> None:
     """An attachment names a domain, and no two domains have one id."""
-    if checker.ledger.incomplete:
+    if check.findings.incomplete:
         return
     attached = set()
-    for key, attachment in checker.attachments:
+    for key, attachment in check.records.attachments:
         attached.add(attachment.domain)
-        if attachment.domain not in checker.domains:
+        if attachment.domain not in check.records.domains:
             found = f"inode {attachment.domain:#x}"
             text = f"device {key - ATTACHMENT_KEY:#x}: expected an attachment to a domain, found one to {found}"
-            checker.note("iommu-attachment", text, ino=ROOT_PGTABLES_INO)
-            checker.bad_records.setdefault(ROOT_PGTABLES_INO, []).append(key)
-    free = (number for number in IDS if number not in checker.domain_ids)
-    for number, inos in checker.domain_ids.items():
+            data = BadRecord(ROOT_PGTABLES_INO, key)
+            check.note(Code.IOMMU_ATTACHMENT, text, ino=ROOT_PGTABLES_INO, data=data)
+    free = (number for number in IDS if number not in check.records.ids)
+    for number, inos in check.records.ids.items():
         # One that no device is attached to can have another.
         for ino in sorted(inos, key=lambda ino: (ino not in attached, ino))[1:]:
-            checker.note("iommu-domain-id", f"domain {ino:#x}: expected an id of its own, found {number}", ino=ino)
-            checker.new_ids[ino] = next(free, 0)
+            text = f"domain {ino:#x}: expected an id of its own, found {number}"
+            check.note(Code.IOMMU_DOMAIN_ID, text, ino=ino, data=NewId(ino, next(free, 0)))

@@ -1,10 +1,9 @@
-"""Inodes that no name leads to: the list of orphans, lost inodes, free slots."""
+"""Inodes without a name: the list of orphans, lost inodes, free slots."""
 
 from __future__ import annotations
 
 import stat
 import struct
-from typing import TYPE_CHECKING
 
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import (
@@ -18,124 +17,128 @@ from pkernfs.format import (
 )
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
-from pkernfs.fsck.check.inodes import PLACES
+from pkernfs.fsck.check.rules import PLACES
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.findings import Nameless, NotEmpty, Unlisted, Unusable
+from pkernfs.fsck.problems import Code
+from pkernfs.fsck.texts import quoted
 
-if TYPE_CHECKING:
-    from pkernfs.fsck.check.checker import Checker
 
-
-def says_listed(checker: Checker, ino: int, inode: Inode) -> None:
+def says_listed(check: Check, ino: int, inode: Inode) -> None:
     """An inode with links is on the list of orphans; compared with the list later."""
     if inode.orphan_next or inode.orphan_prev:
-        checker.says_listed.add(ino)
+        check.reached.says_listed.add(ino)
 
 
-def orphans(checker: Checker) -> None:
+def orphans(check: Check) -> None:
     """The list of orphans is sound, and all that have no name, or say that they are listed, are on it."""
-    head = checker.inode(ORPHANS_INO)
+    head = check.inode(ORPHANS_INO)
     if head is None:
         return
+    listed = check.reached.listed
     before, ino = int(ORPHANS_INO), head.orphan_next
     while ino != ORPHANS_INO:
-        inode = checker.inode(ino) if checker.in_use(ino) else None
-        if inode is None or ino in checker.listed:
+        inode = check.inode(ino) if check.memory.in_use(ino) else None
+        if inode is None or ino in listed:
             found = "one that is listed already" if inode else "no inode"
-            checker.ledger.note_unread(
-                "orphan-list", f"after inode {before:#x}: expected another, found {found}", ino=ino
-            )
+            text = f"after inode {before:#x}: expected another, found {found}"
+            check.note(Code.ORPHAN_LIST, text, ino=ino)
             return
-        checker.listed.add(ino)
+        listed.add(ino)
         if inode.orphan_prev != before:
-            found = f"{inode.orphan_prev:#x}"
-            checker.note("orphan-links", f"orphan {ino:#x}: expected {before:#x} before it, found {found}", ino=ino)
-        if not inode.nlink and checker.mark(ino):
-            checker.walk(ino)
+            text = f"orphan {ino:#x}: expected {before:#x} before it, found {inode.orphan_prev:#x}"
+            check.note(Code.ORPHAN_LINKS, text, ino=ino)
+        if not inode.nlink and check.reached.mark(ino):
+            check.walk(ino)
         before, ino = ino, inode.orphan_next
     if head.orphan_prev != before:
-        checker.note("orphan-links", f"list of orphans: expected {before:#x} as last, found {head.orphan_prev:#x}")
-    for ino in checker.says_listed - checker.listed:
-        checker.note("orphan-links", f"inode {ino:#x}: expected it in the list of orphans, found it missing", ino=ino)
+        text = f"list of orphans: expected {before:#x} as last, found {head.orphan_prev:#x}"
+        check.note(Code.ORPHAN_LINKS, text)
+    for ino in check.reached.says_listed - listed:
+        text = f"inode {ino:#x}: expected it in the list of orphans, found it missing"
+        check.note(Code.ORPHAN_LINKS, text, ino=ino)
 
 
-def lost_inodes(checker: Checker) -> None:
+def lost_inodes(check: Check) -> None:
     """Every slot in use was reached, and free slots are empty."""
-    ledger = checker.ledger
-    used = {page // PAGES_PER_BLOCK for page in checker.seen}
-    checker.not_slabs = {
-        b for b in ledger.wrong_blocks if b in ledger.slabs and b not in used and not any(ledger.pages[b])
+    memory = check.memory
+    used = {page // PAGES_PER_BLOCK for page in check.reached.slots}
+    memory.empty_slabs = {
+        block
+        for block in memory.disputed_blocks
+        if block in memory.slabs and block not in used and not any(memory.pages[block])
     }
     for ino, (_, name) in PLACES.items():
-        if not checker.ledger.incomplete and checker.mark(ino):
-            checker.note("reserved-name", f"inode {ino}: expected it as {name.decode()!r}, found no name", ino=ino)
-            checker.lost.append(ino)
-            inode = checker.inode(ino)
+        if not check.findings.incomplete and check.reached.mark(ino):
+            text = f"inode {ino}: expected it as {quoted(name)}, found no name"
+            check.note(Code.RESERVED_NAME, text, ino=ino, data=Nameless(ino))
+            inode = check.inode(ino)
             if inode:
-                checker.walk(ino)
-    for ino in _lost_slots(checker):
-        _lost(checker, ino)
+                check.walk(ino)
+    for ino in _lost_slots(check):
+        _lost(check, ino)
 
 
-def _lost_slots(checker: Checker) -> list[int]:
+def _lost_slots(check: Check) -> list[int]:
     """The slots that are in use and were not reached: those that others of them name at the end."""
     found: list[int] = []
-    for block, slab in checker.ledger.slabs.items():
-        if block in checker.not_slabs:
+    for block, slab in check.memory.slabs.items():
+        if block in check.memory.empty_slabs:
             continue
         index = slab.kinds.find(PAGE_INODES)
         while index >= 0:
             first = (block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE
-            lost = slab.slots[index] & ~checker.seen.get(first // INODES_PER_PAGE, 0)
+            lost = slab.slots[index] & ~check.reached.slots.get(first // INODES_PER_PAGE, 0)
             for slot in range(INODES_PER_PAGE):
                 if lost >> slot & 1:
                     found.append(first + slot)
                 elif not slab.slots[index] >> slot & 1:
-                    _free_slot(checker, first + slot)
+                    _free_slot(check, first + slot)
             index = slab.kinds.find(PAGE_INODES, index + 1)
-    if checker.ledger.incomplete:
+    if check.findings.incomplete:
         return []
-    named = {child for ino in found for child in _named_by(checker, ino)}
+    named = {child for ino in found for child in _named_by(check, ino)}
     return sorted(found, key=named.__contains__)
 
 
-def _named_by(checker: Checker, ino: int) -> list[int]:
+def _named_by(check: Check, ino: int) -> list[int]:
     """The inodes that a lost directory names: nothing is claimed or noted, and what is damaged names none."""
     try:
-        inode = read_inode(checker.region, ino)
+        inode = read_inode(check.region, ino)
         if not stat.S_ISDIR(inode.mode) or not inode.root:
             return []
-        return [entry.ino for entry in Directory(checker.volume, ino, inode).scan() if entry.ino != ino]
+        return [entry.ino for entry in Directory(check.volume, ino, inode).scan() if entry.ino != ino]
     except (PkernfsError, struct.error):
         return []
 
 
-def _lost(checker: Checker, ino: int) -> None:
-    """A slot that is in use, and that no name and no list led to."""
-    if checker.ledger.incomplete or not checker.mark(ino):
+def _lost(check: Check, ino: int) -> None:
+    """A slot that is in use, and that no name and no list points to."""
+    if check.findings.incomplete or not check.reached.mark(ino):
         return
-    inode = checker.inode(ino)
+    inode = check.inode(ino)
     if inode is None:
         return
     if not inode.mode:
-        checker.note("inode-mode", f"inode {ino:#x}: the slot is in use, found an empty one", ino=ino)
-        checker.bad[ino] = "empty"
-    elif not inode.nlink:
-        checker.note("orphan-unlisted", f"inode {ino:#x}: no name left, found it missing in the list", ino=ino)
-        checker.unlisted.append(ino)
+        text = f"inode {ino:#x}: the slot is in use, found an empty one"
+        check.note(Code.INODE_MODE, text, ino=ino, data=Unusable(ino, "empty"))
+        return
+    if not inode.nlink:
+        text = f"inode {ino:#x}: no name left, found it missing in the list"
+        check.note(Code.ORPHAN_UNLISTED, text, ino=ino, data=Unlisted(ino))
     else:
-        checker.note("inode-lost", f"inode {ino:#x}: expected {inode.nlink} names, found none", ino=ino)
-        checker.lost.append(ino)
-    if inode.mode:
-        checker.walk(ino)
+        text = f"inode {ino:#x}: expected {inode.nlink} names, found none"
+        check.note(Code.INODE_LOST, text, ino=ino, data=Nameless(ino))
+    check.walk(ino)
 
 
-def _free_slot(checker: Checker, ino: int) -> None:
-    mode = int.from_bytes(checker.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
+def _free_slot(check: Check, ino: int) -> None:
+    mode = int.from_bytes(check.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
     found = f"mode {mode:o} in it" if mode else ""
     try:
-        read_inode(checker.region, ino)
+        read_inode(check.region, ino)
     except CorruptError as error:
         # Whoever takes the slot reads its generation first.
         found = error.found
     if found:
-        checker.free_slots.append(ino)
-        checker.note("inode-free", f"inode {ino:#x}: the slot is free, found {found}", ino=ino)
+        check.note(Code.INODE_FREE, f"inode {ino:#x}: the slot is free, found {found}", ino=ino, data=NotEmpty(ino))

@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from pkernfs.format import BLOCK, BLOCK_DATA, PAGE, PAGE_FREE, PAGE_INODES, PAGES_PER_BLOCK
-
-if TYPE_CHECKING:
-    from pkernfs.fsck.check.checker import Checker
-    from pkernfs.fsck.check.ledger import Ledger
-
-
-def leaks(checker: Checker) -> None:
-    """Memory that is allocated has an owner."""
-    if not checker.ledger.incomplete:
-        _note_leaks(checker.ledger)
+from pkernfs.fsck.check.state import Check
+from pkernfs.fsck.findings import Leak
+from pkernfs.fsck.problems import Code
 
 
-def _note_leaks(ledger: Ledger) -> None:
-    """Note memory that is allocated and has no owner, a run at a time."""
-    for block, slab in ledger.slabs.items():
-        owners = ledger.pages[block]
+def leaks(check: Check) -> None:
+    """Memory that is allocated has an owner: noted a run at a time."""
+    if check.findings.incomplete:
+        return
+    memory = check.memory
+    for block, slab in memory.slabs.items():
+        owners = memory.pages[block]
         leaked = bytes(
             slab.kinds[i] != PAGE_FREE
             and not (slab.slots[i] if slab.kinds[i] == PAGE_INODES else owners[i])
-            and block * PAGES_PER_BLOCK + i not in ledger.wrong_pages
+            and block * PAGES_PER_BLOCK + i not in memory.disputed_pages
             for i in range(1, PAGES_PER_BLOCK)
         )
         for first, count in _runs(leaked):
             page = block * PAGES_PER_BLOCK + 1 + first
-            ledger.leaked_pages.append((page, count))
-            ledger.note("leaked-page", f"pages {page:#x}+{count}: allocated, found no owner", offset=page * PAGE)
+            text = f"pages {page:#x}+{count}: allocated, found no owner"
+            check.note(Code.LEAKED_PAGE, text, offset=page * PAGE, data=Leak(page, count))
         if slab.free == PAGES_PER_BLOCK - 1:
-            ledger.leaked_blocks.append((block, 1))
-            ledger.note("leaked-block", f"block {block}: a slab without a page in use", offset=block * BLOCK)
-    lost = bytearray(kind == BLOCK_DATA and not owner for kind, owner in zip(ledger.table, ledger.blocks, strict=True))
-    for block in ledger.misused_blocks:
+            text = f"block {block}: a slab without a page in use"
+            check.note(Code.LEAKED_BLOCK, text, offset=block * BLOCK, data=Leak(block, 1))
+    lost = bytearray(kind == BLOCK_DATA and not owner for kind, owner in zip(memory.table, memory.blocks, strict=True))
+    for block in memory.misused_blocks:
         lost[block] = 0
     for first, count in _runs(lost):
-        ledger.leaked_blocks.append((first, count))
-        ledger.note("leaked-block", f"blocks {first}+{count}: allocated, found no owner", offset=first * BLOCK)
+        text = f"blocks {first}+{count}: allocated, found no owner"
+        check.note(Code.LEAKED_BLOCK, text, offset=first * BLOCK, data=Leak(first, count))
 
 
 def _runs(flags: bytes | bytearray) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,9 @@
-"""The core of fsck.pkernfs -y: check, repair, check again.
+"""Repairing: check, repair, check again, until nothing is left or nothing changes any more.
 
     repair_region(region) -> Outcome
 
-``stages`` is the order; the other modules hold the stages by subject, and ``work`` what they share.
+``stages`` is the order; the other modules hold the stages by subject, and ``work`` what they share.  Which stage mends
+which problem stands in the table of ``problems``.
 """
 
 from pkernfs.fsck.repair.metadata import finish_transaction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from typing import Any
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -18,7 +19,9 @@ from pkernfs.format import (
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check.inodes import RESERVED
+from pkernfs.fsck.check.rules import RESERVED
+from pkernfs.fsck.findings import Fields, NotEmpty, Unlisted, Unusable
+from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
 
 
@@ -33,21 +36,19 @@ def bad_inodes(work: Work) -> None:
     Only the slot: the names that are left lead to nothing then, and go in the next round.
     """
     volume, space = work.volume, work.volume.space
-    for batch in batches(work.checker.bad.items()):
-        with volume.transaction():
-            for ino, why in batch:
+    bad = {data.ino: (code, data.why) for code, data in work.found(Unusable)}
+    for batch in batches(bad.items()):
+        with volume.transaction() as tx:
+            for ino, (code, why) in batch:
                 if ino < FIRST_FREE_SLOT:
-                    volume.put_inode(ino, _reserved(volume, ino))
-                    work.note(
-                        "reserved-inode",
-                        f"inode {ino} was {why}: {'made anew' if ino in RESERVED else 'cleared'}",
-                        ino=ino,
-                    )
+                    tx.put_inode(ino, _reserved(volume, ino))
+                    done = "made anew" if ino in RESERVED else "cleared"
+                    work.note(code, f"inode {ino} was {why}: {done}", ino=ino)
                     continue
                 if not space.inode_in_use(ino):
                     continue
-                volume.free_inode(ino, empty_slot(volume, ino))
-                work.note("inode-checksum", f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
+                tx.free_inode(ino, empty_slot(volume, ino))
+                work.note(code, f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
 
 
 def _reserved(volume: Volume, ino: int) -> Inode:
@@ -105,29 +106,34 @@ def is_root_of(volume: Volume, page: int, ino: int) -> bool:
 def free_slots(work: Work) -> None:
     """A free slot is empty."""
     volume = work.volume
-    for batch in batches(work.checker.free_slots):
-        with volume.transaction():
-            for ino in batch:
-                volume.put_inode(ino, empty_slot(volume, ino))
-                work.note("inode-free", f"inode {ino:#x}: the free slot was emptied", ino=ino, offset=ino * INODE_SIZE)
+    for batch in batches(work.found(NotEmpty)):
+        with volume.transaction() as tx:
+            for code, (ino,) in batch:
+                tx.put_inode(ino, empty_slot(volume, ino))
+                work.note(code, f"inode {ino:#x}: the free slot was emptied", ino=ino, offset=ino * INODE_SIZE)
 
 
 def fields(work: Work) -> None:
     """Types, flags, parents, sizes and counts are what the walk found."""
     volume = work.volume
-    for batch in batches(work.checker.fixes.items()):
-        with volume.transaction():
-            for ino, wanted in batch:
+    wrong: dict[int, dict[Code, dict[str, Any]]] = {}  #: by inode, and by the invariant that they are to mend
+    for code, data in work.found(Fields):
+        wrong.setdefault(data.ino, {}).setdefault(code, {}).update(data.values)
+    for batch in batches(wrong.items()):
+        with volume.transaction() as tx:
+            for ino, by_code in batch:
                 try:
                     inode = read_inode(volume.region, ino)
                 except CorruptError:
                     continue
-                fixed = inode._replace(**wanted)
-                if fixed == inode:
-                    continue
-                volume.put_inode(ino, fixed)
-                text = ", ".join(f"{name} {_short(value)}" for name, value in wanted.items())
-                work.note("inode", f"inode {ino:#x}: set {text}", ino=ino, offset=ino * INODE_SIZE)
+                for code, values in by_code.items():
+                    fixed = inode._replace(**values)
+                    if fixed == inode:
+                        continue
+                    inode = fixed
+                    tx.put_inode(ino, inode)
+                    text = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+                    work.note(code, f"inode {ino:#x}: set {text}", ino=ino, offset=ino * INODE_SIZE)
 
 
 def _short(value: object) -> str:
@@ -136,25 +142,26 @@ def _short(value: object) -> str:
 
 def orphans(work: Work) -> None:
     """The list of orphans is made anew from those that it has, that say they are on it, and that should be."""
-    checker, volume = work.checker, work.volume
-    codes = {problem.code for problem in checker.problems}
-    if not codes & {"orphan-list", "orphan-links", "orphan-unlisted"}:
+    if not work.findings:
         return
-    members = sorted((checker.listed | checker.says_listed | set(checker.unlisted)) - {int(ORPHANS_INO)})
+    reached, volume = work.reached, work.volume
+    unlisted = {data.ino for _, data in work.found(Unlisted)}
+    members = sorted((reached.listed | reached.says_listed | unlisted) - {int(ORPHANS_INO)})
     members = [ino for ino in members if ino >= FIRST_FREE_SLOT and _usable(volume, ino)]
     ring = [int(ORPHANS_INO), *members, int(ORPHANS_INO)]
     links = list(zip(ring[1:-1], ring[2:], ring, strict=False))
     # Reserved inodes are never on the list.
-    links += [(ino, 0, 0) for ino in checker.listed | checker.says_listed if ino < FIRST_FREE_SLOT]
+    links += [(ino, 0, 0) for ino in reached.listed | reached.says_listed if ino < FIRST_FREE_SLOT]
     links = [link for link in links if link[0] != ORPHANS_INO]
     links.append((int(ORPHANS_INO), ring[1], ring[-2]))
     # The head at last: until then the list is as broken as it was.
     for batch in batches(links):
-        with volume.transaction():
+        with volume.transaction() as tx:
             for ino, after, before in batch:
                 inode = read_inode(volume.region, ino)
-                volume.put_inode(ino, inode._replace(orphan_next=after, orphan_prev=before))
-    work.note("orphan-list", f"the list of orphans was made anew: {len(members)} inodes", ino=ORPHANS_INO)
+                tx.put_inode(ino, inode._replace(orphan_next=after, orphan_prev=before))
+    text = f"the list of orphans was made anew: {len(members)} inodes"
+    work.note(work.findings[0].code, text, ino=ORPHANS_INO)
 
 
 def _usable(volume: Volume, ino: int) -> bool:

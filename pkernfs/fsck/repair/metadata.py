@@ -32,6 +32,7 @@ from pkernfs.format import (
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, seal_page
 from pkernfs.fs.slab import Slab
+from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Repair, batches
 from pkernfs.region import Region, check_superblock
 
@@ -65,12 +66,12 @@ def mend_superblocks(region: Region) -> list[Repair]:
         # The magic last: a superblock without it is not taken for one.
         region.store(8, raw[8:])
         region.store_word(0, int.from_bytes(raw[:8], "little"))
-        return [Repair("superblock", f"restored from its copy at {copy[0]:#x}")]
+        return [Repair(Code.SUPERBLOCK, f"restored from its copy at {copy[0]:#x}")]
     raw = region.read(0, SUPERBLOCK_CHECKED)
     if region.read(sb.journal_offset, SUPERBLOCK_CHECKED) == raw:
         return []
     region.store(sb.journal_offset, raw)
-    return [Repair("superblock", "the copy was written anew", 0, sb.journal_offset)]
+    return [Repair(Code.SUPERBLOCK, "the copy was written anew", 0, sb.journal_offset)]
 
 
 def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
@@ -86,12 +87,12 @@ def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
         seal &= ~1
         region.store_word(at, seal)
         text = f"retired a transaction that cannot be trusted ({error.what}: {error.found}); it was not applied"
-        done.append(Repair("journal", text, 0, at))
+        done.append(Repair(Code.JOURNAL, text, 0, at))
     magic = JOURNAL_HEADER.unpack(region.read(at, JOURNAL_HEADER.size)).magic
     if magic != JOURNAL_MAGIC or seal >> 1 > MAX_SEQUENCE:
         seal = seal if seal >> 1 <= MAX_SEQUENCE else 0
         region.store(at, JOURNAL_HEADER.pack(JournalHeader(seal & ~1, JOURNAL_MAGIC, 0, seal >> 1, 0, 0)))
-        done.append(Repair("journal", "its header was written anew", 0, at))
+        done.append(Repair(Code.JOURNAL, "its header was written anew", 0, at))
     return done
 
 
@@ -125,7 +126,7 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
         if trusted and kinds == found:
             continue
         stores.append((offset, seal_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
-        done.append(Repair("block-table", text, 0, offset))
+        done.append(Repair(Code.BLOCK_TABLE, text, 0, offset))
     journal = Journal(region, sb)
     for batch in batches(stores):
         journal.commit(batch, [])

@@ -9,20 +9,22 @@ from pkernfs.errors import PkernfsError
 from pkernfs.format import ORPHANS_INO, ROOT_INO
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
 
 
 def projects(work: Work) -> None:
-    """Every inode counts against the quota that is next above it; one without a name against none."""
-    if not work.checker.projects_wrong:
+    """Every inode counts against the quota that encloses it; one without a name against none."""
+    if all(finding.data for finding in work.findings):  # none, or fields that are wrong for another reason
         return
     volume = work.volume
-    for batch in batches(_wanted(volume, work.checker.listed)):
-        with volume.transaction():
+    for batch in batches(_wanted(volume, work.reached.listed)):
+        with volume.transaction() as tx:
             for ino, project in batch:
                 inode = volume.inode(ino)
-                volume.put_inode(ino, inode._replace(project=project))
-                work.note("project", f"inode {ino:#x}: counts against {project:#x}, not {inode.project:#x}", ino=ino)
+                tx.put_inode(ino, inode._replace(project=project))
+                text = f"inode {ino:#x}: counts against {project:#x}, not {inode.project:#x}"
+                work.note(Code.PROJECT, text, ino=ino)
 
 
 def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:

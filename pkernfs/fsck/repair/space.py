@@ -26,7 +26,9 @@ from pkernfs.format import (
 from pkernfs.fs.pages import check_page, raw_inode, read_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check.inodes import plausible
+from pkernfs.fsck.check.rules import plausible
+from pkernfs.fsck.findings import DamagedHeader, Leak, NamedSlot, NoInodes, UsedAs, UsedAsData, UsedAsSlab
+from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.metadata import is_slab
 from pkernfs.fsck.repair.work import Work, batches
 
@@ -34,38 +36,38 @@ from pkernfs.fsck.repair.work import Work, batches
 def block_kinds(work: Work) -> None:
     """A block that a file uses whole is its data; one that is used as a slab, has a slab's header and is nobody's
     data is a slab."""
-    ledger = work.ledger
-    wanted = {}
-    for block in ledger.maybe_slabs:
-        free = ledger.first_block <= block < len(ledger.table) and not ledger.blocks[block]
-        if free and ledger.table[block] != BLOCK_SLAB and is_slab(work.volume.region, block):
-            wanted[block] = BLOCK_SLAB
-    for block in ledger.wrong_blocks:
-        if block not in ledger.slabs or block in work.checker.not_slabs:
-            wanted.setdefault(block, BLOCK_DATA)
-    for block, kinds in ledger.found.items():
+    memory = work.memory
+    wanted: dict[int, tuple[Code, int]] = {}
+    for code, (block,) in work.found(UsedAsSlab):
+        free = memory.first_block <= block < len(memory.table) and not memory.blocks[block]
+        if free and memory.table[block] != BLOCK_SLAB and is_slab(work.volume.region, block):
+            wanted.setdefault(block, (code, BLOCK_SLAB))
+    for code, (block,) in work.found(UsedAsData):
+        if block not in memory.slabs or block in memory.empty_slabs:
+            wanted.setdefault(block, (code, BLOCK_DATA))
+    for code, (block, kinds) in work.found(DamagedHeader):
         # The place of a slab's header belongs to a file: there is no slab.
         if kinds[0] == PAGE_DATA:
-            wanted[block] = BLOCK_DATA
+            wanted[block] = code, BLOCK_DATA
     for batch in batches(wanted.items()):
-        with work.volume.transaction():
-            for block, kind in batch:
-                work.volume.space.table[block] = kind
-                work.volume.change(work.volume.space.pages[block // TABLE_FANOUT])
+        with work.volume.transaction() as tx:
+            for number, (code, kind) in batch:
+                work.volume.space.table[number] = kind
+                tx.change(work.volume.space.pages[number // TABLE_FANOUT])
                 name = "a slab" if kind == BLOCK_SLAB else "data"
-                work.note("block-kind", f"block {block} is in use, and marked as {name} now", offset=block * BLOCK)
+                work.note(code, f"block {number} is in use, and marked as {name} now", offset=number * BLOCK)
 
 
 def slab_headers(work: Work) -> None:
     """A damaged header is made anew from what the walk found, and what the pages hold."""
-    for batch in batches(work.ledger.found.items()):
-        with work.volume.transaction():
-            for block, kinds in batch:
+    for batch in batches(work.found(DamagedHeader)):
+        with work.volume.transaction() as tx:
+            for code, (block, kinds) in batch:
                 slab = _rebuilt(work.volume, block, kinds)
                 work.volume.space.slabs[block] = slab
-                work.volume.change(slab)
+                tx.change(slab)
                 text = f"the header of slab {block} was made anew: {PAGES_PER_BLOCK - 1 - slab.free} pages in use"
-                work.note("slab-header", text, offset=block * BLOCK)
+                work.note(code, text, offset=block * BLOCK)
 
 
 def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
@@ -113,86 +115,89 @@ def is_node(raw: bytes, page: int) -> bool:
 
 def page_kinds(work: Work) -> None:
     """A page is what the one that uses it takes it for, unless somebody else uses it as what it is marked."""
-    ledger, region = work.ledger, work.volume.region
-    wanted: dict[int, dict[int, int]] = {}
-    for page, wrong in ledger.wrong_pages.items():
+    memory, region = work.memory, work.volume.region
+    wanted: dict[int, dict[int, tuple[Code, int]]] = {}
+    for code, (page, used_as) in work.found(UsedAs):
         block, index = divmod(page, PAGES_PER_BLOCK)
-        slab = ledger.slabs[block]
+        slab = memory.slabs[block]
         kind = slab.kinds[index]
         is_other = kind == PAGE_HEADER or (kind == PAGE_INODES and slab.slots[index])
-        if is_other or ledger.pages[block][index]:
+        if is_other or memory.pages[block][index]:
             continue
         if kind == PAGE_NODE and is_node(region.read(page * PAGE, PAGE), page):
             continue
-        wanted.setdefault(block, {})[index] = wrong.kind
+        wanted.setdefault(block, {}).setdefault(index, (code, used_as))
     for batch in batches(wanted.items()):
-        with work.volume.transaction():
+        with work.volume.transaction() as tx:
             for block, changes in batch:
                 slab = work.volume.space.slab(block)
-                work.volume.change(slab)
-                for index, kind in changes.items():
+                tx.change(slab)
+                for index, (code, kind) in changes.items():
                     slab.kinds[index] = kind
                     slab.slots[index] = 0
-                    page = block * PAGES_PER_BLOCK + index
-                    text = f"page {page:#x} is in use, and marked as {PAGE_KINDS[kind]} now"
-                    work.note("page-kind", text, offset=page * PAGE)
+                    at = block * PAGES_PER_BLOCK + index
+                    text = f"page {at:#x} is in use, and marked as {PAGE_KINDS[kind]} now"
+                    work.note(code, text, offset=at * PAGE)
                 slab.free = slab.kinds.count(PAGE_FREE)
 
 
 def slots(work: Work) -> None:
     """A slot that is named and holds a sound inode of that type is in use; pages of other kinds have no slots."""
-    ledger, volume = work.ledger, work.volume
-    used: dict[int, list[int]] = {}
-    for ino, mode in work.checker.wrong_slots.items():
+    memory, volume = work.memory, work.volume
+    used: dict[int, dict[int, Code]] = {}
+    for code, (ino, mode) in work.found(NamedSlot):
         page = ino // INODES_PER_PAGE
         block, index = divmod(page, PAGES_PER_BLOCK)
-        slab = ledger.slabs.get(block)
-        if slab is None or not index or ledger.pages[block][index] or not is_inode(volume, ino):
+        slab = memory.slabs.get(block)
+        if slab is None or not index or memory.pages[block][index] or not is_inode(volume, ino):
             continue
         kind = slab.kinds[index]
         is_node_page = kind == PAGE_NODE and is_node(volume.region.read(page * PAGE, PAGE), page)
         if stat.S_IFMT(read_inode(volume.region, ino).mode) == mode and not is_node_page:
-            used.setdefault(block, []).append(ino)
+            used.setdefault(block, {}).setdefault(ino, code)
     for batch in batches(used.items()):
-        with volume.transaction():
+        with volume.transaction() as tx:
             for block, inos in batch:
                 slab = volume.space.slab(block)
-                volume.change(slab)
-                for ino in inos:
+                tx.change(slab)
+                for ino, code in inos.items():
                     index = ino // INODES_PER_PAGE % PAGES_PER_BLOCK
                     if slab.kinds[index] != PAGE_INODES:
                         slab.kinds[index], slab.slots[index] = PAGE_INODES, 0
                     slab.slots[index] |= 1 << ino % INODES_PER_PAGE
-                    work.note("slab-slots", f"inode {ino:#x} is named, and marked as in use now", ino=ino)
+                    work.note(code, f"inode {ino:#x} is named, and marked as in use now", ino=ino)
                 slab.free = slab.kinds.count(PAGE_FREE)
     if used:
         return
-    for pages in batches(work.checker.slots_elsewhere):
-        with volume.transaction():
-            for page in pages:
+    for pages in batches(work.found(NoInodes)):
+        with volume.transaction() as tx:
+            for code, (page,) in pages:
                 block, index = divmod(page, PAGES_PER_BLOCK)
                 slab = volume.space.slab(block)
-                volume.change(slab)
+                tx.change(slab)
                 slab.slots[index] = 0
-                work.note("slab-slots", f"page {page:#x} holds no inodes: its slots were cleared", offset=page * PAGE)
+                work.note(code, f"page {page:#x} holds no inodes: its slots were cleared", offset=page * PAGE)
 
 
 def leaks(work: Work) -> None:
     """Free what nobody owns."""
     volume = work.volume
-    for pages in batches(work.ledger.leaked_pages):
+    leaked = list(work.found(Leak))
+    for pages in batches(data for code, data in leaked if code == Code.LEAKED_PAGE):
         with volume.transaction() as tx:
             for page, count in pages:
                 tx.free_pages(page, count)
                 block, index = divmod(page, PAGES_PER_BLOCK)
                 slab = volume.space.slab(block)
-                volume.change(slab)
+                tx.change(slab)
                 slab.slots[index : index + count] = array("H", bytes(2 * count))
-                work.note("leaked-page", f"pages {page:#x}+{count} had no owner: freed", offset=page * PAGE)
-    for batch in batches(work.ledger.leaked_blocks):
+                text = f"pages {page:#x}+{count} had no owner: freed"
+                work.note(Code.LEAKED_PAGE, text, offset=page * PAGE)
+    for blocks in batches(data for code, data in leaked if code == Code.LEAKED_BLOCK):
         with volume.transaction() as tx:
-            for block, count in batch:
+            for block, count in blocks:
                 # A slab may be free already, with the last of its pages.
                 if volume.space.table[block]:
-                    tx.freed_blocks.append((block, count))
-                    work.note("leaked-block", f"blocks {block}+{count} had no owner: freed", offset=block * BLOCK)
+                    tx.free_blocks(block, count)
+                    text = f"blocks {block}+{count} had no owner: freed"
+                    work.note(Code.LEAKED_BLOCK, text, offset=block * BLOCK)

@@ -1,14 +1,14 @@
-"""What the parts of a repair share: one round's findings, and the notes of what was done."""
+"""What the stages of a repair share: the findings that they are given, and the notes of what was done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-if TYPE_CHECKING:
-    from pkernfs.fs.volume import Volume
-    from pkernfs.fsck.check import Checker
+from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check import Check
+from pkernfs.fsck.problems import PROBLEMS, Code, Stage
 
 #: Pages or inodes that one transaction changes at most: less than the smallest journal holds, with its headers.
 BATCH = 100
@@ -18,24 +18,37 @@ T = TypeVar("T")
 class Repair(NamedTuple):
     """One thing that was repaired."""
 
-    code: str  #: short name of the invariant that holds now
+    code: Code  #: the invariant that holds now
     text: str  #: one line: what was done
     ino: int = 0  #: the inode concerned, or 0
     offset: int = 0  #: region offset in bytes, or 0
 
 
 class Work:
-    """One round: a volume, what a check of it found, and the notes.  A stage that changes anything ends the round."""
+    """One stage in one round: a volume, the findings of its codes, and the notes.
 
-    def __init__(self, volume: Volume, checker: Checker) -> None:
+    What was checked is data: ``memory`` and ``reached`` are those of the check.  The region is read and changed through
+    ``volume`` only, for it may have been opened anew since.
+    """
+
+    def __init__(self, stage: Stage, volume: Volume, check: Check) -> None:
+        self.stage = stage
         self.volume = volume
         volume.charges = False
-        self.checker = checker
-        self.ledger = checker.ledger
+        self.memory = check.memory
+        self.reached = check.reached
+        self.findings = list(check.findings.of(stage))
         self.repairs: list[Repair] = []
 
-    def note(self, code: str, text: str, *, ino: int = 0, offset: int = 0) -> None:
-        """Note what was repaired."""
+    def found(self, kind: type[T]) -> Iterator[tuple[Code, T]]:
+        """The findings with this kind of data."""
+        for finding in self.findings:
+            if isinstance(finding.data, kind):
+                yield finding.code, finding.data
+
+    def note(self, code: Code, text: str, *, ino: int = 0, offset: int = 0) -> None:
+        """Note what was repaired: a finding of this code, which names the stage."""
+        assert self.stage in PROBLEMS[code].mended_by, (self.stage, code)
         self.repairs.append(Repair(code, text, ino, offset))
 
 

@@ -8,10 +8,9 @@ from pkernfs.errors import FsError
 from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem, Statfs
-from pkernfs.fsck.check import check
 from pkernfs.iommu.records import Records
 from pkernfs.region import Region
-from tests.core.support import ME, ROOT, mkdir, open_fs, remove_all
+from tests.core.support import ME, ROOT, check, mkdir, open_fs, remove_all
 
 ZEROS = bytes(1 << 20)
 

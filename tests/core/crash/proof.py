@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import PAGE
-from pkernfs.fsck.check import check
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import FLUSH, Region, Store
 from tests.core.crash.look import State, assert_works, look, metadata_key, mixed
 from tests.core.crash.operations import OPERATIONS, Operation, Run, setattr_
 from tests.core.crash.scratch import Scratch, all_but_a_word, copy_of, scratch_of, some_words, torn
 from tests.core.crash.states import empty_space, image_of
-from tests.core.support import open_fs
+from tests.core.support import check, open_fs
 
 
 class CrashFailure(AssertionError):

@@ -25,16 +25,14 @@ from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.rename import RENAME_EXCHANGE
-from pkernfs.fsck.check import check_region
-from pkernfs.fsck.check.ledger import MAX_PROBLEMS
 from pkernfs.fsck.explain import explain
-from pkernfs.fsck.repair import repair_region
+from pkernfs.fsck.findings import MAX_FINDINGS
 from pkernfs.fsck.scrub import scrub_step
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.server.operations import Operations
 from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, judged
-from tests.core.support import ME, ROOT, SEED, UUID, set_clock
+from tests.core.support import ME, ROOT, SEED, UUID, check_region, repair_region, set_clock
 
 MOST = 60  #: objects that are looked at
 
@@ -281,7 +279,7 @@ def check(region: WatchedRegion) -> bool:
     if isinstance(found, PkernfsError):
         return False
     for problem in found[0]:
-        if "\n" in problem.text or len(found[0]) > MAX_PROBLEMS:
+        if "\n" in problem.text or len(found[0]) > MAX_FINDINGS:
             raise Violation(f"problems that are not lines, or too many: {problem}")
     return not found[0]
 

@@ -1,16 +1,13 @@
-"""What fsck does about page tables, when all else is sound: makes them say again what the mappings say."""
+"""Repair of page tables, when all else is sound: they say again what the mappings and the attachments say."""
 
 from __future__ import annotations
-
-import os
 
 from pkernfs.errors import PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check import Problem
-from pkernfs.fsck.repair.work import Repair
-from pkernfs.iommu.audit import audit
+from pkernfs.fsck.problems import Code
+from pkernfs.fsck.repair.work import Work
+from pkernfs.fsck.texts import quoted
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import detach_within
 from pkernfs.iommu.directory import named_domains
@@ -19,47 +16,36 @@ from pkernfs.iommu.guard import PageTableGuard
 from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replace import replace
-from pkernfs.region import Region
 
-CODE = "iommu-tables"
-INVARIANTS = {CODE: "what devices can reach is what the mappings say (pkernfs iommu audit)"}
 MOST = 1 << 16  #: devices of a segment
 
 
-def check_tables(region: Region) -> list[Problem]:
-    """What the audit finds."""
-    fs = Filesystem(Volume(region), PageTableGuard)
-    inos = {os.fsdecode(name): ino for name, ino in named_domains(fs.volume)}
-    return [
-        Problem(CODE, f"{found.kind}: {found.text}", inos.get(found.domain or "", ROOT_PGTABLES_INO))
-        for found in audit(fs).problems
-    ]
-
-
-def mend_tables(region: Region) -> list[Repair]:
-    """Rebuild the tables of domains that are not right, and point their devices, and no others, to them."""
-    fs = Filesystem(Volume(region), PageTableGuard)
-    wrong = {problem.ino for problem in check_tables(region)}
-    done = []
+def page_tables(work: Work) -> None:
+    """Domains that are not right get new tables, and devices, and nobody else, entries that point to them."""
+    wrong = {finding.ino for finding in work.findings}
+    if not wrong:
+        return
+    # All else is sound, the quotas too: what new tables take is charged as in any use.
+    work.volume.charges = True
+    fs = Filesystem(work.volume, PageTableGuard)
     for name, ino in named_domains(fs.volume):
         if ino in wrong:
             try:
                 replace(fs, ino, rebuild=True)
             except PkernfsError:
                 continue  # what is wrong is found again, and reported as left
-            text = f"the tables of domain {os.fsdecode(name)!r} were made anew from its mappings"
-            done.append(Repair(CODE, text, ino))
+            text = f"the tables of domain {quoted(name)} were made anew from its mappings"
+            work.note(Code.IOMMU_TABLES, text, ino=ino)
     if ROOT_PGTABLES_INO in wrong:
         try:
-            _point_devices(fs)
+            _attach_devices(fs)
         except PkernfsError:
-            return done
-        text = "devices are pointed to the domains that they are attached to, and all others are blocked"
-        done.append(Repair(CODE, text, ROOT_PGTABLES_INO))
-    return done
+            return
+        text = "the entries of devices point to the domains that they are attached to, and all others are blocked"
+        work.note(Code.IOMMU_TABLES, text, ino=ROOT_PGTABLES_INO)
 
 
-def _point_devices(fs: Filesystem) -> None:
+def _attach_devices(fs: Filesystem) -> None:
     volume = fs.volume
     attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
     with volume.transaction() as tx:
