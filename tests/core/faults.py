@@ -341,7 +341,7 @@ def directory_loop(fs: Filesystem, *, apart: bool = False) -> None:
     directory = fs.names.directory(inner)
     with fs.volume.transaction() as tx:
         directory.add(tx, b"loop", outer, stat.S_IFDIR)
-        fs.volume.put_inode(inner, directory.finish(0)._replace(nlink=3))
+        tx.put_inode(inner, directory.finish(0)._replace(nlink=3))
 
 
 def iommu_elsewhere(fs: Filesystem) -> None:

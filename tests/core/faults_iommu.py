@@ -122,7 +122,7 @@ def move_domain(fs: Filesystem) -> None:
                 entry = directory.find(b"dom-0")
                 assert entry
                 directory.remove(tx, entry)
-            fs.volume.put_inode(parent, directory.finish(0))
+            tx.put_inode(parent, directory.finish(0))
 
 
 def node_of_records(fs: Filesystem) -> int:

@@ -44,7 +44,7 @@ def add_name(fs: Filesystem, parent: bytes, name: bytes, ino: int, kind: int) ->
     directory = fs.names.directory(place)
     with fs.volume.transaction() as tx:
         directory.add(tx, name, ino, kind)
-        fs.volume.put_inode(place, directory.finish(1))
+        tx.put_inode(place, directory.finish(1))
 
 
 def name_directory(fs: Filesystem, parent: bytes, name: bytes, path: bytes) -> None:

@@ -197,7 +197,7 @@ def assert_sound(fs: Filesystem) -> None:
     assert check(fs.volume) == []
     volume = fs.volume
     space = volume.space
-    assert volume.tx is None
+    assert not volume.cache.in_transaction
     assert space.free_blocks == space.table.count(0, space.first_block)
     for ino, inode in volume.inodes.items():
         assert read_inode(volume.region, ino)[:4] == inode[:4], f"words of cached inode {ino}"

@@ -267,14 +267,14 @@ def plant(twin: Twin, children: list[int], level: int = 1) -> None:
 def test_children_that_are_no_pages(twin: Twin, child: int) -> None:
     plant(twin, [child, child])
     for operation in (
-        lambda: twin.tree.get(5),
-        lambda: list(twin.tree.scan()),
-        lambda: twin.tree.floor(15),
-        lambda: twin.tree.put(twin.tree.volume.open_tx, 5, b""),
-        lambda: twin.tree.delete(twin.tree.volume.open_tx, 5),
+        lambda _: twin.tree.get(5),
+        lambda _: list(twin.tree.scan()),
+        lambda _: twin.tree.floor(15),
+        lambda tx: twin.tree.put(tx, 5, b""),
+        lambda tx: twin.tree.delete(tx, 5),
     ):
-        with pytest.raises(CorruptError), twin.fs.volume.transaction():
-            operation()
+        with pytest.raises(CorruptError), twin.fs.volume.transaction() as tx:
+            operation(tx)
 
 
 def test_a_loop_ends(twin: Twin) -> None:

@@ -60,7 +60,7 @@ def test_page_tables(fs: Filesystem) -> None:
     (extent,) = fs.content.extents(domain)
     assert explain(fs, extent.page * PAGE + 9)["path"] == "/iommu/dom-0"
     with fs.volume.transaction() as tx:
-        fs.volume.put_inode(domain, fs.getattr(domain))
+        tx.put_inode(domain, fs.getattr(domain))
         tx.words.append((extent.page * PAGE + 8, b"w" * 16))
     at = fs.volume.journal.body_at + 16 + 256
     record = {"sequence": fs.volume.journal.sequence, "kind": "words", "offset": extent.page * PAGE + 8, "length": 16}

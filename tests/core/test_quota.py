@@ -518,8 +518,8 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
     with fs.volume.transaction() as tx:
         directory = fs.names.directory(ROOT)
         directory.add(tx, b"g", ino, stat.S_IFREG)
-        fs.volume.put_inode(ROOT, directory.finish(0))
-        fs.volume.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
+        tx.put_inode(ROOT, directory.finish(0))
+        tx.put_inode(ino, fs.getattr(ino)._replace(nlink=2))
     assert check(fs.volume) == []
     for project in (mkdir(fs, b"elsewhere"), 0):
         patch_inode(fs, ino, project=project)

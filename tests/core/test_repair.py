@@ -388,8 +388,8 @@ def test_a_loop_of_lost_directories(victim: Filesystem) -> None:
     with victim.volume.transaction() as tx:
         directory.add(tx, b"loop", outer, stat.S_IFDIR)
         inode = directory.finish(0)
-        victim.volume.put_inode(inner, inode._replace(nlink=3))
-        victim.volume.put_inode(outer, victim.volume.inode(outer)._replace(parent=inner))
+        tx.put_inode(inner, inode._replace(nlink=3))
+        tx.put_inode(outer, victim.volume.inode(outer)._replace(parent=inner))
     mended(victim.region)
     after = sound(victim.region.view)
     assert len([path for path in after if path.startswith(b"/lost+found/#")]) >= 3

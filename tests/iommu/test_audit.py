@@ -9,6 +9,7 @@ import pytest
 from pkernfs.api import Audited
 from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import devices, mapping, reclaim, replace, views
 from pkernfs.iommu.audit import KINDS
 from pkernfs.iommu.contexts import Contexts
@@ -89,13 +90,13 @@ def set_bit(page: int, name: bytes = b"iommu/dom-0", on: bool = True) -> Callabl
     return plant
 
 
-def records(ino_of: bytes, change: Callable[[Records], None]) -> Callable[[Filesystem], None]:
+def records(ino_of: bytes, change: Callable[[Records, Transaction], None]) -> Callable[[Filesystem], None]:
     """Change records."""
 
     def plant(fs: Filesystem) -> None:
         with fs.volume.transaction() as tx:
             found = Records(fs.volume, fs.resolve(ino_of))
-            change(found)
+            change(found, tx)
             found.finish(tx)
 
     return plant
@@ -113,14 +114,14 @@ def context_word(requester: int, word: int, change: Callable[[int], int]) -> Cal
     return plant
 
 
-def lost_mapping(found: Records) -> None:
+def lost_mapping(found: Records, tx: Transaction) -> None:
     """A mapping that gives fewer rights than the tables."""
     key = IOVA // 4096
-    found.put(found.volume.open_tx, key, MAPPING.pack(MAPPING.unpack(found.get(key) or b"")._replace(access=READ)))
+    found.put(tx, key, MAPPING.pack(MAPPING.unpack(found.get(key) or b"")._replace(access=READ)))
 
 
-def attach_to_nothing(found: Records) -> None:
-    found.put(found.volume.open_tx, ATTACHMENT_KEY + 0x77, ATTACHMENT.pack(Attachment(ROOT_PGTABLES_INO, 9, 0)))
+def attach_to_nothing(found: Records, tx: Transaction) -> None:
+    found.put(tx, ATTACHMENT_KEY + 0x77, ATTACHMENT.pack(Attachment(ROOT_PGTABLES_INO, 9, 0)))
 
 
 #: Kinds and faults that are not of a domain's tables.
@@ -164,7 +165,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {
     "no-page-marked": ("unreachable", set_bit(200, b"iommu/root-pgtables")),
     "mapping-of-nothing": (
         "record",
-        records(b"iommu/dom-0", lambda found: found.put(found.volume.open_tx, 9, b"short")),
+        records(b"iommu/dom-0", lambda found, tx: found.put(tx, 9, b"short")),
     ),
 }
 

@@ -9,6 +9,7 @@ import pytest
 
 from pkernfs.format import BLOCK, MAPPING
 from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import FILESYSTEM
 from pkernfs.fsck.check import check as check_all
@@ -76,10 +77,10 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     fs = prepared()
     key = IOVA // 4096
 
-    def spoil(found: Records) -> None:
+    def spoil(found: Records, tx: Transaction) -> None:
         value = found.get(key)
         assert value is not None
-        found.put(found.volume.open_tx, key, MAPPING.pack(MAPPING.unpack(value)._replace(reserved=1)))
+        found.put(tx, key, MAPPING.pack(MAPPING.unpack(value)._replace(reserved=1)))
 
     records(b"iommu/dom-0", spoil)(fs)
     region = fs.region

@@ -182,7 +182,7 @@ def removed(fs: Filesystem) -> None:
     fs.unlink(fs.resolve(b"d/e"), b"inner")
     cut = scattered(fs, b"cut", 70, 3)
     with fs.volume.transaction() as tx:
-        fs.volume.put_inode(cut, fs.getattr(cut)._replace(size=3 * PAGE + 7))
+        tx.put_inode(cut, fs.getattr(cut)._replace(size=3 * PAGE + 7))
         fs.orphans.add(tx, cut)
 
 

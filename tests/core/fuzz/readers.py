@@ -154,7 +154,7 @@ class Use:
         before = Before(self.fs, inos)
         before.note_nodes()
         result = judged(call, inos=inos)
-        if self.fs.volume.tx is not None:
+        if self.fs.volume.cache.in_transaction:
             raise Violation(f"{what}: a transaction was left open")
         if isinstance(result, FsError) and result.errno == errno.EROFS and frozen:
             before.inos, before.owned = set(), set()  # a frozen inode: what is free may have been stored, nothing else
