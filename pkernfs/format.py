@@ -156,7 +156,7 @@ FLAG_DIR: Final = 2
 FLAG_IOMMU_DIR: Final = 4
 FLAG_IOMMU_ROOT_PGTABLES: Final = 8
 FLAG_IOMMU_DOMAIN_PGTABLES: Final = 16
-FLAG_DIRECT: Final = 32  #: the file's memory is mapped directly from the region: its blocks do not move
+FLAG_REGION_MAPPED: Final = 32  #: a process may map the memory from the region, past the mount: its blocks do not move
 #: The content is page tables, which hardware reads: only the API of the IOMMU changes it.
 GUARDED: Final = FLAG_IOMMU_ROOT_PGTABLES | FLAG_IOMMU_DOMAIN_PGTABLES
 FLAG_NAMES: Final = {
@@ -165,7 +165,7 @@ FLAG_NAMES: Final = {
     FLAG_IOMMU_DIR: "iommu-dir",
     FLAG_IOMMU_ROOT_PGTABLES: "iommu-root-pgtables",
     FLAG_IOMMU_DOMAIN_PGTABLES: "iommu-domain-pgtables",
-    FLAG_DIRECT: "direct",
+    FLAG_REGION_MAPPED: "region-mapped",
 }
 
 

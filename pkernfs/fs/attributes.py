@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from pkernfs.errors import FsError, quoted
-from pkernfs.format import FLAG_DIRECT, GUARDED, PAGE, Ino, Inode
+from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, PAGE, Ino, Inode
 from pkernfs.fs.content import Content, killed_mode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.guard import Guard, pins
@@ -98,8 +98,8 @@ class Attributes:
         self.orphans.add(tx, ino)
         return False
 
-    def set_direct(self, ino: int, direct: bool) -> Inode:
-        """Note that the file's memory is mapped directly from the region (or no longer): its blocks stay in place.
+    def set_region_mapped(self, ino: int, mapped: bool) -> Inode:
+        """Note that a process maps the file's memory from the region (or no longer does): its blocks stay in place.
 
         Raises FsError: EINVAL, EPERM for page tables.
         """
@@ -107,7 +107,7 @@ class Attributes:
         inode = self.volume.inode(ino)
         if inode.flags & GUARDED:
             self.guard.may_map(Ino(ino))
-        flags = inode.flags | FLAG_DIRECT if direct else inode.flags & ~FLAG_DIRECT
+        flags = inode.flags | FLAG_REGION_MAPPED if mapped else inode.flags & ~FLAG_REGION_MAPPED
         if flags != inode.flags:
             inode = inode._replace(flags=flags)
             with self.volume.transaction() as tx:

@@ -7,7 +7,7 @@ import stat
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
-    FLAG_DIRECT,
+    FLAG_REGION_MAPPED,
     GUARDED,
     INODE_CTIME_AT,
     INODE_MTIME_AT,
@@ -42,7 +42,7 @@ class Content:
 
     def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
         """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
-        if inode.flags & FLAG_DIRECT:
+        if inode.flags & FLAG_REGION_MAPPED:
             ranges = []
             for extent in FileMap(self.volume, ino, inode).extents(first):
                 skip = max(first - extent.start, 0)
@@ -124,7 +124,7 @@ class Content:
             inode = volume.inode(ino)
         end = offset + len(data)
         mtime, ctime = inode.mtime, inode.ctime
-        if self.times.on_write or inode.flags & FLAG_DIRECT:
+        if self.times.on_write or inode.flags & FLAG_REGION_MAPPED:
             mtime = ctime = volume.clock()
         start = self._mapped(ino, inode, offset, len(data))
         if start:

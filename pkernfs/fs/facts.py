@@ -6,7 +6,7 @@ import uuid
 
 from pkernfs.api import Extent, Features, FileInfo, Finding, JournalInfo, RegionInfo
 from pkernfs.errors import CorruptError
-from pkernfs.format import BLOCK, FLAG_DIRECT, FLAG_NAMES, PAGE, PAGES_PER_BLOCK, Ino, geometry
+from pkernfs.format import BLOCK, FLAG_NAMES, FLAG_REGION_MAPPED, PAGE, PAGES_PER_BLOCK, Ino, geometry
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
 from pkernfs.fs.volume import Volume
@@ -35,7 +35,7 @@ def file_facts(fs: Filesystem, ino: int) -> FileInfo:
         allocated=inode.pages * PAGE,
         flags=[name for bit, name in FLAG_NAMES.items() if inode.flags & bit],
         contiguous=contiguous,
-        direct=bool(inode.flags & FLAG_DIRECT),
+        direct=bool(inode.flags & FLAG_REGION_MAPPED),
         extents=extents,
         pins=fs.guard.describe_pins(Ino(ino)) if pins(inode) else [],
     )

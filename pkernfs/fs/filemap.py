@@ -15,7 +15,7 @@ from pkernfs.format import (
     BLOCK_DATA,
     EXTENT,
     EXTENT_VALUE,
-    FLAG_DIRECT,
+    FLAG_REGION_MAPPED,
     GUARDED,
     INLINE_EXTENTS,
     INLINE_SIZE,
@@ -37,7 +37,7 @@ from pkernfs.fs.volume import Volume
 HALF = PAGES_PER_BLOCK // 2
 MAX_PAGES = 1 << 52  #: more than any file has
 #: flags of inodes whose pages must stay where they are
-PINNED = FLAG_DIRECT | GUARDED
+PINNED = FLAG_REGION_MAPPED | GUARDED
 
 
 class FileMap:

@@ -18,7 +18,7 @@ from typing import Final
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo
 
-from pkernfs.format import BLOCK, FLAG_DIRECT, GUARDED, PAGE, Inode
+from pkernfs.format import BLOCK, FLAG_REGION_MAPPED, GUARDED, PAGE, Inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
 from pkernfs.server.handles import handle
@@ -29,7 +29,7 @@ ENTRY_BYTES: Final = 20  #: of a directory's size, for each entry, "." and ".." 
 
 def is_changing(inode: Inode) -> bool:
     """Whether somebody may be storing into the file's memory past the mount."""
-    return bool(inode.flags & FLAG_DIRECT) or pins(inode) > 0
+    return bool(inode.flags & FLAG_REGION_MAPPED) or pins(inode) > 0
 
 
 class Attributes:

@@ -42,7 +42,7 @@ def verbs(
         ino = inode_of(request)
         if request.on and operations.enable_writeback_cache:
             raise FsError(errno.EOPNOTSUPP, "a direct mapping of a file on a mount with -o writeback: mount it without")
-        fs.attributes.set_direct(ino, request.on)
+        fs.attributes.set_region_mapped(ino, request.on)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
             await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)

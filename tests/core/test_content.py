@@ -239,16 +239,16 @@ def test_chunks_become_blocks_when_half_full(fs: Filesystem) -> None:
 def test_direct_mapped_files_do_not_move(fs: Filesystem) -> None:
     small, large = mkfile(fs, b"s", b"s" * PAGE), mkfile(fs, b"l", b"l" * (4 * MiB))
     for ino in (small, large):
-        fs.attributes.set_direct(ino, True)
+        fs.attributes.set_region_mapped(ino, True)
     places = [fs.content.extents(ino)[0].page for ino in (small, large)]
     fs.write(small, PAGE, b"t" * (MiB + PAGE))
     fs.setattr(large, SetAttr(size=100))
     assert [fs.content.extents(ino)[0].page for ino in (small, large)] == places
     assert content(fs, small) == b"s" * PAGE + b"t" * (MiB + PAGE)
     assert content(fs, large) == b"l" * 100
-    fs.attributes.set_direct(small, False)
+    fs.attributes.set_region_mapped(small, False)
     with fails(errno.EINVAL):
-        fs.attributes.set_direct(mkdir(fs, b"d"), True)
+        fs.attributes.set_region_mapped(mkdir(fs, b"d"), True)
 
 
 def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[..., Filesystem]) -> None:
@@ -258,7 +258,7 @@ def test_pages_of_a_pinned_file_that_is_as_large_as_possible(make_fs: Callable[.
     blocks = fs.volume.space.free_blocks
     fs.setattr(ino, SetAttr(size=blocks * BLOCK))
     assert is_contiguous(fs, ino)
-    fs.attributes.set_direct(ino, True)
+    fs.attributes.set_region_mapped(ino, True)
     assert bytes(fs.read(ino, blocks * BLOCK - 10, 100)) == bytes(10)
     fs.unlink(ROOT, b"ram")
     assert fs.volume.space.free_blocks == blocks

@@ -13,9 +13,9 @@ from pkernfs.api import Pin
 from pkernfs.errors import FsError
 from pkernfs.format import (
     BLOCK,
-    FLAG_DIRECT,
     FLAG_FILE,
     FLAG_IOMMU_DOMAIN_PGTABLES,
+    FLAG_REGION_MAPPED,
     IOMMU_INO,
     PAGE,
     ROOT_PGTABLES_INO,
@@ -172,7 +172,7 @@ def test_only_the_api_changes_tables(fs: Filesystem) -> None:
     domain = mkdomain(fs)
     for ino in (domain, ROOT_PGTABLES_INO):
         unchanged(fs, errno.EPERM, partial(fs.write, ino, 0, b"x"))
-        unchanged(fs, errno.EPERM, partial(fs.attributes.set_direct, ino, True))
+        unchanged(fs, errno.EPERM, partial(fs.attributes.set_region_mapped, ino, True))
         for flags in (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY | os.O_TRUNC):
             fs.attributes.check_open(ino, flags)
         with fails(errno.EPERM):
@@ -361,9 +361,9 @@ def test_the_next_mount_finishes_what_removing_a_domain_began(fs: Filesystem, mo
 
 def test_pins_of_a_file_that_is_also_a_guests_memory(fs: Filesystem) -> None:
     domain, file = mapped(fs)
-    fs.attributes.set_direct(file, True)
-    fs.attributes.set_direct(file, False)
-    assert not fs.getattr(file).flags & FLAG_DIRECT
+    fs.attributes.set_region_mapped(file, True)
+    fs.attributes.set_region_mapped(file, False)
+    assert not fs.getattr(file).flags & FLAG_REGION_MAPPED
     unmap(fs, domain, 0x100)
     assert_sound(fs)
 

@@ -165,7 +165,7 @@ OPERATIONS: dict[str, Operation] = {
     "chmod": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(mode=0o400)), "journal"),
     "chown": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(uid=7, gid=7)), "journal"),
     "utimens": Operation(lambda fs, at: fs.setattr(at(b"d/f"), SetAttr(atime=7, mtime=7)), "journal"),
-    "direct": Operation(lambda fs, at: fs.attributes.set_direct(at(b"d/large"), True), "journal"),
+    "direct": Operation(lambda fs, at: fs.attributes.set_region_mapped(at(b"d/large"), True), "journal"),
     "setxattr": Operation(lambda fs, at: fs.setxattr(at(b"d/attrs"), b"user.new", b"v"), "journal"),
     "setxattr-first": Operation(lambda fs, at: fs.setxattr(at(b"d/f"), b"user.new", b"v"), SPACE),
     "setxattr-large": Operation(lambda fs, at: fs.setxattr(at(b"d/attrs"), b"user.new", b"v" * 9000), SPACE),

@@ -135,7 +135,7 @@ ATTRIBUTES: dict[str, Run] = {
     "chown": setattr_(b"set-id", uid=3, gid=4),
     "utimens": setattr_(b"d", atime=5, mtime=-6),
     "all-attributes": setattr_(b"g", mode=0o600, uid=3, gid=4, size=PAGE, atime=7, mtime=8),
-    "set-direct": lambda fs: fs.attributes.set_direct(fs.resolve(b"big"), True),
+    "set-direct": lambda fs: fs.attributes.set_region_mapped(fs.resolve(b"big"), True),
     "xattr-first": setxattr(b"big", b"user.new", b"value"),
     "xattr-first-large": setxattr(b"big", b"user.new", b"w" * 5000),
     "xattr-small": setxattr(b"d", b"user.new", b"value"),

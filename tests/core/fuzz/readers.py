@@ -224,7 +224,7 @@ OF_FILES: dict[str, Callable[[Filesystem, int], Any]] = {
     "grow": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size + 70_000)),
     "cut": lambda fs, ino: fs.setattr(ino, SetAttr(size=fs.getattr(ino).size // 2)),
     "empty": lambda fs, ino: fs.setattr(ino, SetAttr(size=0)),
-    "direct": lambda fs, ino: fs.attributes.set_direct(ino, True),
+    "direct": lambda fs, ino: fs.attributes.set_region_mapped(ino, True),
     "link": lambda fs, ino: fs.link(ino, ino, b"not a directory"),
 }
 OF_DIRECTORIES: dict[str, Callable[[Filesystem, int], Any]] = {
