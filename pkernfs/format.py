@@ -63,13 +63,14 @@ Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's hea
 owner; an inode's checksum continues from the low 32 bits of its number as from the crc of earlier bytes; so a misplaced
 copy is found.
 
-Journal.  One transaction at a time: body and header are written, then one 8-byte store of ``seal`` = 2 * sequence + 1
-makes it valid, the records are applied in their order, and ``seal`` = 2 * sequence retires it.  A record is
-JournalRecord + data; one of kind WORDS is for memory that hardware reads: each word of 8 bytes is stored by one store,
-in order.  One of kind DISCARD says that a range is free now and its memory is to be given back (a reader may
-ignore it).  Pages that were free before the transaction are stored before the seal and are not in the journal.  An odd
-seal over a header or body that does not fit means damage: nothing is applied.  On media that reorder stores each of
-these steps is flushed before the next one begins, also before the next transaction's.
+Journal.  One transaction at a time: body and header are written, then one 8-byte store of the commit record,
+``commit`` = 2 * sequence + 1, makes it valid, the records are applied in their order, and ``commit`` = 2 * sequence
+says that it is checkpointed.  A record is JournalRecord + data; one of kind WORDS is for memory that hardware reads:
+each word of 8 bytes is stored by one store, in order.  One of kind DISCARD says that a range is free now and its memory
+is to be given back (a reader may ignore it).  Pages that were free before the transaction are stored before the commit
+record and are not in the journal.  An odd commit record over a header or body that does not fit means damage: nothing
+is applied.  On media that reorder stores each of these steps is flushed before the next one begins, also before the
+next transaction's.
 """
 
 import hashlib
@@ -426,7 +427,7 @@ REQUEST = layout(Request, size=16)
 class JournalHeader(NamedTuple):
     """The first page of the journal; the body begins at the next page."""
 
-    seal: u64  #: word: 2 * sequence + 1 while the transaction must be applied, else 2 * sequence
+    commit: u64  #: word, the commit record: 2 * sequence + 1 while the transaction must be applied, else 2 * sequence
     magic: u32
     checksum: u32  #: of this header from ``sequence`` on, and then the body
     sequence: u64

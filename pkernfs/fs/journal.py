@@ -1,4 +1,8 @@
-"""The redo journal: one transaction at a time is logged, sealed with one 8-byte store, applied and retired."""
+"""The redo journal: one transaction at a time is logged, committed with one 8-byte store, applied and checkpointed.
+
+One at a time, and applied at once, where jbd2 gathers many and checkpoints them later: memory has no seeks to save, and
+so a reader (hardware, a program that maps the region, the next kernel) finds everything at its place after each call.
+"""
 
 import errno
 from collections.abc import Iterable, Iterator
@@ -75,17 +79,17 @@ class Journal:
             raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
         self.sequence = self.sequence % MAX_SEQUENCE + 1
         self.whole = False
-        seal = 2 * self.sequence
+        checkpointed = 2 * self.sequence
         header = JOURNAL_HEADER.pack_values(0, JOURNAL_MAGIC, 0, self.sequence, len(body), records)
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
         region = self.region
-        # The transaction before is retired on the medium before its body goes: an odd seal must fit what it seals.
+        # The transaction before is checkpointed on the medium before its body goes: a commit record must fit the body.
         region.barrier()
         region.store(self.body_at, body)
-        # The seal is left alone here: the word that is there says "retired" already.
+        # The commit record is left alone here: the word that is there says "checkpointed" already.
         region.store(self.header_at + 8, header[8:12] + crc.to_bytes(4, "little") + header[16:])
         region.barrier()
-        region.store_word(self.header_at, seal + 1)
+        region.store_word(self.header_at, checkpointed + 1)
         region.barrier()
         for offset, data in stores:
             region.store(offset, data)
@@ -96,7 +100,7 @@ class Journal:
             with suppress(OSError):
                 region.discard(offset, length)
         region.barrier()
-        region.store_word(self.header_at, seal)
+        region.store_word(self.header_at, checkpointed)
         self.whole = True
 
     def waiting(self) -> list[tuple[JournalRecord, bytes]]:
@@ -104,23 +108,23 @@ class Journal:
 
         Raises CorruptError when it cannot be trusted.
         """
-        seal = self.region.word(self.header_at)
-        if seal >> 1 > MAX_SEQUENCE:
-            raise CorruptError("the journal header", self.header_at, f"sequence {seal >> 1:#x}")
-        return list(self.records(seal >> 1)) if seal & 1 else []
+        commit = self.region.word(self.header_at)
+        if commit >> 1 > MAX_SEQUENCE:
+            raise CorruptError("the journal header", self.header_at, f"sequence {commit >> 1:#x}")
+        return list(self.records(commit >> 1)) if commit & 1 else []
 
     def recover(self) -> int:
-        """Finish the transaction that was sealed and not retired, if there is one; its number of records, else 0.
+        """Finish a transaction that is committed and not checkpointed; how many records it has, 0 without one.
 
-        Raises CorruptError when a sealed transaction cannot be trusted: nothing has been applied then.
+        Raises CorruptError when a committed transaction cannot be trusted: nothing has been applied then.
         """
         records = self.waiting()
-        seal = self.region.word(self.header_at)
-        if not seal & 1:
+        commit = self.region.word(self.header_at)
+        if not commit & 1:
             return 0
         if self.region.readonly and self.region.kind == "devdax":
             raise RegionError(f"{self.region.path}: the journal must be replayed", hint="mount it read-write once")
-        # A server that was killed may have left the seal in the page cache only.
+        # A server that was killed may have left the commit record in the page cache only.
         self.region.barrier()
         for record, data in records:
             if record.kind == STORE:
@@ -130,8 +134,8 @@ class Journal:
             else:
                 self.region.discard(record.offset, record.length * PAGE)
         self.region.barrier()
-        self.region.store_word(self.header_at, seal - 1)
-        self.sequence = seal >> 1
+        self.region.store_word(self.header_at, commit - 1)
+        self.sequence = commit >> 1
         self.whole = True
         return len(records)
 

@@ -40,7 +40,7 @@ class Page(Protocol):
     """A decoded page: a tree node, a slab header, a page of the block table."""
 
     offset: int  #: in the region, bytes
-    fresh: bool  #: free in the committed state, so it may be stored before the seal
+    fresh: bool  #: free in the committed state, so it may be stored before the commit record
 
     def encode(self) -> bytes:
         """The 4096 bytes, with checksum."""

@@ -135,8 +135,8 @@ class _Step:
         header = JOURNAL_HEADER.unpack(self.region.read(journal.header_at, JOURNAL_HEADER.size))
         expected = (2 * journal.sequence, JOURNAL_MAGIC)
         try:
-            if (header.seal, header.magic) != expected:
-                found = f"expected seal, magic {expected}, found {(header.seal, header.magic)}"
+            if (header.commit, header.magic) != expected:
+                found = f"expected commit record, magic {expected}, found {(header.commit, header.magic)}"
                 raise CorruptError("the journal header", journal.header_at, found)
             if journal.whole:
                 for _ in journal.records(journal.sequence):

@@ -236,7 +236,7 @@ class Site(Mounted):
         with open_region(str(self.region), readonly=False) as region:
             journal = Volume(region).journal
             header = JOURNAL_HEADER.unpack(region.read(journal.header_at, JOURNAL_HEADER.size))
-            assert not header.seal & 1
+            assert not header.commit & 1
             assert header.length
             region.store_word(journal.header_at, 2 * header.sequence + 1)
 

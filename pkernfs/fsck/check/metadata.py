@@ -49,12 +49,12 @@ def journal(check: Check) -> None:
     """No transaction waits to be applied: opening the volume replayed it."""
     at = check.volume.journal.header_at
     header = JOURNAL_HEADER.unpack(check.region.read(at, JOURNAL_HEADER.size))
-    if header.seal & 1:
-        check.note(Code.JOURNAL, f"expected no transaction to apply, found seal {header.seal:#x}", offset=at)
+    if header.commit & 1:
+        check.note(Code.JOURNAL, f"expected no transaction to apply, found commit record {header.commit:#x}", offset=at)
     elif header.magic != JOURNAL_MAGIC:
         check.note(Code.JOURNAL, f"journal magic: expected {JOURNAL_MAGIC:#x}, found {header.magic:#x}", offset=at)
-    elif header.seal >> 1 > MAX_SEQUENCE:
-        check.note(Code.JOURNAL, f"expected a count of transactions, found seal {header.seal:#x}", offset=at)
+    elif header.commit >> 1 > MAX_SEQUENCE:
+        check.note(Code.JOURNAL, f"expected a count of transactions, found commit record {header.commit:#x}", offset=at)
 
 
 def block_table(check: Check) -> None:

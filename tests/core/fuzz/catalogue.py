@@ -67,7 +67,7 @@ def _journal(region: Any) -> Iterator[Field]:
     header = f.JOURNAL_HEADER.unpack(region.view, header_at)
     yield from _record("journal header", f.JOURNAL_HEADER, header_at, "journal", header_at)
     at = header_at + f.PAGE
-    for _ in range(header.records if header.seal & 1 else 0):
+    for _ in range(header.records if header.commit & 1 else 0):
         yield from _record("journal record", f.JOURNAL_RECORD, at, "journal", header_at)
         record = f.JOURNAL_RECORD.unpack(region.view, at)
         at += f.JOURNAL_RECORD.size

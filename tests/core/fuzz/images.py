@@ -151,7 +151,7 @@ def sealed() -> Region:
         region.store(store.offset, store.data)
         if store.offset == at and store.word:
             break
-    assert JOURNAL_HEADER.unpack(region.view, at).seal & 1
+    assert JOURNAL_HEADER.unpack(region.view, at).commit & 1
     return region
 
 
