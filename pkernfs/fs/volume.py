@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pkernfs.errors import FsError
-from pkernfs.format import INODE_SIZE, SUPERBLOCK, Inode, Superblock
+from pkernfs.format import INODE_SIZE, SUPERBLOCK, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.charge import charge
 from pkernfs.fs.journal import ASKED, Journal
-from pkernfs.fs.pages import Page, seal_inode
+from pkernfs.fs.pages import seal_inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.region import Region, read_superblock
 
@@ -39,7 +39,6 @@ class Volume:
         self.inodes, self.nodes, self.pieces = cache.inodes, cache.nodes, cache.pieces
         self.damage, self.space, self.total_pages = cache.damage, cache.space, cache.total_pages
         self.allocator = Allocator(self.space)
-        self.tx: Transaction | None = None
         self.tables_checked: set[int] = set()  #: domains whose tables were found in pages that are marked as used
         self.asked = 0  #: names the request at work, if it must not be executed twice
         self.unanswered = False
@@ -60,7 +59,7 @@ class Volume:
         if self.region.readonly:
             raise FsError(errno.EROFS, "the region is open for reading only")
         self.cache.in_transaction = True
-        tx = self.tx = Transaction(self.cache, preparing=preparing, charges=self.charges)
+        tx = Transaction(self.cache, preparing=preparing, charges=self.charges)
         try:
             yield tx
             self._commit(tx)
@@ -68,7 +67,6 @@ class Volume:
             tx.abort()
             raise
         finally:
-            self.tx = None
             self.cache.in_transaction = False
 
     def compacting(self, change: Callable[[Transaction, bool], T]) -> T:
@@ -105,26 +103,6 @@ class Volume:
             self.journal.commit(stores, discards, tx.words)
         for page in tx.pages.values():
             page.fresh = False
-
-    # -- until all callers pass the transaction on ----------------------------------------------------------------
-
-    @property
-    def open_tx(self) -> Transaction:
-        """The open transaction."""
-        assert self.tx is not None
-        return self.tx
-
-    def put_inode(self, ino: int, inode: Inode) -> None:
-        """Change an inode within the open transaction."""
-        self.open_tx.put_inode(ino, inode)
-
-    def free_inode(self, ino: int, inode: Inode) -> None:
-        """Free an inode within the open transaction."""
-        self.open_tx.free_inode(ino, inode)
-
-    def change(self, page: Page) -> None:
-        """Note that the open transaction changes ``page``."""
-        self.open_tx.change(page)
 
     # -- facts ----------------------------------------------------------------------------------------------------
 
