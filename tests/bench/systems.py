@@ -120,7 +120,7 @@ class Bindfs(System):
     name = "bindfs over tmpfs"
     commands = ("bindfs",)
 
-    def make(self, size: int) -> None:
+    def make(self, _size: int) -> None:
         (self.home / "tmpfs").mkdir()
 
     def mount(self) -> None:

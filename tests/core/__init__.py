@@ -1,0 +1,1 @@
+"""Tests of what is in a region, without a mount."""

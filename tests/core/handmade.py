@@ -141,8 +141,11 @@ def orphan_loop(fs: Filesystem) -> None:
 
 
 class Case(NamedTuple):
-    """``damaged``: the paths of which some operation fails with EUCLEAN.  ``refused``: a word of the one line that the
-    mount is refused with."""
+    """A way to damage a region.
+
+    ``damaged``: the paths of which some operation fails with EUCLEAN.  ``refused``: a word of the one line that the
+    mount is refused with.
+    """
 
     plant: Plant
     damaged: set[bytes] = set()  # noqa: RUF012

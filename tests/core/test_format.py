@@ -24,6 +24,8 @@ from tests.core.support import ME, ROOT, SECOND, MiB, mkdir, mkfile
 
 
 class Sample(NamedTuple):
+    """A record with a field of each type."""
+
     a: u8
     b: u8
     c: u16

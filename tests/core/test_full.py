@@ -1,5 +1,7 @@
-"""Regions without room for pages, inodes, host memory or a transaction: ENOSPC and no change, or it works; and deleting
-always works."""
+"""Regions without room for pages, inodes, host memory or a transaction.
+
+ENOSPC and no change, or it works; and deleting always works.
+"""
 
 from __future__ import annotations
 

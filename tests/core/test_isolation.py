@@ -1,5 +1,7 @@
-"""Freed memory is never seen by another file: freed in every way, with a crash at every store of it, taken in every
-way."""
+"""Freed memory is never seen by another file.
+
+Freed in every way, with a crash at every store of it, taken in every way.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def remove_names(fs: Filesystem, ino: int) -> None:
     fs.rmdir(ROOT, b"old")
 
 
-def unlink(fs: Filesystem, ino: int) -> None:
+def unlink(fs: Filesystem, _ino: int) -> None:
     fs.unlink(ROOT, b"old")
 
 
@@ -91,7 +93,7 @@ def remove_attributes(fs: Filesystem, ino: int) -> None:
         fs.removexattr(ino, name)
 
 
-def rename_over(fs: Filesystem, ino: int) -> None:
+def rename_over(fs: Filesystem, _ino: int) -> None:
     mkfile(fs, b"another")
     fs.rename(ROOT, b"another", ROOT, b"old")
 

@@ -78,7 +78,7 @@ def test_others_run_beside_a_busy_connection(ends: Ends) -> None:
     async def other() -> None:
         nonlocal turns
         while True:
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
             turns += 1
 
     async def main() -> None:
@@ -142,7 +142,7 @@ def test_lock() -> None:
     async def use(number: int) -> None:
         async with lock:
             order.append(number)
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
             order.append(number)
 
     async def main() -> None:

@@ -97,10 +97,18 @@ class Machine(RuleBasedStateMachine):
 
     # -- both sides ------------------------------------------------------------------------------------------------
 
-    def expect(self, number: int, operation: Callable[[], Any], *, content: bool = False, last: bool = True) -> Any:
+    def expect(
+        self,
+        number: int,
+        operation: Callable[[], Any],
+        *,
+        content: bool = False,  # noqa: ARG002
+        last: bool = True,  # noqa: ARG002
+    ) -> Any:
         """Run; ``number``: the errno that the model says.  None when there is no space, which the model cannot know.
 
-        ``content``: it stores content.  ``last``: it is the last call of its rule.
+        ``content``: it stores content.  ``last``: it is the last call of its rule.  Both are for the models that build
+        upon this one.
         """
         try:
             result = operation()

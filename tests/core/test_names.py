@@ -254,7 +254,7 @@ def test_removed_but_open_things_take_no_names(fs: Filesystem) -> None:
 
 @pytest.fixture
 def places(fs: Filesystem) -> Filesystem:
-    """/a/{file,dir/,full/inner}  /b/{file,dir/,full/inner}"""
+    """/a/{file,dir/,full/inner}  /b/{file,dir/,full/inner}."""
     for top in (b"a", b"b"):
         ino = mkdir(fs, top)
         mkfile(fs, b"file", b"file of " + top, ino)

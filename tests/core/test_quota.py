@@ -247,7 +247,8 @@ def test_a_removed_directory_leaves_nothing_behind(fs: Filesystem, d: int) -> No
     assert used(fs, ROOT) == counted(fs, ROOT)
 
 
-def test_renamed_over(fs: Filesystem, d: int) -> None:
+@pytest.mark.usefixtures("d")
+def test_renamed_over(fs: Filesystem) -> None:
     mkdir(fs, b"e")
     fs.rename(ROOT, b"e", ROOT, b"d")
     assert quotas(fs) == []

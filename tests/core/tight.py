@@ -104,7 +104,7 @@ def no_host(fs: Filesystem) -> None:
     assert fs.volume.space.free_blocks * PAGES_PER_BLOCK == fs.statfs().free > 0
 
 
-def _reserve_nothing(offset: int, length: int) -> None:
+def _reserve_nothing(offset: int, length: int) -> None:  # noqa: ARG001
     raise FsError(errno.ENOSPC, "no memory on the host")
 
 

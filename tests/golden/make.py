@@ -1,8 +1,8 @@
-"""Make the golden image of a version of the format, with the commands of the release that has it: as root,
+"""Make the golden image of a version of the format, with the commands of the release that has it.
 
     PYTHON-OF-THE-RELEASE -m tests.golden.make NUMBER
 
-where NUMBER is the version of the format.  The region is left as kexec finds it: the server killed, a file
+as root, where NUMBER is the version of the format.  The region is left as kexec finds it: the server killed, a file
 open that has no name any more, a device with DMA under way, and hardware not yet told of what is not mapped any more.
 """
 

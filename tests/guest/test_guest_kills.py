@@ -80,7 +80,7 @@ class Sync(threading.Thread):
 
 
 @pytest.fixture
-def site(images: Path) -> Iterator[Site]:
+def site(images: Path) -> Iterator[Site]:  # noqa: ARG001  # it skips
     """A mounted region; after the test it is unmounted, checked and deleted."""
     with made_site(size="512M") as made:
         made.expected = TAKEOVER

@@ -62,7 +62,7 @@ def free_block(fs: Filesystem) -> int:
     return BASE + bytes(fs.volume.space.table).rindex(b"\0") * 2 * MiB
 
 
-def of_other_domain(fs: Filesystem, entry: int) -> int:
+def of_other_domain(fs: Filesystem, _entry: int) -> int:
     """An entry that points to a table of the other domain."""
     return entry_of(fs, 0, 4, b"dom-1")[1]
 

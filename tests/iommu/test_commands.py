@@ -43,7 +43,7 @@ def iommu(site: Site, verb: str, *words: object) -> dict[str, Any]:
     return result
 
 
-def refused(site: Site, verb: str, *words: object) -> str:
+def refused(verb: str, *words: object) -> str:
     """A verb that must fail with status 1; its line."""
     result = run("pkernfs", "iommu", verb, *map(str, words))
     assert result.returncode == 1, result
@@ -100,7 +100,7 @@ def test_map_attach_walk_unmap(place: Site) -> None:
     assert iommu(place, "invalidations", place.mnt)["stale"] == done["stale"]
     token = iommu(place, "invalidations", place.mnt)["token"]
     iommu(place, "unmap", dom, "0x40200000", "4K")
-    assert "has become pending" in refused(place, "invalidations", place.mnt, "--ack", str(token))
+    assert "has become pending" in refused("invalidations", place.mnt, "--ack", str(token))
     token = iommu(place, "invalidations", place.mnt)["token"]
     assert iommu(place, "invalidations", place.mnt, "--ack", token)["stale"] == []
     iommu(place, "detach", place.mnt, "00:05.0")
@@ -133,10 +133,10 @@ def test_refusals(place: Site) -> None:
         (("unmap", dom, "1G", "4K"), "No such file"),
         (("detach", place.mnt, "00:05.0"), "No such file"),
     ):
-        assert text in refused(place, *map(str, words))
+        assert text in refused(*map(str, words))
     iommu(place, "attach", dom, "00:05.0")
-    assert "busy" in refused(place, "attach", dom, "00:05.0")
-    assert "busy" in refused(place, "destroy", dom)
+    assert "busy" in refused("attach", dom, "00:05.0")
+    assert "busy" in refused("destroy", dom)
     assert run("pkernfs", "iommu", "attach", dom, "00:20.0").returncode == 2
     assert run("pkernfs", "iommu", "map", dom, "0", place.region).returncode == 2
 

@@ -1,5 +1,8 @@
-"""A crash at any store: hardware that goes on walking meanwhile sees the old or the new translation, and what stays at
-every moment; the next mount finds that a change happened or not, in records and tables alike."""
+"""A crash at any store, under hardware that goes on walking.
+
+It sees the old or the new translation, and what stays at every moment; the next mount finds that a change happened or
+not, in records and tables alike.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ BOTH = pytest.mark.parametrize("form", ["vtd", "amd"])
 
 
 @pytest.fixture(scope="module")
-def rigs(qemu: None) -> Iterator[Callable[[str], Rig]]:
+def rigs(qemu: None) -> Iterator[Callable[[str], Rig]]:  # noqa: ARG001  # it skips
     """By format, one mount with its machine for all tests of this module."""
     with ExitStack() as stack:
         yield functools.cache(lambda form: stack.enter_context(new_rig(form)))
@@ -52,7 +52,8 @@ def test_both_directions(rig: Rig) -> None:
 
 
 @BOTH
-def test_memory_above_4_gib(form: str, qemu: None) -> None:
+@pytest.mark.usefixtures("qemu")
+def test_memory_above_4_gib(form: str) -> None:
     with new_rig(form, base=HIGH_MEMORY) as rig:
         both_directions(rig)
 
@@ -89,7 +90,7 @@ def both_directions(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("form", "levels"), [("vtd", 3), ("amd", 3), ("amd", 5)])
 def test_tables_of_other_depths(rig: Rig, levels: int) -> None:
-    """(QEMU's VT-d has no 5 levels.)"""
+    """All but VT-d's 5 levels, which QEMU has not."""
     domain = rig.domain("dom-0", ONE, levels=levels)
     device = rig.devices[0]
     rig.file("ram", 2 * BLOCK)
@@ -101,8 +102,9 @@ def test_tables_of_other_depths(rig: Rig, levels: int) -> None:
     rig.refuses(device, 1 << 12 + 9 * levels, WRITE)
 
 
-def test_devices_of_other_buses(qemu: None) -> None:
-    """Each bus has a context table.  (QEMU's AMD-Vi takes all devices for those of bus 0.)"""
+@pytest.mark.usefixtures("qemu")
+def test_devices_of_other_buses() -> None:
+    """Each bus has a context table; QEMU's AMD-Vi takes all devices for those of bus 0."""
     with new_rig("vtd", devices=("01:00.0", "02:00.0", "00:1e.0")) as rig:
         first, second, third = rig.devices
         rig.iommu("map", rig.domain("dom-0", first.name, third.name), 0, rig.file("a", BLOCK))
@@ -116,7 +118,8 @@ def test_devices_of_other_buses(qemu: None) -> None:
 
 
 @BOTH
-def test_leaves_of_1_gib(form: str, qemu: None) -> None:
+@pytest.mark.usefixtures("qemu")
+def test_leaves_of_1_gib(form: str) -> None:
     with new_rig(form, size=2100 * MiB, disk=True) as rig:
         domain = rig.domain("dom-0", ONE)
         device = rig.devices[0]

@@ -89,7 +89,7 @@ class Vtd:
     ENABLE, SET_ROOT = 1 << 31, 1 << 30
     BUSY = 1 << 63
 
-    def __init__(self, qtest: Qtest, memory: int) -> None:
+    def __init__(self, qtest: Qtest, _memory: int) -> None:
         self.qtest = qtest
 
     def set_root(self, physical: int) -> None:
@@ -196,7 +196,7 @@ class Amd:
         self._command(3 << 60 | id << 32, 0x7FFF_FFFF_FFFF_F000 | 3)
 
     def invalidate_pages(self, id: int, iova: int, length: int) -> None:
-        """INVALIDATE_IOMMU_PAGES for a range of a domain id.  (QEMU forgets the whole domain.)"""
+        """INVALIDATE_IOMMU_PAGES for a range of a domain id; QEMU invalidates the whole domain."""
         for start, order in _aligned(iova, length, 39):
             # The lowest bit from 12 on that is 0 tells the size.
             span = (1 << 11 + order) - 4096 | 1 if order else 0

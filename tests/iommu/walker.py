@@ -287,7 +287,7 @@ class AmdPages:
         leaf = following in (0, 7)
         return Step(address, entry, target, entry >> 61 & 3, 0 if leaf else following, size if leaf else 0)
 
-    def fault(self, access: int, step: Step | None, address: int) -> Fault:
+    def fault(self, _access: int, step: Step | None, address: int) -> Fault:
         return Fault(AmdReason.PAGE_FAULT, address, step.entry if step else 0)
 
 

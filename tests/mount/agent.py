@@ -46,7 +46,7 @@ def check(result: int, path: str | None = None) -> int:
 
 
 def renameat2(source: str, target: str, flags: int) -> None:
-    """renameat2(2)."""
+    """The system call, flags included."""
     check(libc().renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags), source)
 
 
@@ -56,7 +56,7 @@ def link_open_file(fd: int, path: str) -> None:
 
 
 def utimensat(path: str, times: list[tuple[int, int]], follow: bool = True) -> None:
-    """utimensat(2) with (seconds, nanoseconds) pairs, UTIME_NOW and UTIME_OMIT included."""
+    """The system call with (seconds, nanoseconds) pairs, UTIME_NOW and UTIME_OMIT included."""
     raw = (ctypes.c_long * 4)(*times[0], *times[1])
     check(libc().utimensat(AT_FDCWD, os.fsencode(path), raw, 0 if follow else 0x100), path)
 
@@ -72,7 +72,7 @@ def lockf(fd: int, kind: bytes, start: int = 0, length: int = 0) -> bool:
 
 
 def flock(fd: int, kind: bytes) -> bool:
-    """flock(2) without waiting; whether it was granted."""
+    """Lock a whole file, or unlock it, without waiting; whether it was granted."""
     command = {b"r": fcntl.LOCK_SH, b"w": fcntl.LOCK_EX, b"u": fcntl.LOCK_UN}[kind] | fcntl.LOCK_NB
     try:
         fcntl.flock(fd, command)

@@ -53,7 +53,7 @@ def wrap(name: str, file: Path) -> Callable[..., Any]:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "block":
-                time.sleep(1000)
+                time.sleep(1000)  # noqa: ASYNC251  # the whole worker is to hang
             case "wait":
                 self.requests.begun += 1
                 with self.requests.waiting():

@@ -403,8 +403,11 @@ class Found:
         return done, [f"{pending} did not return; without it: {before}, with it: {after}"] if after else []
 
     def _is_mixed(self, model: Model, done: Model, pending: Call) -> bool:
-        """Whether the only difference is that a write is there in part: each byte is the old or the new one, and what
-        is beyond the old end is new.  What is found becomes what ``done`` has."""
+        """Whether the only difference is that a write is there in part.
+
+        Each byte is the old or the new one, and what is beyond the old end is new.  What is found becomes what ``done``
+        has.
+        """
         if pending[0] == "record":
             slot = pending[1]
             data, old, new = self.records[slot], model.records.get(slot, bytes(RECORD)), done.records[slot]

@@ -44,7 +44,7 @@ COMPLAINT = re.compile(r"WARNING|ERROR|CRITICAL|Traceback")
 
 
 def below(top: Path) -> list[Path]:
-    """All that is below a directory, sorted.  (Path.rglob of Python 3.11.2 fails at symbolic links to long names.)"""
+    """All that is below a directory, sorted; Path.rglob of Python 3.11.2 fails at symbolic links to long names."""
     return sorted(Path(folder, name) for folder, *names in os.walk(top) for name in (*names[0], *names[1]))
 
 
@@ -317,7 +317,7 @@ def faulty_worker(site: Site) -> list[str]:
 
 
 def strike(site: Site, what: str) -> None:
-    """ "HANDLER ACTION": what happens to a worker of ``site`` at the next call of a handler, see faulty_worker.py."""
+    """Say "HANDLER ACTION": what happens to a worker at the next call of a handler, see faulty_worker.py."""
     (site.tmp / "next").write_text(what)
     (site.tmp / "next").rename(site.tmp / "strike")
 

@@ -135,7 +135,8 @@ def test_mapping_through_the_mount_after_marking(site: Site, ram: Path, other: A
     assert other.map_load(handle, 2_000_000, 3) == b"two"
 
 
-def test_memory_stays_in_place(site: Site, ram: Path, other: Agent) -> None:
+@pytest.mark.usefixtures("other")
+def test_memory_stays_in_place(site: Site, ram: Path) -> None:
     """While the file is marked: neither a mount, nor other files that come and go, nor writes move it."""
     _, offset = backend(site, ram)
     for index in range(20):

@@ -77,7 +77,7 @@ def test_other_sizes_are_refused(site: Site, domain: Path, size: int) -> None:
     assert domain.stat().st_size == BLOCK
 
 
-def test_only_the_api_changes_tables(site: Site, domain: Path) -> None:
+def test_only_the_api_changes_tables(domain: Path) -> None:
     """write(2) fails at once, and not when it is written back."""
     assert errno_of(os.open, domain, os.O_RDWR) == errno.EPERM
     fd = os.open(domain, os.O_WRONLY)

@@ -31,8 +31,11 @@ WORKERS = 4
 
 
 class Moment(NamedTuple):
-    """When the server is killed: after so many calls, within a call of this kind ("": any), within a transaction that
-    is sealed and not retired, or after a delay."""
+    """When the server is killed.
+
+    After so many calls, within a call of this kind ("": any), within a transaction that is sealed and not retired, or
+    after a delay.
+    """
 
     calls: int
     within: str

@@ -52,7 +52,7 @@ def test_record_locks_between_processes(twin: Twin) -> None:
     assert two.lockf(other, b"w", 0, 60) is True
 
 
-def test_locks_wait(shared: Site, twin: Twin) -> None:
+def test_locks_wait(twin: Twin) -> None:
     """A lock that has to wait is granted when the other goes."""
     twin.file("f", b"", 0o666)
     one, two = twin.users.get(1000), twin.users.get(1001)

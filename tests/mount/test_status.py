@@ -21,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pkernfs.client import keeper_address
 from tests.mount.site import MiB, Site, find_program, run, wait_for
-from tests.mount.twin import Users
 
 
 def figures(text: str) -> dict[str, float]:
@@ -96,7 +95,8 @@ def test_dirty_and_pinned_memory(site: Site) -> None:
         assert site.status()["pinned"] == 3 * MiB
 
 
-def test_the_status_is_for_the_owner_of_the_mount(site: Site, users: Users) -> None:
+@pytest.mark.usefixtures("users")
+def test_the_status_is_for_the_owner_of_the_mount(site: Site) -> None:
     address = Path(keeper_address(str(site.mnt)))
     assert address.is_socket()
     result = subprocess.run(

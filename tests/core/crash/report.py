@@ -1,4 +1,4 @@
-"""Prints how much is proven: python -m tests.core.crash.report [--short]
+"""Prints how much is proven: python -m tests.core.crash.report [--short].
 
 The long form is every case with every torn way and every recovery of the tests marked slow; minutes on two processors.
 """
