@@ -32,10 +32,10 @@ from pkernfs.format import (
     geometry,
 )
 from pkernfs.fs.mkfs_iommu import add_iommu
-from pkernfs.fs.pages import new_inode, seal_inode, seal_page
+from pkernfs.fs.pages import encode_inode, encode_page, new_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
-from pkernfs.region.superblock import seal_superblock
+from pkernfs.region.superblock import encode_superblock
 
 
 def check_parameters(size: int, label: str, phys_base: int) -> Geometry:
@@ -89,7 +89,7 @@ def mkfs(
         first_block=geo.first_block,
         created=now,
     )
-    raw = seal_superblock(sb)
+    raw = encode_superblock(sb)
     region.store_word(0, 0)
     region.flush()
     if geo.first_block < blocks:
@@ -99,10 +99,10 @@ def mkfs(
         first = index * TABLE_FANOUT
         count = min(TABLE_FANOUT, blocks - first)
         kinds = bytes(BLOCK_META if first + n < geo.first_block else BLOCK_FREE for n in range(count))
-        region.store(PAGE + index * PAGE, seal_page(TABLE_MAGIC, PAGE + index * PAGE, index, 0, 0, kinds))
+        region.store(PAGE + index * PAGE, encode_page(TABLE_MAGIC, PAGE + index * PAGE, index, 0, 0, kinds))
     region.store(geo.journal_offset + PAGE, JOURNAL_HEADER.pack(JournalHeader(0, JOURNAL_MAGIC, 0, 0, 0, 0)))
     for ino, inode in _first_inodes(now).items():
-        region.store(ino * INODE_SIZE, seal_inode(ino, inode))
+        region.store(ino * INODE_SIZE, encode_inode(ino, inode))
     region.store(geo.journal_offset, raw)
     region.store(8, raw[8:])
     add_iommu(Volume(region, sb))

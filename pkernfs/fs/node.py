@@ -9,7 +9,7 @@ from functools import cache
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT
-from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.pages import check_page, encode_page
 
 MAX_LEVEL = 12
 LEAF_ITEM = 10  #: bytes of a key and a value's length
@@ -52,19 +52,19 @@ class Node:
             body = [array("Q", self.children).tobytes()]
         else:
             body = [_lengths(n).pack(*map(len, self.values)), *self.values]
-        return seal_page(NODE_MAGIC, self.offset, self.owner, n, self.level, keys, *body)
+        return encode_page(NODE_MAGIC, self.offset, self.owner, n, self.level, keys, *body)
 
     @classmethod
-    def decode(cls, raw: bytes, page: int, owner: int, *, sealed: bool = True) -> Node:
-        """Check and decode; if not ``sealed``, whatever the checksum and the order of keys.  Raises CorruptError."""
+    def decode(cls, raw: bytes, page: int, owner: int, *, verify: bool = True) -> Node:
+        """Check and decode; without ``verify`` whatever the checksum and the order of keys.  Raises CorruptError."""
         what = f"a tree node of inode {owner}"
-        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner, sealed=sealed)
+        header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner, verify=verify)
         node = cls(page, owner, header.level, fresh=False)
         n = header.keys
         if not n or header.level > MAX_LEVEL or n * (INNER_ITEM if header.level else LEAF_ITEM) > PAGE_BODY:
             raise CorruptError(what, page * PAGE, f"{n} keys at level {header.level}", ino=owner)
         node.keys = array("Q", raw[BODY_AT : BODY_AT + 8 * n])
-        if sealed and any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
+        if verify and any(a >= b for a, b in zip(node.keys, node.keys[1:], strict=False)):
             raise CorruptError(what, page * PAGE, "keys out of order", ino=owner)
         at = BODY_AT + 8 * n
         if header.level:

@@ -46,7 +46,7 @@ class Page(Protocol):
         """The 4096 bytes, with checksum."""
 
 
-def seal_page(magic: int, offset: int, owner: int, keys: int, level: int, *body: bytes | bytearray) -> bytes:
+def encode_page(magic: int, offset: int, owner: int, keys: int, level: int, *body: bytes | bytearray) -> bytes:
     """The 4096 bytes of a page with a header; ``body``, one part after the other, is padded with zeros."""
     page = b"".join((PAGE_HEADER_LAYOUT.pack_values(magic, 0, offset, owner, keys, level, 0), *body))
     page += bytes(PAGE - len(page))
@@ -54,9 +54,9 @@ def seal_page(magic: int, offset: int, owner: int, keys: int, level: int, *body:
 
 
 def check_page(
-    raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0, sealed: bool = True
+    raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0, verify: bool = True
 ) -> PageHeader:
-    """Check the header of a page that was read at ``offset`` and, if ``sealed``, the checksum.
+    """Check the header of a page that was read at ``offset`` and, if ``verify``, the checksum.
 
     Raises CorruptError (of ``ino``).
     """
@@ -65,7 +65,7 @@ def check_page(
     if (header.magic, header.offset, header.owner) != expected:
         found = (header.magic, header.offset, header.owner)
         raise CorruptError(what, offset, f"expected magic, offset, owner {expected}, found {found}", ino=ino)
-    if sealed and (crc := checksum(raw[:4] + bytes(4) + raw[8:])) != header.checksum:
+    if verify and (crc := checksum(raw[:4] + bytes(4) + raw[8:])) != header.checksum:
         raise CorruptError(what, offset, f"checksum {header.checksum:#x}, expected {crc:#x}", ino=ino)
     return header
 
@@ -142,7 +142,7 @@ def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
     raise corrupt_inode(ino, found)
 
 
-def seal_inode(ino: int, inode: Inode) -> bytes:
+def encode_inode(ino: int, inode: Inode) -> bytes:
     """The 256 bytes of a slot, with checksum.  Raises CorruptError when a count (of a damaged region) does not fit."""
     try:
         raw = INODE.pack(inode)

@@ -17,7 +17,7 @@ from pkernfs.format import (
     SLAB_MAGIC,
     SLAB_SLOTS_AT,
 )
-from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.pages import check_page, encode_page
 
 ALL_SLOTS = (1 << INODES_PER_PAGE) - 1
 SLOTS_END = SLAB_SLOTS_AT + 2 * PAGES_PER_BLOCK
@@ -47,13 +47,13 @@ class Slab:
         return cls(block, kinds, array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=True)
 
     @classmethod
-    def decode(cls, raw: bytes, block: int, *, sealed: bool = True) -> Slab:
-        """Check and decode the header of the slab in ``block``; if not ``sealed``, whatever its checksum.
+    def decode(cls, raw: bytes, block: int, *, verify: bool = True) -> Slab:
+        """Check and decode the header of the slab in ``block``; without ``verify`` whatever its checksum.
 
         Raises CorruptError.
         """
         offset = block * BLOCK
-        check_page(raw, SLAB_MAGIC, offset, block, f"the header of slab {block}", sealed=sealed)
+        check_page(raw, SLAB_MAGIC, offset, block, f"the header of slab {block}", verify=verify)
         kinds = bytearray(raw[SLAB_KINDS_AT : SLAB_KINDS_AT + PAGES_PER_BLOCK])
         if kinds[0] != PAGE_HEADER or max(kinds) not in PAGE_KINDS or kinds.count(PAGE_HEADER) != 1:
             raise CorruptError(f"the header of slab {block}", offset, "kinds of pages that do not exist")
@@ -62,7 +62,7 @@ class Slab:
 
     def encode(self) -> bytes:
         """The page as it goes to the region."""
-        return seal_page(SLAB_MAGIC, self.offset, self.block, 0, 0, self.kinds, self.slots.tobytes())
+        return encode_page(SLAB_MAGIC, self.offset, self.block, 0, 0, self.kinds, self.slots.tobytes())
 
     def page_with_slots(self) -> int:
         """The index of a page of inodes with a free slot, or -1."""

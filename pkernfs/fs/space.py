@@ -22,7 +22,7 @@ from pkernfs.format import (
     Superblock,
 )
 from pkernfs.fs.damage import Damage
-from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.pages import check_page, encode_page
 from pkernfs.fs.slab import Slab
 from pkernfs.region import Region
 
@@ -41,7 +41,7 @@ class BlockTablePage:
         """The page as it goes to the region."""
         first = self.index * TABLE_FANOUT
         kinds = self.space.table[first : first + TABLE_FANOUT]
-        return seal_page(TABLE_MAGIC, self.offset, self.index, 0, 0, kinds)
+        return encode_page(TABLE_MAGIC, self.offset, self.index, 0, 0, kinds)
 
 
 class Space:

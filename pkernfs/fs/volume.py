@@ -12,7 +12,7 @@ from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.charge import charge
 from pkernfs.fs.journal import ASKED, Journal
-from pkernfs.fs.pages import seal_inode
+from pkernfs.fs.pages import encode_inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.region import Region, read_superblock
 
@@ -95,7 +95,7 @@ class Volume:
                 self.region.store(offset, page.encode())
             else:
                 stores.append((offset, page.encode()))
-        stores += [(ino * INODE_SIZE, seal_inode(ino, inode)) for ino, inode in tx.inodes.items()]
+        stores += [(ino * INODE_SIZE, encode_inode(ino, inode)) for ino, inode in tx.inodes.items()]
         if stores and self.asked and not tx.preparing:
             stores.append((ASKED.offset, self.asked.to_bytes(8, "little")))
             self.unanswered = True

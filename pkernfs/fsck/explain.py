@@ -108,7 +108,7 @@ def _of_metadata(fs: Filesystem, offset: int) -> dict[str, Any]:
 def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
     """Which record of the last transaction stands at an offset in the journal's body, and what it is for.
 
-    The transaction is retired, or the body of one that was never sealed: nothing of it is relied on, here neither.
+    The transaction is checkpointed, or the body of one that was never committed: nothing of it is relied on.
     """
     volume = fs.volume
     at = volume.journal.body_at

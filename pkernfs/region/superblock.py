@@ -27,7 +27,7 @@ def superblock_checksum(raw: bytes) -> int:
     return checksum(raw[:CHECKSUM_AT] + bytes(4) + raw[CHECKSUM_AT + 4 : SUPERBLOCK_CHECKED])
 
 
-def seal_superblock(sb: Superblock) -> bytes:
+def encode_superblock(sb: Superblock) -> bytes:
     """Encode with the right checksum."""
     return SUPERBLOCK.pack(sb._replace(checksum=superblock_checksum(SUPERBLOCK.pack(sb))))
 

@@ -8,9 +8,9 @@ from pkernfs import format as f
 from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
-from pkernfs.fs.pages import read_inode, seal_page
+from pkernfs.fs.pages import encode_page, read_inode
 from pkernfs.fs.slab import Slab
-from pkernfs.region.superblock import seal_superblock
+from pkernfs.region.superblock import encode_superblock
 from tests.core import faults_iommu
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
 
@@ -47,7 +47,7 @@ def set_block(fs: Filesystem, block: int, kind: int) -> None:
     """Change the kind of a block in the table."""
     kinds = bytearray(fs.region.read(f.PAGE + 32, f.TABLE_FANOUT))
     kinds[block] = kind
-    fs.region.store(f.PAGE, seal_page(f.TABLE_MAGIC, f.PAGE, 0, 0, 0, bytes(kinds)))
+    fs.region.store(f.PAGE, encode_page(f.TABLE_MAGIC, f.PAGE, 0, 0, 0, bytes(kinds)))
 
 
 def flip(fs: Filesystem, offset: int) -> None:
@@ -236,7 +236,7 @@ def patch_xattr(fs: Filesystem, name: bytes, change: Callable[[bytes], bytes]) -
 
 
 def set_superblock(fs: Filesystem, offset: int, **fields: Any) -> None:
-    fs.region.store(offset, seal_superblock(fs.volume.sb._replace(**fields)))
+    fs.region.store(offset, encode_superblock(fs.volume.sb._replace(**fields)))
 
 
 def leak_blocks(fs: Filesystem) -> None:
@@ -264,7 +264,7 @@ def move_header(fs: Filesystem) -> None:
     """The header of a slab, with a right checksum, in another block."""
     block = slab_of(fs)
     raw = bytearray(fs.region.read(block * f.BLOCK, f.PAGE))
-    fs.region.store(block * f.BLOCK, seal_page(f.SLAB_MAGIC, (block - 1) * f.BLOCK, block - 1, 0, 0, bytes(raw[32:])))
+    fs.region.store(block * f.BLOCK, encode_page(f.SLAB_MAGIC, (block - 1) * f.BLOCK, block - 1, 0, 0, bytes(raw[32:])))
 
 
 def set_mode(fs: Filesystem, path: bytes, kind: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pkernfs import format as f
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
-from pkernfs.fs.pages import seal_page
+from pkernfs.fs.pages import encode_page
 from tests.core.faults import (
     child,
     external_page,
@@ -79,7 +79,7 @@ def node_header(fs: Filesystem, page: int, keys: int, level: int) -> None:
     """The header of a node says something else."""
     raw = fs.region.read(page * f.PAGE, f.PAGE)
     owner = f.PAGE_HEADER_LAYOUT.unpack(raw).owner
-    fs.region.store(page * f.PAGE, seal_page(f.NODE_MAGIC, page * f.PAGE, owner, keys, level, raw[32:]))
+    fs.region.store(page * f.PAGE, encode_page(f.NODE_MAGIC, page * f.PAGE, owner, keys, level, raw[32:]))
 
 
 def child_is_parent(fs: Filesystem) -> None:

@@ -31,7 +31,7 @@ from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.names import Caller
-from pkernfs.fs.pages import Page, read_inode, seal_inode
+from pkernfs.fs.pages import Page, encode_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck import check as fsck_check
 from pkernfs.fsck import repair as fsck_repair
@@ -201,7 +201,7 @@ def assert_sound(fs: Filesystem) -> None:
     assert space.free_blocks == space.table.count(0, space.first_block)
     for ino, inode in volume.inodes.items():
         assert read_inode(volume.region, ino)[:4] == inode[:4], f"words of cached inode {ino}"
-        assert seal_inode(ino, inode) == volume.region.read(ino * INODE_SIZE, INODE_SIZE), f"cached inode {ino}"
+        assert encode_inode(ino, inode) == volume.region.read(ino * INODE_SIZE, INODE_SIZE), f"cached inode {ino}"
     pages: list[Page] = [*volume.nodes.values(), *space.slabs.values()]
     for page in pages:
         assert page.encode() == volume.region.read(page.offset, 4096), f"cached page at {page.offset:#x}"
@@ -265,7 +265,7 @@ def digest(path: str) -> str:
 def patch_inode(fs: Filesystem, ino: int, **fields: Any) -> Inode:
     """Store an inode with other fields, and a right checksum."""
     inode = read_inode(fs.region, ino)._replace(**fields)
-    fs.region.store(ino * INODE_SIZE, seal_inode(ino, inode))
+    fs.region.store(ino * INODE_SIZE, encode_inode(ino, inode))
     fs.volume.inodes.clear()
     return inode
 

@@ -12,7 +12,7 @@ from pkernfs.format import BLOCK, KEY_SLOTS, NODE_MAGIC, PAGE, PAGE_BODY, PAGE_F
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import INNER_MAX, MAX_LEVEL, Node
-from pkernfs.fs.pages import seal_page
+from pkernfs.fs.pages import encode_page
 from tests.core.support import fails, full, new_fs
 
 OWNER = 77
@@ -223,14 +223,14 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("count", "level", "body"), HOSTILE.values(), ids=HOSTILE)
 def test_nodes_that_cannot_be(count: int, level: int, body: bytes) -> None:
-    raw = seal_page(NODE_MAGIC, 9 * PAGE, OWNER, count, level, body[:PAGE_BODY])
+    raw = encode_page(NODE_MAGIC, 9 * PAGE, OWNER, count, level, body[:PAGE_BODY])
     with pytest.raises(CorruptError, match=f"a tree node of inode {OWNER} at region offset 0x9000 is damaged"):
         Node.decode(raw, 9, OWNER)
 
 
 @pytest.mark.parametrize("field", ["magic", "checksum", "offset", "owner"])
 def test_headers_that_do_not_fit(field: str) -> None:
-    raw = bytearray(seal_page(NODE_MAGIC, 9 * PAGE, OWNER, 1, 0, leaf_body([5], [0])))
+    raw = bytearray(encode_page(NODE_MAGIC, 9 * PAGE, OWNER, 1, 0, leaf_body([5], [0])))
     assert list(Node.decode(bytes(raw), 9, OWNER).keys) == [5]
     raw[PAGE_HEADER_LAYOUT.offsets[field]] ^= 1
     with pytest.raises(CorruptError):

@@ -15,7 +15,7 @@ from pkernfs import format as f
 from pkernfs.errors import FormatError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.pages import seal_page
+from pkernfs.fs.pages import encode_page
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck import check as check_package
 from pkernfs.fsck.check import check, check_region, run_check
@@ -219,7 +219,7 @@ def damage(fs: Filesystem, rng: random.Random, page: int) -> None:
     header = f.PAGE_HEADER_LAYOUT.unpack(fs.region.view, offset)
     if header.magic in (f.NODE_MAGIC, f.SLAB_MAGIC, f.TABLE_MAGIC) and at >= offset + 32:
         body = fs.region.read(offset + 32, f.PAGE - 32)
-        fs.region.store(offset, seal_page(header.magic, header.offset, header.owner, header.keys, header.level, body))
+        fs.region.store(offset, encode_page(header.magic, header.offset, header.owner, header.keys, header.level, body))
     else:
         ino = at // 256
         raw = fs.region.read(ino * 256, 256)

@@ -13,11 +13,11 @@ from pkernfs.errors import CorruptError
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
-from pkernfs.fs.pages import check_page, read_inode, seal_inode, seal_page
+from pkernfs.fs.pages import check_page, encode_inode, encode_page, read_inode
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.layout import Layout, bytes16, i64, layout, u8, u16, u32, u64
 from pkernfs.region import MemoryRegion, read_superblock
-from pkernfs.region.superblock import seal_superblock
+from pkernfs.region.superblock import encode_superblock
 from tests.core.support import ME, ROOT, SECOND, MiB, mkdir, mkfile
 
 # -- layout -----------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_magics_can_be_read() -> None:
 
 
 def test_a_misplaced_page_is_found() -> None:
-    raw = seal_page(f.NODE_MAGIC, 0x5000, 7, 0, 0, b"body")
+    raw = encode_page(f.NODE_MAGIC, 0x5000, 7, 0, 0, b"body")
     assert check_page(raw, f.NODE_MAGIC, 0x5000, 7, "it").offset == 0x5000
     for magic, offset, owner in ((1, 0x5000, 7), (f.NODE_MAGIC, 0x6000, 7), (f.NODE_MAGIC, 0x5000, 8)):
         with pytest.raises(CorruptError, match="expected magic, offset, owner"):
@@ -140,7 +140,7 @@ def test_a_misplaced_inode_is_found(fs: Filesystem) -> None:
     with pytest.raises(CorruptError, match="checksum"):
         read_inode(region, ino + 1)
     # The words in front may change at any time; nothing else may.
-    raw = bytearray(seal_inode(ino, inode))
+    raw = bytearray(encode_inode(ino, inode))
     for at in range(f.INODE_SIZE):
         raw[at] ^= 1
         region.store(ino * f.INODE_SIZE, raw)
@@ -199,4 +199,4 @@ def test_the_golden_superblock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert raw[:8] == b"sfnrekp\0"
     assert struct.unpack_from("<I", raw, 8) == (1,)
     assert (sb.label.rstrip(b"\0"), sb.phys_base, sb.blocks) == (b"golden", 0x40000000, 8)
-    assert seal_superblock(sb) == raw
+    assert encode_superblock(sb) == raw

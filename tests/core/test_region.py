@@ -28,7 +28,7 @@ from pkernfs.region import (
     read_superblock,
 )
 from pkernfs.region.base import ZERO_CHUNK
-from pkernfs.region.superblock import seal_superblock
+from pkernfs.region.superblock import encode_superblock
 from tests.core.conftest import HOLD
 from tests.core.support import (
     ROOT,
@@ -148,7 +148,7 @@ def test_sizes_that_no_region_has(path: str, size: int) -> None:
 
 
 def sealed(**fields: Any) -> Callable[[Superblock], bytes]:
-    return lambda sb: seal_superblock(sb._replace(**fields))
+    return lambda sb: encode_superblock(sb._replace(**fields))
 
 
 def unsealed(**fields: Any) -> Callable[[Superblock], bytes]:

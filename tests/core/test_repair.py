@@ -14,7 +14,7 @@ from pkernfs import format as f
 from pkernfs.cli.fsck import main
 from pkernfs.errors import CorruptError, FormatError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.pages import seal_inode
+from pkernfs.fs.pages import encode_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.problems import PROBLEMS
@@ -293,7 +293,7 @@ def test_a_slab_in_the_data_of_a_file_is_none(victim: Filesystem) -> None:
     forged = Slab.empty(block)
     forged.kinds[1], forged.slots[1] = f.PAGE_INODES, 1
     own = (block * f.PAGES_PER_BLOCK + 1) * f.INODES_PER_PAGE
-    inode = seal_inode(own, f.Inode(mode=stat.S_IFREG | 0o4755, nlink=1, flags=f.FLAG_FILE))
+    inode = encode_inode(own, f.Inode(mode=stat.S_IFREG | 0o4755, nlink=1, flags=f.FLAG_FILE))
     victim.write(ino, 0, forged.encode() + inode)
     before = shapes(victim.region)
     victim.region.store(0, bytes(2 * f.PAGE))

@@ -82,7 +82,7 @@ class _Judge:
         if page // PAGES_PER_BLOCK not in self.memory.pages:
             return None
         try:
-            return Node.decode(self.region.read(page * PAGE, PAGE), page, owner, sealed=False)
+            return Node.decode(self.region.read(page * PAGE, PAGE), page, owner, verify=False)
         except CorruptError:
             return None
 

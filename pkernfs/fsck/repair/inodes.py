@@ -97,7 +97,7 @@ def is_root_of(volume: Volume, page: int, ino: int) -> bool:
     if not volume.sb.first_block * PAGES_PER_BLOCK <= page < volume.total_pages:
         return False
     try:
-        Node.decode(volume.region.read(page * PAGE, PAGE), page, ino, sealed=False)
+        Node.decode(volume.region.read(page * PAGE, PAGE), page, ino, verify=False)
     except CorruptError:
         return False
     return True

@@ -30,7 +30,7 @@ from pkernfs.format import (
     geometry,
 )
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
-from pkernfs.fs.pages import check_page, seal_page
+from pkernfs.fs.pages import check_page, encode_page
 from pkernfs.fs.slab import Slab
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Repair, batches
@@ -75,23 +75,23 @@ def mend_superblocks(region: Region) -> list[Repair]:
 
 
 def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
-    """Replay is the volume's; here a sealed transaction that cannot be trusted is retired, and a header made sound."""
+    """Replay is the volume's; here a committed transaction that cannot be trusted is dropped, and the header mended."""
     journal = Journal(region, sb)
     at = journal.header_at
-    seal = region.word(at)
+    commit = region.word(at)
     done = []
     try:
-        if seal & 1:
-            list(journal.records(seal >> 1))
+        if commit & 1:
+            list(journal.records(commit >> 1))
     except CorruptError as error:
-        seal &= ~1
-        region.store_word(at, seal)
-        text = f"retired a transaction that cannot be trusted ({error.what}: {error.found}); it was not applied"
+        commit &= ~1
+        region.store_word(at, commit)
+        text = f"dropped a transaction that cannot be trusted ({error.what}: {error.found}); it was not applied"
         done.append(Repair(Code.JOURNAL, text, 0, at))
     magic = JOURNAL_HEADER.unpack(region.read(at, JOURNAL_HEADER.size)).magic
-    if magic != JOURNAL_MAGIC or seal >> 1 > MAX_SEQUENCE:
-        seal = seal if seal >> 1 <= MAX_SEQUENCE else 0
-        region.store(at, JOURNAL_HEADER.pack(JournalHeader(seal & ~1, JOURNAL_MAGIC, 0, seal >> 1, 0, 0)))
+    if magic != JOURNAL_MAGIC or commit >> 1 > MAX_SEQUENCE:
+        commit = commit if commit >> 1 <= MAX_SEQUENCE else 0
+        region.store(at, JOURNAL_HEADER.pack(JournalHeader(commit & ~1, JOURNAL_MAGIC, 0, commit >> 1, 0, 0)))
         done.append(Repair(Code.JOURNAL, "its header was written anew", 0, at))
     return done
 
@@ -125,7 +125,7 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
                 kinds[at] = BLOCK_SLAB if is_slab(region, block) else BLOCK_FREE
         if trusted and kinds == found:
             continue
-        stores.append((offset, seal_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
+        stores.append((offset, encode_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
         done.append(Repair(Code.BLOCK_TABLE, text, 0, offset))
     journal = Journal(region, sb)
     for batch in batches(stores):
@@ -136,14 +136,14 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
 def is_slab(region: Region, block: int) -> bool:
     """Whether the block begins with the header of a slab, whatever its checksum."""
     try:
-        Slab.decode(region.read(block * BLOCK, PAGE), block, sealed=False)
+        Slab.decode(region.read(block * BLOCK, PAGE), block, verify=False)
     except CorruptError:
         return False
     return True
 
 
 def finish_transaction(region: Region) -> None:
-    """After an interruption: apply what is sealed, as the next mount would.  What cannot be trusted is left to it."""
+    """After an interruption: apply what is committed, as the next mount would; what cannot be trusted waits for it."""
     with suppress(PkernfsError):
         Journal(region, check_superblock(region.read(0, SUPERBLOCK.size), region.size, "superblock")).recover()
     region.flush()

@@ -76,7 +76,7 @@ def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
     slab = Slab(block, bytearray(kinds), array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=False)
     slab.kinds[0] = PAGE_HEADER
     try:
-        said = Slab.decode(volume.region.read(slab.offset, PAGE), block, sealed=False).slots
+        said = Slab.decode(volume.region.read(slab.offset, PAGE), block, verify=False).slots
     except CorruptError:
         said = slab.slots
     for index in range(1, PAGES_PER_BLOCK):
