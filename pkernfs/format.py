@@ -89,6 +89,8 @@ TablePage = NewType("TablePage", int)  #: page of a file of page tables: file of
 IovaPage = NewType("IovaPage", int)  #: IOVA / 4 KiB
 Iova = NewType("Iova", int)  #: address that a device uses, bytes
 PhysAddr = NewType("PhysAddr", int)  #: physical address, bytes: phys_base + region offset
+Requester = NewType("Requester", int)  #: what an IOMMU knows a PCI function by, see above
+DomainId = NewType("DomainId", int)  #: by which hardware tags what it caches
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB

@@ -17,6 +17,8 @@ from pkernfs.format import (
     PAGE_FREE,
     PAGES_PER_BLOCK,
     Attachment,
+    Requester,
+    TablePage,
 )
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import Volume
@@ -43,6 +45,9 @@ KINDS = {
     "record": "the records of mappings, domains and attachments can be read",
 }
 
+#: Format of the table that it is in, words.
+Entry = tuple[int, tuple[int, ...]]
+
 
 class Problem(NamedTuple):
     """One finding."""
@@ -62,7 +67,7 @@ class Audit:
         self.volume = fs.volume
         self.problems: list[Problem] = []
         self.domains = self.mappings = self.tables = self.bytes = 0
-        self.attachments: dict[int, Attachment] = {}
+        self.attachments: dict[Requester, Attachment] = {}
         self.name: str | None = None  #: of the domain at work
         self.device: str | None = None  #: that is attached to it
 
@@ -135,7 +140,7 @@ class Audit:
             rights = f"{ACCESS_NAMES[access]}, the mapping {ACCESS_NAMES[found.left[1]]}"
             self.note("under-mapped", found.iova, f"{where}: the tables give {rights}")
 
-    def _pages(self, pages: TablePages, seen: set[int], awaiting: int) -> None:
+    def _pages(self, pages: TablePages, seen: set[TablePage], awaiting: int) -> None:
         """Compare the pages that are tables with those that are marked as used."""
         unmarked = sorted(page for page in seen if not pages.in_use(page))
         if unmarked:
@@ -148,13 +153,13 @@ class Audit:
     # -- devices --------------------------------------------------------------------------------------------------
 
     def _devices(self, contexts: Contexts, domains: dict[int, Domain]) -> None:
-        seen = set()
+        seen: set[TablePage] = set()
         for number, _, page in contexts.tables():
             if DEVICES[number].root:
                 seen |= {page, *self._root_table(contexts, page)}
             else:
-                seen |= set(range(page, page + PAGES_PER_BLOCK))
-        entries: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
+                seen |= {TablePage(one) for one in range(page, page + PAGES_PER_BLOCK)}
+        entries: dict[Requester, list[Entry]] = {}
         for number, requester, words in contexts.present():
             if requester not in self.attachments or words[0] != DEVICES[number].blocked[0]:
                 entries.setdefault(requester, []).append((number, words))
@@ -165,7 +170,7 @@ class Audit:
         if contexts.pages.inode.size:
             self._pages(contexts.pages, seen, 0)
 
-    def _root_table(self, contexts: Contexts, root: int) -> Iterator[int]:
+    def _root_table(self, contexts: Contexts, root: TablePage) -> Iterator[TablePage]:
         entries = contexts.root(root)
         for bus, (low, high) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
             if high or (low and (low & ~ADDRESS) != 1):
@@ -173,7 +178,9 @@ class Audit:
         for _, page in contexts.context_tables(root):
             yield page
 
-    def _device(self, requester: int, entries: list[tuple[int, tuple[int, ...]]], domains: dict[int, Domain]) -> None:
+    def _device(
+        self, requester: Requester, entries: list[tuple[int, tuple[int, ...]]], domains: dict[int, Domain]
+    ) -> None:
         attachment = self.attachments.get(requester)
         domain = domains.get(attachment.domain) if attachment else None
         if attachment and domain is None:
@@ -184,9 +191,7 @@ class Audit:
             text = f"the entry of {self.device}, {' '.join(f'{word:#x}' for word in words)}"
             if attachment is None:
                 self.note("context", -1, f"{text}: it is not attached")
-            elif domain and (
-                number != domain.record.tables or words != domain.entry or attachment.id != domain.record.id
-            ):
+            elif domain and (number != domain.record.tables or words != domain.entry or attachment.id != domain.id):
                 wanted = " ".join(f"{word:#x}" for word in domain.entry)
                 self.note("context", -1, f"{text}: expected {wanted}, which points to the tables of its domain")
 

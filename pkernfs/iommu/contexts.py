@@ -13,7 +13,9 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     ROOT_TABLE,
     ROOT_TABLE_KEY,
+    Requester,
     RootTable,
+    TablePage,
 )
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
@@ -38,22 +40,22 @@ class Contexts:
         self.records = records or Records(volume, ROOT_PGTABLES_INO)
         #: Root tables, as they are when the open transaction commits.  Each is read once, for all of its 256 buses:
         #: with a read of the page for each bus an attach took 1,364 calls, most of them here.
-        self.roots: dict[int, array[int]] = {}
+        self.roots: dict[TablePage, array[int]] = {}
 
     # -- the tables -----------------------------------------------------------------------------------------------
 
-    def tables(self) -> Iterator[tuple[int, int, int]]:
+    def tables(self) -> Iterator[tuple[int, int, TablePage]]:
         """(table format, PCI segment, page) of all root and device tables.  Raises CorruptError."""
         for key, value in self.records.scan(ROOT_TABLE_KEY, ATTACHMENT_KEY - 1):
             number, segment = key >> 16 & 0xFFFFFF, key & 0xFFFF
             if number not in FORMATS:
                 raise self.pages.bad(f"record {key:#x}: a table of format {number}")
-            yield number, segment, self.records.decode(ROOT_TABLE, key, value).page
+            yield number, segment, TablePage(self.records.decode(ROOT_TABLE, key, value).page)
 
-    def table(self, number: int, segment: int) -> int:
-        """The page of a segment's root (or device) table; 0: there is none."""
+    def table(self, number: int, segment: int) -> TablePage:
+        """The page of a segment's root (or device) table; 0, which is a bitmap: there is none."""
         record = self.records.record(ROOT_TABLE, ROOT_TABLE_KEY + (number << 16) + segment)
-        return record.page if record else 0
+        return TablePage(record.page if record else 0)
 
     def _check_used(self) -> None:
         """Raise CorruptError when a page of a table is marked as free: it could be given away."""
@@ -62,7 +64,7 @@ class Contexts:
             for _, page in self.context_tables(root) if DEVICES[number].root else ():
                 self.pages.check_used(page)
 
-    def make_table(self, tx: Transaction, number: int, segment: int) -> int:
+    def make_table(self, tx: Transaction, number: int, segment: int) -> TablePage:
         """The page of a segment's root (or device) table, which is made if there is none.  Raises FsError(ENOSPC)."""
         page = self.table(number, segment)
         if page:
@@ -81,51 +83,51 @@ class Contexts:
 
     # -- the entries of devices -----------------------------------------------------------------------------------
 
-    def context_table(self, root: int, bus: int) -> int:
+    def context_table(self, root: TablePage, bus: int) -> TablePage:
         """The page of a bus's context table; 0: there is none.  Raises CorruptError."""
         entry = self.root(root)[2 * bus]
         if not entry & 1:
-            return 0
+            return TablePage(0)
         page = self.pages.page_at(entry & ADDRESS)
-        if page < 0:
+        if page is None:
             raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, points out of the file")
         return page
 
-    def context_tables(self, root: int) -> list[tuple[int, int]]:
+    def context_tables(self, root: TablePage) -> list[tuple[int, TablePage]]:
         """(bus, page) of all context tables of a root table.  Raises CorruptError."""
         present = [bus for bus, entry in enumerate(self.root(root)[::2]) if entry & 1]
         return [(bus, self.context_table(root, bus)) for bus in present]
 
-    def root(self, page: int) -> array[int]:
+    def root(self, page: TablePage) -> array[int]:
         """The entries of a root table, two words for each bus."""
         if page not in self.roots:
             self.roots[page] = self.pages.read(page)
         return self.roots[page]
 
-    def _store_root(self, tx: Transaction, root: int, bus: int, word: int) -> None:
+    def _store_root(self, tx: Transaction, root: TablePage, bus: int, word: int) -> None:
         """Let the first word of a bus's root entry be this."""
         self.root(root)[2 * bus] = word
         self.pages.words(tx, root, 2 * bus, [word])
 
-    def place(self, number: int, requester: int) -> tuple[int, int]:
+    def place(self, number: int, requester: Requester) -> tuple[TablePage, int]:
         """(page, index of its first word) of a device's entry; page 0: there is none."""
         root = self.table(number, requester >> 16)
-        return self._place(number, requester, root) if root else (0, 0)
+        return self._place(number, requester, root) if root else (root, 0)
 
-    def _place(self, number: int, requester: int, root: int) -> tuple[int, int]:
+    def _place(self, number: int, requester: Requester, root: TablePage) -> tuple[TablePage, int]:
         device = DEVICES[number]
         if device.root:
             return self.context_table(root, requester >> 8 & 0xFF), (requester & 0xFF) * device.words
         page, index = divmod((requester & 0xFFFF) * device.words, ENTRIES)
-        return root + page, index
+        return TablePage(root + page), index
 
-    def entry(self, number: int, requester: int) -> tuple[int, ...]:
+    def entry(self, number: int, requester: Requester) -> tuple[int, ...]:
         """The words of a device's entry; those of a blocked one where it has none."""
         page, index = self.place(number, requester)
         device = DEVICES[number]
         return tuple(self.pages.read(page)[index : index + device.words]) if page else device.blocked
 
-    def store(self, tx: Transaction, number: int, requester: int, words: tuple[int, ...]) -> None:
+    def store(self, tx: Transaction, number: int, requester: Requester, words: tuple[int, ...]) -> None:
         """Let a device's entry say ``words``, with the first word as the last one stored.  Raises FsError(ENOSPC)."""
         root = self.make_table(tx, number, requester >> 16)
         page, index = self._place(number, requester, root)
@@ -141,14 +143,14 @@ class Contexts:
         self.pages.store(page, entries)
         self._store_root(tx, root, bus, self.pages.physical(page) | 1)
 
-    def point(self, tx: Transaction, number: int, requester: int, word: int) -> None:
+    def point(self, tx: Transaction, number: int, requester: Requester, word: int) -> None:
         """Point a device, which has an entry, to other tables: one store."""
         page, index = self.place(number, requester)
         if not page:
             raise self.pages.bad(f"{pci.text(requester)} is attached, and has no entry")
         self.pages.words(tx, page, index, [word])
 
-    def block(self, tx: Transaction, number: int, requester: int) -> None:
+    def block(self, tx: Transaction, number: int, requester: Requester) -> None:
         """Let nothing of a device pass; the first word is stored first."""
         page, index = self.place(number, requester)
         if page:
@@ -156,16 +158,16 @@ class Contexts:
             self.pages.words(tx, page, index, blocked[:1])
             self.pages.words(tx, page, index + 1, blocked[1:])
 
-    def block_others(self, tx: Transaction, kept: Container[int], most: int) -> list[int]:
+    def block_others(self, tx: Transaction, kept: Container[Requester], most: int) -> list[Requester]:
         """Block up to ``most`` devices that are not ``kept``, whatever their entries point to; which those were.
 
         Only words are stored, nothing is allocated.  Root entries that point out of the file go, with all of their bus.
         """
-        found: list[int] = []
+        found: list[Requester] = []
         for number, segment, root in self.tables():
             if DEVICES[number].root:
                 for bus, entry in enumerate(self.root(root)[::2]):
-                    if entry & 1 and self.pages.page_at(entry & ADDRESS) < 0:
+                    if entry & 1 and self.pages.page_at(entry & ADDRESS) is None:
                         log.error("the root entry of bus %#x, %#x, points out of the file: it is cleared", bus, entry)
                         self._store_root(tx, root, bus, 0)
                         self.pages.words(tx, root, 2 * bus + 1, [0])
@@ -175,7 +177,7 @@ class Contexts:
                     found.append(requester)
         return found
 
-    def present(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    def present(self) -> Iterator[tuple[int, Requester, tuple[int, ...]]]:
         """(table format, requester, words) of all entries that are not blocked.  Raises CorruptError."""
         for number, segment, root in self.tables():
             if DEVICES[number].root:
@@ -183,7 +185,7 @@ class Contexts:
             for requester, words in self._entries(number, segment, root):
                 yield number, requester, words
 
-    def _entries(self, number: int, segment: int, root: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def _entries(self, number: int, segment: int, root: TablePage) -> Iterator[tuple[Requester, tuple[int, ...]]]:
         """(requester, words) of the entries below a root (or device) table that are not blocked."""
         device = DEVICES[number]
         step = ENTRIES // device.words
@@ -191,25 +193,25 @@ class Contexts:
             entries = self.root(root)[::2]
             tables = [(bus << 8, self.pages.page_at(entry & ADDRESS)) for bus, entry in enumerate(entries) if entry & 1]
         else:
-            tables = [(at * step, root + at) for at in range(PAGES_PER_BLOCK)]
+            tables = [(at * step, TablePage(root + at)) for at in range(PAGES_PER_BLOCK)]
         blocked = array("Q", device.blocked * step)
         for first, page in tables:
-            entries = self.pages.read(page) if page >= 0 else blocked
+            entries = blocked if page is None else self.pages.read(page)
             if entries == blocked:
                 continue
             for at in range(0, ENTRIES, device.words):
                 words = tuple(entries[at : at + device.words])
                 if words != device.blocked:
-                    yield segment << 16 | first + at // device.words, words
+                    yield Requester(segment << 16 | first + at // device.words), words
 
     def mend_bitmap(self, tx: Transaction) -> None:
         """Mark just those pages as used that tables are in, within a transaction of its own."""
-        used: set[int] = set()
+        used: set[TablePage] = set()
         for number, _, root in self.tables():
             if DEVICES[number].root:
                 used |= {root, *(page for _, page in self.context_tables(root))}
             else:
-                used |= set(range(root, root + PAGES_PER_BLOCK))
+                used |= {TablePage(page) for page in range(root, root + PAGES_PER_BLOCK)}
         if self.pages.inode.size:
             self.pages.use_only(tx, used, marked=False)
             self.finish(tx)

@@ -8,7 +8,16 @@ from __future__ import annotations
 import errno
 
 from pkernfs.errors import FsError
-from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO, Attachment
+from pkernfs.format import (
+    ATTACHMENT,
+    ATTACHMENT_KEY,
+    DEFERRED,
+    PERSISTENT,
+    ROOT_PGTABLES_INO,
+    Attachment,
+    DomainId,
+    Requester,
+)
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import pci
@@ -21,7 +30,7 @@ from pkernfs.iommu.records import Records
 from pkernfs.iommu.requests import commit, done_before
 
 
-def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False, request: int = 0) -> None:
+def attach(fs: Filesystem, ino: int, requester: Requester, *, persistent: bool = False, request: int = 0) -> None:
     """Attach a device to a domain; or claim it, when it is deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Domain(volume, ino).check_named()
@@ -42,17 +51,17 @@ def attach(fs: Filesystem, ino: int, requester: int, *, persistent: bool = False
             contexts.store(tx, number, requester, domain.entry)
             if before or not DEVICES[number].root:
                 # It had another entry, or one that lets nothing pass, which hardware may have cached.
-                add(tx, roots, Invalidation(domain.record.id, requester=requester))
+                add(tx, roots, Invalidation(domain.id, requester=requester))
             contexts.finish(tx)
         flags = PERSISTENT if persistent or (before and before.flags & PERSISTENT) else 0
-        roots.put(tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.record.id, flags)))
+        roots.put(tx, ATTACHMENT_KEY + requester, ATTACHMENT.pack(Attachment(ino, domain.id, flags)))
         domain.save(tx)
         return 0
 
     commit(fs, request, change)
 
 
-def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
+def detach(fs: Filesystem, requester: Requester, request: int = 0) -> None:
     """Let nothing of a device pass any more."""
     volume = fs.volume
     if done_before(fs, request) is not None:
@@ -69,7 +78,7 @@ def detach(fs: Filesystem, requester: int, request: int = 0) -> None:
     commit(fs, request, change)
 
 
-def detach_within(tx: Transaction, contexts: Contexts, requester: int) -> None:
+def detach_within(tx: Transaction, contexts: Contexts, requester: Requester) -> None:
     """Detach a device within a transaction."""
     roots = contexts.records
     attachment = roots.attachment(requester)
@@ -77,10 +86,10 @@ def detach_within(tx: Transaction, contexts: Contexts, requester: int) -> None:
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:
             contexts.block(tx, number, requester)
-    drop_attachment(tx, roots, requester, attachment.id)
+    drop_attachment(tx, roots, requester, DomainId(attachment.id))
 
 
-def drop_attachment(tx: Transaction, roots: Records, requester: int, domain_id: int) -> None:
+def drop_attachment(tx: Transaction, roots: Records, requester: Requester, domain_id: DomainId) -> None:
     """Drop the attachment of a device, which is blocked, to a domain id; hardware may have cached something of both."""
     roots.delete(tx, ATTACHMENT_KEY + requester)
     add(tx, roots, Invalidation(domain_id, requester=requester))

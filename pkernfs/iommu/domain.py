@@ -20,8 +20,10 @@ from pkernfs.format import (
     PAGE,
     ROOT_PGTABLES_INO,
     TABLES_VTD,
+    DomainId,
     DomainRecord,
     Iova,
+    TablePage,
 )
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filesystem import Filesystem
@@ -70,6 +72,16 @@ class Domain:
         return FORMATS[self.record.tables]
 
     @property
+    def root(self) -> TablePage:
+        """The page of the root of its tables; 0, which is a bitmap: there is none yet."""
+        return TablePage(self.record.root)
+
+    @property
+    def id(self) -> DomainId:
+        """Its domain id."""
+        return DomainId(self.record.id)
+
+    @property
     def aperture(self) -> int:
         """IOVAs are below this."""
         return PAGE << 9 * self.record.levels
@@ -78,20 +90,20 @@ class Domain:
     def entry(self) -> tuple[int, ...]:
         """The words that point a device to the tables of this domain."""
         record = self.record
-        return ENTRY_OF[record.tables](self.pages.physical(record.root), record.levels, record.id)
+        return ENTRY_OF[record.tables](self.pages.physical(self.root), record.levels, record.id)
 
     def prepare(self, tx: Transaction, roots: Records) -> None:
         """See to it that there are an id and a root table."""
-        if not self.record.id:
+        if not self.id:
             self.record = self.record._replace(id=new_id(self.volume, roots))
-        if not self.record.root:
+        if not self.root:
             page = self.pages.allocate(tx)
             self.pages.store(page, EMPTY)
             self.record = self.record._replace(root=page)
 
     def hw_may_access(self, roots: Records) -> bool:
         """Whether hardware may be looking at the tables, or has cached what they say."""
-        return is_attached(roots, self.ino) or is_pending(roots, self.record.id)
+        return is_attached(roots, self.ino) or is_pending(roots, self.id)
 
     def editor(self, tx: Transaction, leaf: int = 0) -> Editor:
         """For changes of the tables.
@@ -99,8 +111,8 @@ class Domain:
         Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
         that is looked at once for each domain.
         """
-        if self.record.root and self.ino not in self.volume.tables_checked:
-            for _ in tables_below(self.form, self.pages, self.record.levels, self.record.root):
+        if self.root and self.ino not in self.volume.tables_checked:
+            for _ in tables_below(self.form, self.pages, self.record.levels, self.root):
                 pass
             self.volume.tables_checked.add(self.ino)
         return Editor(tx, self.form, self.pages, leaf or self.record.leaf)
@@ -109,13 +121,13 @@ class Domain:
         """Account for what an editor has given up."""
         self.record = self.record._replace(awaiting=self.record.awaiting + len(editor.given_up))
         if editor.end and self.hw_may_access(roots):
-            add(tx, roots, Invalidation(self.record.id, iova=Iova(editor.first), length=editor.end - editor.first))
+            add(tx, roots, Invalidation(self.id, iova=Iova(editor.first), length=editor.end - editor.first))
 
     def reclaim(self, tx: Transaction) -> int:
         """Free the pages that tables were in, of which hardware has nothing cached any more.  How many."""
-        tables: set[int] = set()
-        if self.record.root:
-            tables.update(tables_below(self.form, self.pages, self.record.levels, self.record.root))
+        tables: set[TablePage] = set()
+        if self.root:
+            tables.update(tables_below(self.form, self.pages, self.record.levels, self.root))
         self.record = self.record._replace(awaiting=0)
         return self.pages.use_only(tx, tables)
 
@@ -129,7 +141,7 @@ class Domain:
 # -- all of them ----------------------------------------------------------------------------------------------------
 
 
-def new_id(volume: Volume, roots: Records) -> int:
+def new_id(volume: Volume, roots: Records) -> DomainId:
     """The least domain id that is not in use, and that hardware has nothing cached of.  Raises FsError(ENOSPC)."""
     used = {one.id for one in pending(roots)} | {attachment.id for _, attachment in roots.attachments()}
     for _, ino in named_domains(volume):
@@ -139,7 +151,7 @@ def new_id(volume: Volume, roots: Records) -> int:
             used.add(record.id if record else 0)
     for number in range(1, LAST_DOMAIN_ID + 1):
         if number not in used:
-            return number
+            return DomainId(number)
     raise FsError(errno.ENOSPC, f"{LAST_DOMAIN_ID} domain ids are in use")
 
 

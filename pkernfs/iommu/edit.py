@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from pkernfs.format import Iova, PhysAddr, TablePage
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, TableFormat, span
 from pkernfs.iommu.pages import TablePages
@@ -18,10 +19,10 @@ from pkernfs.iommu.pages import TablePages
 class Piece(NamedTuple):
     """A range of IOVAs that translates to memory in one piece; multiples of 4 KiB."""
 
-    iova: int
-    physical: int
-    length: int
-    access: int
+    iova: Iova
+    physical: PhysAddr
+    length: int  #: bytes
+    access: int  #: READ | WRITE
 
 
 class Editor:
@@ -35,7 +36,7 @@ class Editor:
         self.form = form
         self.pages = pages
         self.leaf = leaf
-        self.given_up: dict[int, None] = {}  #: pages that nothing points to any more
+        self.given_up: dict[TablePage, None] = {}  #: pages that nothing points to any more
         self.made = 0  #: tables
         self.stored = 0  #: leaves
         self.first = self.end = 0  #: the range of IOVAs whose translations hardware is to invalidate
@@ -44,20 +45,20 @@ class Editor:
         self.first = min(self.first, first) if self.end else first
         self.end = max(self.end, end)
 
-    def _child(self, entry: int) -> int:
+    def _child(self, entry: int) -> TablePage:
         page = self.pages.page_at(entry & ADDRESS)
-        if page < 0:
+        if page is None:
             raise self.pages.bad(f"an entry {entry:#x} points out of the file")
         return self.pages.check_used(page)
 
-    def _drop(self, page: int) -> None:
+    def _drop(self, page: TablePage) -> None:
         if page in self.given_up:
             raise self.pages.bad(f"two entries point to page {page}")
         self.given_up[page] = None
 
     # -- making ---------------------------------------------------------------------------------------------------
 
-    def build(self, level: int, base: int, pieces: list[Piece]) -> int:
+    def build(self, level: int, base: int, pieces: list[Piece]) -> TablePage:
         """A new table for IOVAs from ``base`` on, with all below it; its page."""
         entries = array("Q", bytes(8 * ENTRIES))
         self._fill(level, base, entries, pieces)
@@ -92,12 +93,12 @@ class Editor:
                 else:
                     step = min(length, size - skip)
                     below.setdefault(index, []).append(Piece(iova, physical, step, access))
-                iova, physical, length = iova + step, physical + step, length - step
+                iova, physical, length = Iova(iova + step), PhysAddr(physical + step), length - step
         for index in [index for index in below if not entries[index]]:
             entries[index] = self._to_new_table(level, base + index * size, below.pop(index))
         return below
 
-    def enter(self, level: int, page: int, base: int, pieces: list[Piece]) -> int:
+    def enter(self, level: int, page: TablePage, base: int, pieces: list[Piece]) -> int:
         """Enter pieces into a table that is reachable.
 
         The leaf that says the same as all of the table, to be stored in its place; else 0.
@@ -132,7 +133,7 @@ class Editor:
             return 0
         return first & ADDRESS | form.leaf[level + 1] | form.access_bits(form.access(first))
 
-    def _store(self, page: int, old: array[int], new: array[int]) -> None:
+    def _store(self, page: TablePage, old: array[int], new: array[int]) -> None:
         """Store the entries that differ, in runs."""
         if old == new:
             return
@@ -149,7 +150,7 @@ class Editor:
 
     # -- taking away ----------------------------------------------------------------------------------------------
 
-    def clear(self, level: int, page: int, first: int, end: int, base: int = -1) -> bool:
+    def clear(self, level: int, page: TablePage, first: int, end: int, base: int = -1) -> bool:
         """Take IOVAs [first, end) from a table that is reachable; whether nothing is left in it.
 
         Then it stays as it is, for the entry that points to it is to be cleared; but for a root (``base`` -1).
@@ -190,22 +191,22 @@ class Editor:
         access = self.form.access(entry)
         pieces = []
         if start < first:
-            pieces.append(Piece(start, physical, first - start, access))
+            pieces.append(Piece(Iova(start), PhysAddr(physical), first - start, access))
         if end < start + size:
-            pieces.append(Piece(end, physical + end - start, start + size - end, access))
+            pieces.append(Piece(Iova(end), PhysAddr(physical + end - start), start + size - end, access))
         return self._to_new_table(level, start, pieces)
 
-    def _give_up(self, level: int, page: int, base: int) -> None:
+    def _give_up(self, level: int, page: TablePage, base: int) -> None:
         """Give up a table and all tables below it."""
         for table in tables_below(self.form, self.pages, level, page):
             self._drop(table)
         self._touch(base, base + ENTRIES * span(level))
 
 
-def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) -> Iterator[int]:
+def tables_below(form: TableFormat, pages: TablePages, level: int, page: TablePage) -> Iterator[TablePage]:
     """The pages of a table and of all tables below it.  Raises CorruptError when they are not a tree."""
     todo = [(level, page)]
-    seen = set()
+    seen: set[TablePage] = set()
     while todo:
         level, page = todo.pop()
         if page in seen:
@@ -216,6 +217,6 @@ def tables_below(form: TableFormat, pages: TablePages, level: int, page: int) ->
             for entry in pages.read(page):
                 if entry & form.present and not form.is_leaf(entry, level):
                     child = pages.page_at(entry & ADDRESS)
-                    if child < 0:
+                    if child is None:
                         raise pages.bad(f"an entry {entry:#x} points out of the file")
                     todo.append((level - 1, child))

@@ -22,6 +22,7 @@ from pkernfs.format import (
     GUARDED,
     PAGE,
     ROOT_PGTABLES_INO,
+    DomainId,
     Ino,
     Inode,
 )
@@ -134,7 +135,7 @@ class PageTableGuard(Guard):
         if not inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             return True
         record = Records(self.volume, ino).record(DOMAIN, DOMAIN_KEY)
-        return record is None or not is_pending(self._roots(), record.id)
+        return record is None or not is_pending(self._roots(), DomainId(record.id))
 
     def is_pinning(self, ino: Ino) -> bool:
         """Whether the domain has mappings."""

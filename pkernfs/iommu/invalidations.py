@@ -20,9 +20,11 @@ from pkernfs.format import (
     PENDING,
     PENDING_CONTEXT_KEY,
     PENDING_IOTLB_KEY,
+    DomainId,
     Generation,
     Iova,
     PendingInvalidation,
+    Requester,
 )
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.records import Records
@@ -33,11 +35,13 @@ MOST = 64
 
 
 class Invalidation(NamedTuple):
-    """``requester`` -1: translations of a domain id, [iova, iova + length) or, length 0, all of them.  Else the context
-    of a device, which pointed to the tables of that domain id."""
+    """``requester`` None: translations of a domain id, [iova, iova + length) or, length 0, all of them.
 
-    id: int
-    requester: int = -1
+    Else the context of a device, which pointed to the tables of that domain id.
+    """
+
+    id: DomainId
+    requester: Requester | None = None
     iova: Iova = Iova(0)
     length: int = 0  #: bytes
 
@@ -47,10 +51,10 @@ def pending(roots: Records) -> Iterator[Invalidation]:
     for key, value in roots.scan(PENDING_CONTEXT_KEY, GENERATION_KEY - 1):
         record = roots.decode(PENDING, key, value)
         if key < PENDING_IOTLB_KEY:
-            yield Invalidation(record.id, requester=key - PENDING_CONTEXT_KEY)
+            yield Invalidation(DomainId(record.id), Requester(key - PENDING_CONTEXT_KEY))
         else:
             page = key & (1 << IOVA_PAGE_BITS) - 1
-            yield Invalidation(record.id, iova=Iova(page * PAGE), length=record.length * PAGE)
+            yield Invalidation(DomainId(record.id), iova=Iova(page * PAGE), length=record.length * PAGE)
 
 
 def generation(roots: Records) -> int:
@@ -62,7 +66,7 @@ def generation(roots: Records) -> int:
 def add(tx: Transaction, roots: Records, what: Invalidation) -> None:
     """Note it; what one range covers is not kept twice."""
     roots.put(tx, GENERATION_KEY, GENERATION.pack(Generation(generation(roots) + 1)))
-    if what.requester >= 0:
+    if what.requester is not None:
         roots.put(tx, PENDING_CONTEXT_KEY + what.requester, PENDING.pack(PendingInvalidation(0, what.id)))
         return
     base = PENDING_IOTLB_KEY + (what.id << IOVA_PAGE_BITS)
@@ -89,7 +93,7 @@ def clear(tx: Transaction, roots: Records) -> None:
         roots.delete(tx, key)
 
 
-def is_pending(roots: Records, domain_id: int) -> bool:
+def is_pending(roots: Records, domain_id: DomainId) -> bool:
     """Whether hardware may have cached something of a domain id."""
     first = PENDING_IOTLB_KEY + (domain_id << IOVA_PAGE_BITS)
     if next(roots.scan(first, first + (1 << IOVA_PAGE_BITS) - 1), None):

@@ -10,7 +10,7 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Mapping
+from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Iova, IovaPage, Mapping
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
@@ -90,7 +90,7 @@ def map_file(
     again = done_before(fs, request)
     if again is not None:
         return Mapped(iova, length, again)
-    first, last = iova // PAGE, (iova + length) // PAGE - 1
+    first, last = IovaPage(iova // PAGE), IovaPage((iova + length) // PAGE - 1)
     if live_update:
         check_mapped(domain, first, mapping)
         return Mapped(iova, length, 0)
@@ -107,9 +107,8 @@ def map_file(
         _make_room(tx, domain, roots)
         domain.prepare(tx, roots)
         editor = domain.editor(tx)
-        editor.enter(
-            domain.record.levels, domain.record.root, 0, list(joined(pieces_of(volume, iova, mapping, filemap)))
-        )
+        pieces = list(joined(pieces_of(volume, Iova(iova), mapping, filemap)))
+        editor.enter(domain.record.levels, domain.root, 0, pieces)
         domain.edited(tx, editor, roots)
         domain.records.put(tx, first, MAPPING.pack(mapping))
         domain.save(tx)
@@ -124,11 +123,11 @@ def _make_room(tx: Transaction, domain: Domain, roots: Records) -> None:
         domain.reclaim(tx)
 
 
-def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
+def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
     """Raise FsError when pages from ``first`` on do not say what ``mapping`` says: ENOENT, or EEXIST when they say
     something else; CorruptError when the tables do not."""
     at, end = first, first + mapping.length
-    for found, other in domain.records.mappings(first, end - 1):
+    for found, other in domain.records.mappings(first, IovaPage(end - 1)):
         if found > at:
             break
         same = (other.ino, other.start - found, other.access) == (mapping.ino, mapping.start - first, mapping.access)
@@ -136,7 +135,7 @@ def check_mapped(domain: Domain, first: int, mapping: Mapping) -> None:
             where = hexadecimal(found * PAGE, (found + other.length) * PAGE - 1)
             place = f"inode {other.ino} at {other.start * PAGE:#x}, {ACCESS_NAMES[other.access]}"
             raise FsError(errno.EEXIST, f"IOVAs {where} are mapped to {place}")
-        at = found + other.length
+        at = IovaPage(found + other.length)
     if at < end:
         raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")
     for text in differences(domain, first * PAGE, end * PAGE):
@@ -152,7 +151,7 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
     again = done_before(fs, request)
     if again is not None:
         return again
-    starts = [at for at, _ in domain.records.mappings(first, end - 1)]
+    starts = [at for at, _ in domain.records.mappings(IovaPage(first), IovaPage(end - 1))]
     if not starts:
         raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
     unmapped = 0
@@ -185,10 +184,10 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
         domain = Domain(volume, ino)
         _make_room(tx, domain, roots)
         editor = domain.editor(tx)
-        editor.clear(domain.record.levels, domain.record.root, first * PAGE, end * PAGE)
+        editor.clear(domain.record.levels, domain.root, first * PAGE, end * PAGE)
         domain.edited(tx, editor, roots)
         unmapped = 0
-        for at, mapping in list(domain.records.mappings(first, end - 1)):
+        for at, mapping in list(domain.records.mappings(IovaPage(first), IovaPage(end - 1))):
             left, right = max(first - at, 0), max(at + mapping.length - end, 0)
             domain.records.delete(tx, at)
             if left:

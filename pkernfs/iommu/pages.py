@@ -9,12 +9,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode
+from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode, PhysAddr, TablePage
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.formats import ENTRIES
+
+NO_RUN = (TablePage(0), 0)
 
 
 class TablePages:
@@ -31,8 +33,8 @@ class TablePages:
         self.inode = volume.inode(ino)
         self.filemap = FileMap(volume, ino, self.inode)
         self.bitmaps: dict[int, tuple[int, int]] = {}  #: by number: as it is in the region, and as it is to be
-        self.free_runs: Iterator[tuple[int, int]] | None = None
-        self.run = (0, 0)
+        self.free_runs: Iterator[tuple[TablePage, int]] | None = None
+        self.run = NO_RUN
         self.awaiting = 0  #: pages that tables were in and that await an invalidation, for messages
         self._locate()
 
@@ -59,7 +61,7 @@ class TablePages:
 
     # -- where they are -------------------------------------------------------------------------------------------
 
-    def offset(self, page: int) -> int:
+    def offset(self, page: TablePage) -> int:
         """The region offset of a page.  Raises CorruptError when the file has no memory there."""
         index = bisect_right(self.starts, page) - 1
         extent = self.extents[index] if index >= 0 else Extent(0, 0, 0)
@@ -67,21 +69,21 @@ class TablePages:
             raise self.bad(f"page {page} has no memory")
         return (extent.page + page - extent.start) * PAGE
 
-    def physical(self, page: int) -> int:
+    def physical(self, page: TablePage) -> PhysAddr:
         """The physical address of a page."""
-        return self.base + self.offset(page)
+        return PhysAddr(self.base + self.offset(page))
 
-    def page_at(self, physical: int) -> int:
-        """The page at a physical address, a multiple of 4 KiB; -1: it is none of this file."""
+    def page_at(self, physical: int) -> TablePage | None:
+        """The page at a physical address, a multiple of 4 KiB, as an entry has it; None: it is none of this file."""
         number = (physical - self.base) // PAGE
         index = bisect_right(self.region_starts, number) - 1
         if physical < self.base or index < 0:
-            return -1
+            return None
         extent = self.by_region[index]
         skip = number - extent.page
-        return extent.start + skip if skip < extent.length else -1
+        return TablePage(extent.start + skip) if skip < extent.length else None
 
-    def read(self, page: int) -> array[int]:
+    def read(self, page: TablePage) -> array[int]:
         """The 512 entries of a table."""
         return array("Q", self.region.read(self.offset(page), PAGE))
 
@@ -89,7 +91,7 @@ class TablePages:
 
     def _bitmap(self, number: int) -> int:
         if number not in self.bitmaps:
-            raw = self.region.read(self.offset(number * BITMAP_PAGES), PAGE)
+            raw = self.region.read(self.offset(bitmap_page(number)), PAGE)
             old = int.from_bytes(raw, "little")
             self.bitmaps[number] = (old, old)
         return self.bitmaps[number][1]
@@ -97,14 +99,14 @@ class TablePages:
     def _numbers(self) -> range:
         return range(-(-self.inode.size // (BITMAP_PAGES * PAGE)))
 
-    def _runs(self, digit: str, number: int) -> Iterator[tuple[int, int]]:
+    def _runs(self, digit: str, number: int) -> Iterator[tuple[TablePage, int]]:
         """(page, count): the runs of used ("1") or free ("0") pages of bitmap ``number``."""
         pages = min(self.inode.size // PAGE - number * BITMAP_PAGES, BITMAP_PAGES)
         bits = format(self._bitmap(number), f"0{BITMAP_PAGES}b")[::-1][:pages]
         for match in re.finditer(f"{digit}+", bits):
-            yield number * BITMAP_PAGES + match.start(), match.end() - match.start()
+            yield TablePage(bitmap_page(number) + match.start()), match.end() - match.start()
 
-    def used(self) -> Iterator[tuple[int, int]]:
+    def used(self) -> Iterator[tuple[TablePage, int]]:
         """(page, count): the runs of pages in use, those of the bitmaps too."""
         for number in self._numbers():
             yield from self._runs("1", number)
@@ -113,11 +115,11 @@ class TablePages:
         """Pages in use, without those of the bitmaps."""
         return sum(self._bitmap(number).bit_count() for number in self._numbers()) - len(self._numbers())
 
-    def in_use(self, page: int) -> bool:
+    def in_use(self, page: TablePage) -> bool:
         """Whether the bit of a page is set."""
         return bool(self._bitmap(page // BITMAP_PAGES) >> page % BITMAP_PAGES & 1)
 
-    def _mark(self, page: int, count: int, use: bool) -> None:
+    def _mark(self, page: TablePage, count: int, use: bool) -> None:
         number, bit = divmod(page, BITMAP_PAGES)
         now = self._bitmap(number)
         mask = (1 << count) - 1 << bit
@@ -127,9 +129,9 @@ class TablePages:
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    def grow(self, tx: Transaction, blocks: int = 1) -> int:
+    def grow(self, tx: Transaction, blocks: int = 1) -> TablePage:
         """Add blocks of 2 MiB; the first of their pages.  Raises FsError: ENOSPC, EDQUOT, and changes nothing then."""
-        first = self.inode.size // PAGE
+        first = TablePage(self.inode.size // PAGE)
         end = first + blocks * PAGES_PER_BLOCK
         if self.volume.space.free_blocks < blocks:
             awaiting = f"; {self.awaiting} pages await pkernfs iommu invalidations --ack" if self.awaiting else ""
@@ -141,7 +143,7 @@ class TablePages:
             self.bitmaps[page // BITMAP_PAGES] = (0, 1)
         return first
 
-    def allocate(self, tx: Transaction) -> int:
+    def allocate(self, tx: Transaction) -> TablePage:
         """A page that is free, or of a block that the file grows by.  What it holds is anything: store all of it."""
         page, left = self.run
         while not left:
@@ -157,18 +159,18 @@ class TablePages:
                     self.grow(tx)
             else:
                 page, left = found
-        self.run = (page + 1, left - 1)
+        self.run = (TablePage(page + 1), left - 1)
         self._mark(page, 1, True)
         return page
 
     def use_new_blocks(self) -> None:
         """Let ``allocate`` give pages of blocks only that the file grows by from now on; mark those of bitmaps."""
-        self.free_runs, self.run = iter(()), (0, 0)
+        self.free_runs, self.run = iter(()), NO_RUN
         for number in self._numbers():
             now = self._bitmap(number)
             self.bitmaps[number] = (self.bitmaps[number][0], now | 1)
 
-    def check_used(self, page: int) -> int:
+    def check_used(self, page: TablePage) -> TablePage:
         """A page that a table is in; raises CorruptError when it is marked as free, so that it could be given away."""
         if not self.in_use(page):
             raise self.bad(f"page {page} is a table, and is marked as free")
@@ -178,7 +180,7 @@ class TablePages:
         """Whether ``count`` pages are free without growing."""
         return self.inode.size // PAGE - len(self._numbers()) - self.used_count() >= count
 
-    def allocate_block(self, tx: Transaction) -> int:
+    def allocate_block(self, tx: Transaction) -> TablePage:
         """The first of 512 pages that are one block."""
         if not self.inode.size:
             self.grow(tx)
@@ -188,7 +190,7 @@ class TablePages:
         self._mark(page, PAGES_PER_BLOCK, True)
         return page
 
-    def use_only(self, tx: Transaction, pages: set[int], *, marked: bool = True) -> int:
+    def use_only(self, tx: Transaction, pages: set[TablePage], *, marked: bool = True) -> int:
         """Free all pages but these and the bitmaps, and blocks that are wholly free at the end; how many were freed.
 
         ``marked``: they are marked as used already (CorruptError).
@@ -223,13 +225,13 @@ class TablePages:
             self.filemap.remove(tx, pages, self.inode.size // PAGE)
             self.inode = self.inode._replace(size=pages * PAGE)
             self._locate()
-            self.free_runs, self.run = None, (0, 0)
+            self.free_runs, self.run = None, NO_RUN
 
-    def store(self, page: int, entries: array[int]) -> None:
+    def store(self, page: TablePage, entries: array[int]) -> None:
         """Fill a page (or a block) that was allocated in this transaction, and that nothing points to yet."""
         self.region.store(self.offset(page), entries.tobytes())
 
-    def words(self, tx: Transaction, page: int, index: int, values: Iterable[int]) -> None:
+    def words(self, tx: Transaction, page: TablePage, index: int, values: Iterable[int]) -> None:
         """Store entries from ``index`` on when the transaction commits, one by one."""
         data = array("Q", values).tobytes()
         tx.words.append((self.offset(page) + 8 * index, data))
@@ -240,7 +242,7 @@ class TablePages:
         for number, (old, new) in self.bitmaps.items():
             if old != new:
                 was, now = (array("Q", value.to_bytes(PAGE, "little")) for value in (old, new))
-                at = self.offset(number * BITMAP_PAGES)
+                at = self.offset(bitmap_page(number))
                 changed = [index for index in range(ENTRIES) if was[index] != now[index]]
                 for first, last in _runs_of(changed):
                     stores.append((at + 8 * first, now[first : last + 1].tobytes()))
@@ -250,6 +252,11 @@ class TablePages:
         inode = self.filemap.finish()._replace(size=self.inode.size, mtime=stamp, ctime=stamp)
         tx.put_inode(self.ino, inode)
         return inode
+
+
+def bitmap_page(number: int) -> TablePage:
+    """Where a bitmap is: at the beginning of the pages that it tells of."""
+    return TablePage(number * BITMAP_PAGES)
 
 
 def _runs_of(numbers: list[int]) -> Iterator[tuple[int, int]]:

@@ -6,11 +6,12 @@ A requester is what the IOMMU knows a function by: PCI segment << 16 | bus << 8 
 import re
 
 from pkernfs.errors import UsageError
+from pkernfs.format import Requester
 
 FORM = re.compile(r"(?:([0-9a-f]{1,4}):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})\.([0-9a-f])", re.IGNORECASE)
 
 
-def parse(word: str) -> int:
+def parse(word: str) -> Requester:
     """The requester that ``[SSSS:]BB:DD.F``, all hexadecimal, names.  Raises UsageError."""
     match = FORM.fullmatch(word)
     segment, bus, device, function = (int(part or "0", 16) for part in match.groups()) if match else (0, 0, 32, 8)
@@ -19,7 +20,7 @@ def parse(word: str) -> int:
             f"{word!r}: expected a device as lspci prints it, [SSSS:]BB:DD.F in hexadecimal, such as 00:05.0",
             hint="device at most 1f, function at most 7",
         )
-    return segment << 16 | bus << 8 | device << 3 | function
+    return Requester(segment << 16 | bus << 8 | device << 3 | function)
 
 
 def text(requester: int) -> str:

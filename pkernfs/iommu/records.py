@@ -21,7 +21,9 @@ from pkernfs.format import (
     Attachment,
     Ino,
     Inode,
+    IovaPage,
     Mapping,
+    Requester,
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
@@ -31,7 +33,8 @@ from pkernfs.layout import Layout
 
 R = TypeVar("R", bound=NamedTuple)
 
-LAST_MAPPING = (1 << IOVA_PAGE_BITS) - 1
+FIRST_MAPPING = IovaPage(0)
+LAST_MAPPING = IovaPage((1 << IOVA_PAGE_BITS) - 1)
 
 
 class Records(Tree):
@@ -61,13 +64,15 @@ class Records(Tree):
         value = self.get(key)
         return None if value is None else self.decode(layout, key, value)
 
-    def mappings(self, first: int = 0, last: int = LAST_MAPPING) -> Iterator[tuple[int, Mapping]]:
+    def mappings(
+        self, first: IovaPage = FIRST_MAPPING, last: IovaPage = LAST_MAPPING
+    ) -> Iterator[tuple[IovaPage, Mapping]]:
         """(IOVA page, mapping) of a domain that touch pages ``first`` to ``last``.  Raises CorruptError."""
         below = self.floor(first)
         for key, value in self.scan(below[0] if below else first, min(last, LAST_MAPPING)):
             mapping = self.mapping(key, value)
             if key + mapping.length > first:
-                yield key, mapping
+                yield IovaPage(key), mapping
 
     def mapping(self, key: int, value: bytes) -> Mapping:
         """The mapping that a record is.  Raises CorruptError."""
@@ -77,12 +82,12 @@ class Records(Tree):
             raise self._bad_record(key, f"{mapping}")
         return mapping
 
-    def attachments(self) -> Iterator[tuple[int, Attachment]]:
+    def attachments(self) -> Iterator[tuple[Requester, Attachment]]:
         """(requester, attachment) of root-pgtables.  Raises CorruptError."""
         for key, value in self.scan(ATTACHMENT_KEY, PENDING_CONTEXT_KEY - 1):
-            yield key - ATTACHMENT_KEY, self._attachment(key, value)
+            yield Requester(key - ATTACHMENT_KEY), self._attachment(key, value)
 
-    def attachment(self, requester: int) -> Attachment | None:
+    def attachment(self, requester: Requester) -> Attachment | None:
         """What a device is attached to, as root-pgtables has it.  Raises CorruptError."""
         key = ATTACHMENT_KEY + requester
         value = self.get(key)
@@ -105,7 +110,7 @@ class Records(Tree):
 
 def has_mappings(volume: Volume, ino: int) -> bool:
     """Whether the records of a domain, or of root-pgtables, begin with a mapping."""
-    return any(True for _ in Records(volume, ino).scan(0, LAST_MAPPING))
+    return any(True for _ in Records(volume, ino).scan(FIRST_MAPPING, LAST_MAPPING))
 
 
 def drop_mappings(tx: Transaction, volume: Volume, ino: int, most: int) -> list[Ino]:
@@ -115,7 +120,7 @@ def drop_mappings(tx: Transaction, volume: Volume, ino: int, most: int) -> list[
     """
     records = Records(volume, ino)
     unpinned = []
-    for key, value in list(islice(records.scan(0, LAST_MAPPING), most)):
+    for key, value in list(islice(records.scan(FIRST_MAPPING, LAST_MAPPING), most)):
         records.delete(tx, key)
         file = records.mapping(key, value).ino
         volume.inode_named_by(ino, file)

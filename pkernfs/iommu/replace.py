@@ -50,7 +50,7 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
             domain.pages.use_new_blocks()
         domain.prepare(tx, roots)
         old = domain.record
-        given_up = 0 if rebuild else sum(1 for _ in tables_below(domain.form, domain.pages, old.levels, old.root))
+        given_up = 0 if rebuild else sum(1 for _ in tables_below(domain.form, domain.pages, old.levels, domain.root))
         editor = domain.editor(tx)
         root = editor.build(old.levels, 0, list(expected(domain)))
         before, after = Tables(domain, _refuse(domain)), Tables(domain, _refuse(domain))
@@ -82,9 +82,9 @@ def _switch(tx: Transaction, domain: Domain, roots: Records, rebuild: bool) -> N
                 contexts.store(tx, domain.record.tables, requester, domain.entry)
             else:
                 contexts.point(tx, domain.record.tables, requester, domain.entry[0])
-            add(tx, roots, Invalidation(domain.record.id, requester=requester))
+            add(tx, roots, Invalidation(domain.id, requester=requester))
     if may_access:
-        add(tx, roots, Invalidation(domain.record.id))
+        add(tx, roots, Invalidation(domain.id))
     contexts.finish(tx)
 
 

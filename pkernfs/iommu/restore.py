@@ -6,7 +6,7 @@ import errno
 import logging
 
 from pkernfs.errors import FsError
-from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO
+from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, DEFERRED, PERSISTENT, ROOT_PGTABLES_INO, DomainId, Requester
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
@@ -30,7 +30,7 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
     attachments = dict(Records(volume, ROOT_PGTABLES_INO).attachments())
     kept = {requester: one for requester, one in attachments.items() if one.flags & PERSISTENT and not cold}
     # First the entries alone: that takes no memory, so it always works.
-    blocked: list[int] = []
+    blocked: list[Requester] = []
     while True:
         with volume.transaction() as tx:
             batch = Contexts(volume).block_others(tx, kept, BATCH)
@@ -39,7 +39,7 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
             break
     gone = sorted(attachments.keys() - kept.keys())
     for at in range(0, len(gone), BATCH):
-        _drop_attachments(fs, {requester: attachments[requester].id for requester in gone[at : at + BATCH]})
+        _drop_attachments(fs, {requester: DomainId(attachments[requester].id) for requester in gone[at : at + BATCH]})
     answered = recorded(Records(volume, ROOT_PGTABLES_INO))
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
     if claimed or answered:
@@ -60,7 +60,7 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
     return detached
 
 
-def _drop_attachments(fs: Filesystem, ids: dict[int, int]) -> None:
+def _drop_attachments(fs: Filesystem, ids: dict[Requester, DomainId]) -> None:
     """Drop the attachments of devices that are blocked, and note what is to be invalidated.  ``ids``: by requester."""
     for noting in (True, False):
         try:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.format import PAGE, GiB, Mapping
+from pkernfs.format import PAGE, GiB, Iova, IovaPage, Mapping, PhysAddr, TablePage
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.volume import Volume
@@ -31,9 +31,9 @@ class Tables:
         self.form = domain.form
         self.pages = domain.pages
         self.levels = domain.record.levels
-        self.root = domain.record.root
+        self.root = domain.root
         self.note = note
-        self.seen: set[int] = set()
+        self.seen: set[TablePage] = set()
 
     def pieces(self, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
         """The translations of IOVAs [first, end), by ascending IOVA."""
@@ -41,7 +41,7 @@ class Tables:
             self.seen.add(self.root)
             yield from joined(self._table(self.levels, self.root, 0, first, end))
 
-    def _table(self, level: int, page: int, base: int, first: int, end: int) -> Iterator[Piece]:
+    def _table(self, level: int, page: TablePage, base: int, first: int, end: int) -> Iterator[Piece]:
         form, size = self.form, span(level)
         entries = self.pages.read(page)
         low, high = max(first - base, 0) // size, min(-(-(end - base) // size), ENTRIES)
@@ -76,14 +76,15 @@ class Tables:
             if form.odd_bits(entries[at], level):
                 text = f"leaf {entries[at]:#x} of level {level} has bits {form.odd_bits(entries[at], level):#x} wrong"
                 self.note("reserved-bits", base + at * size, text)
-        yield Piece(base + low * size, entry & ADDRESS & -size, (high - low) * size, form.access(entry))
+        iova, physical = Iova(base + low * size), PhysAddr(entry & ADDRESS & -size)
+        yield Piece(iova, physical, (high - low) * size, form.access(entry))
 
     def _below(self, level: int, entry: int, iova: int, first: int, end: int) -> Iterator[Piece]:
         child = self.pages.page_at(entry & ADDRESS)
         odd = self.form.odd_bits(entry, level)
         if odd:
             self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} has bits {odd:#x} wrong")
-        if child < 0:
+        if child is None:
             self.note("dangling", iova, f"entry {entry:#x} of level {level} points to a table that is not in the file")
         elif child in self.seen:
             self.note("overlap", iova, f"entry {entry:#x} of level {level} points to a table that another entry has")
@@ -92,7 +93,7 @@ class Tables:
             yield from self._table(level - 1, child, iova, first, end)
 
 
-def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | None = None) -> Iterator[Piece]:
+def pieces_of(volume: Volume, iova: Iova, mapping: Mapping, filemap: FileMap | None = None) -> Iterator[Piece]:
     """What a mapping translates to, in pieces.  Raises CorruptError when the file has no memory there."""
     filemap = filemap or FileMap(volume, mapping.ino, volume.inode(mapping.ino))
     at, end = mapping.start, mapping.start + mapping.length
@@ -103,16 +104,16 @@ def pieces_of(volume: Volume, iova: int, mapping: Mapping, filemap: FileMap | No
             raise corrupt_inode(mapping.ino, found)
         run = min(run, end - at)
         # Extents are in one piece of the file each; two of them can go on in memory.
-        yield Piece(iova, volume.sb.phys_base + page * PAGE, run * PAGE, mapping.access)
-        at, iova = at + run, iova + run * PAGE
+        yield Piece(iova, PhysAddr(volume.sb.phys_base + page * PAGE), run * PAGE, mapping.access)
+        at, iova = at + run, Iova(iova + run * PAGE)
 
 
 def _portions(piece: Piece) -> Iterator[Piece]:
     """A piece, cut where the IOVA is a multiple of PORTION."""
     first, end = piece.iova, piece.iova + piece.length
     while first < end:
-        cut = min(end, (first // PORTION + 1) * PORTION)
-        yield Piece(first, piece.physical + first - piece.iova, cut - first, piece.access)
+        cut = Iova(min(end, (first // PORTION + 1) * PORTION))
+        yield Piece(first, PhysAddr(piece.physical + first - piece.iova), cut - first, piece.access)
         first = cut
 
 
@@ -136,9 +137,9 @@ def expected(domain: Domain, first: int = 0, end: int = 1 << 64) -> Iterator[Pie
     """What the mappings say for IOVAs [first, end), by ascending IOVA.  Raises CorruptError."""
 
     def each() -> Iterator[Piece]:
-        last = min(end // PAGE - 1, LAST_MAPPING)
-        for at, mapping in domain.records.mappings(first // PAGE, last):
-            for piece in pieces_of(domain.volume, at * PAGE, mapping):
+        last = IovaPage(min(end // PAGE - 1, LAST_MAPPING))
+        for at, mapping in domain.records.mappings(IovaPage(first // PAGE), last):
+            for piece in pieces_of(domain.volume, Iova(at * PAGE), mapping):
                 yield from clipped(piece, first, end)
 
     return joined(each())
@@ -148,7 +149,7 @@ def clipped(piece: Piece, first: int, end: int) -> Iterator[Piece]:
     """The part of a piece that is within [first, end), if there is one."""
     low, high = max(piece.iova, first), min(piece.iova + piece.length, end)
     if low < high:
-        yield Piece(low, piece.physical + low - piece.iova, high - low, piece.access)
+        yield Piece(Iova(low), PhysAddr(piece.physical + low - piece.iova), high - low, piece.access)
 
 
 class Difference(NamedTuple):

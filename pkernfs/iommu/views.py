@@ -8,7 +8,18 @@ import stat
 
 from pkernfs import api
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import ACCESS_NAMES, DEFERRED, PAGE, PERSISTENT, ROOT_INO, ROOT_PGTABLES_INO, Attachment
+from pkernfs.format import (
+    ACCESS_NAMES,
+    DEFERRED,
+    PAGE,
+    PERSISTENT,
+    ROOT_INO,
+    ROOT_PGTABLES_INO,
+    Attachment,
+    IovaPage,
+    Requester,
+    TablePage,
+)
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.audit import Audit
@@ -21,7 +32,7 @@ from pkernfs.iommu.invalidations import Invalidation, generation, pending
 from pkernfs.iommu.records import Records
 
 
-def device_facts(requester: int, attachment: Attachment, domain: str) -> api.Device:
+def device_facts(requester: Requester, attachment: Attachment, domain: str) -> api.Device:
     """A device that is attached."""
     return api.Device(
         device=pci.text(requester),
@@ -32,13 +43,13 @@ def device_facts(requester: int, attachment: Attachment, domain: str) -> api.Dev
     )
 
 
-def attachments_of(fs: Filesystem) -> dict[int, Attachment]:
+def attachments_of(fs: Filesystem) -> dict[Requester, Attachment]:
     """By requester."""
     return dict(Records(fs.volume, ROOT_PGTABLES_INO).attachments())
 
 
 def _invalidation(one: Invalidation) -> api.Invalidation:
-    if one.requester >= 0:
+    if one.requester is not None:
         return api.Invalidation(kind="context", id=one.id, device=pci.text(one.requester), iova=None, length=None)
     return api.Invalidation(kind="iotlb", id=one.id, device=None, iova=one.iova, length=one.length or None)
 
@@ -89,7 +100,7 @@ def domain_facts(fs: Filesystem, ino: int, name: str, names: dict[int, str] | No
         reserved=[(one.start, one.stop - 1) for one in domain.form.reserved if one.start < domain.aperture],
         id=record.id,
         leaf=span(record.leaf),
-        root=domain.pages.physical(record.root) if record.root else None,
+        root=domain.pages.physical(domain.root) if domain.root else None,
         size=domain.pages.inode.size,
         tables=used - record.awaiting,
         awaiting=record.awaiting,
@@ -134,7 +145,7 @@ def list_all(fs: Filesystem) -> api.Domains:
     )
 
 
-def _root_facts(contexts: Contexts, number: int, segment: int, page: int) -> api.RootTable:
+def _root_facts(contexts: Contexts, number: int, segment: int, page: TablePage) -> api.RootTable:
     device = DEVICES[number]
     return api.RootTable(
         format=FORMATS[number].name,
@@ -160,7 +171,7 @@ def root(fs: Filesystem, form: str, segment: int) -> api.RootTable:
 # -- walking --------------------------------------------------------------------------------------------------------
 
 
-def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> api.Walk:
+def walk(fs: Filesystem, requester: Requester | None, ino: int | None, iova: int) -> api.Walk:
     """What the tables make of an IOVA of a device (or of domain ``ino``), step by step, as hardware does it.
 
     Raises FsError(ENOENT) for a device that is not attached, CorruptError.
@@ -205,7 +216,7 @@ def walk(fs: Filesystem, requester: int | None, ino: int | None, iova: int) -> a
 def file_at(domain: Domain, iova: int) -> tuple[int, int] | None:
     """(inode, offset) of what a domain's mappings say of an IOVA."""
     page, skip = divmod(iova, PAGE)
-    for at, mapping in domain.records.mappings(page, page):
+    for at, mapping in domain.records.mappings(IovaPage(page), IovaPage(page)):
         return mapping.ino, (mapping.start + page - at) * PAGE + skip
     return None
 
@@ -214,7 +225,7 @@ def _step(level: str | int, table: int, index: int, entry: int, means: str, *, s
     return api.Step(level=level, table=table, index=index, address=table + index * size, entry=entry, means=means)
 
 
-def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[api.Step]) -> str | None:
+def _walk_device(fs: Filesystem, domain: Domain, requester: Requester, steps: list[api.Step]) -> str | None:
     """The steps to the domain's tables; why it ends there, or None."""
     contexts = Contexts(fs.volume)
     number = domain.record.tables
@@ -244,7 +255,7 @@ def _walk_device(fs: Filesystem, domain: Domain, requester: int, steps: list[api
 
 def _walk_tables(domain: Domain, iova: int, result: api.Walk) -> str | None:
     form, pages = domain.form, domain.pages
-    page = domain.record.root
+    page = domain.root
     if not page:
         return "nothing was ever mapped"
     for level in range(domain.record.levels, 0, -1):
@@ -266,10 +277,11 @@ def _walk_tables(domain: Domain, iova: int, result: api.Walk) -> str | None:
             means = f"leaf of {LEAF_NAMES[level]} at {entry & ADDRESS & -span(level):#x}, {access}"
             result.steps.append(_step(level, here, index, entry, means))
             return None
-        page = pages.page_at(entry & ADDRESS)
+        child = pages.page_at(entry & ADDRESS)
         result.steps.append(_step(level, here, index, entry, f"table of level {level - 1} at {entry & ADDRESS:#x}"))
-        if page < 0:
+        if child is None:
             return f"the table of level {level - 1} is not one of the domain's"
+        page = child
     raise AssertionError("a table of level 1 has leaves only")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.api import Audited
-from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment
+from pkernfs.format import ATTACHMENT, ATTACHMENT_KEY, MAPPING, READ, ROOT_PGTABLES_INO, Attachment, Requester
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import devices, mapping, reclaim, replace, views
@@ -102,7 +102,7 @@ def records(ino_of: bytes, change: Callable[[Records, Transaction], None]) -> Ca
     return plant
 
 
-def context_word(requester: int, word: int, change: Callable[[int], int]) -> Callable[[Filesystem], None]:
+def context_word(requester: Requester, word: int, change: Callable[[int], int]) -> Callable[[Filesystem], None]:
     """Change a word of a device's entry."""
 
     def plant(fs: Filesystem) -> None:
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], None]]] = {
     "table-marked-as-free": ("bitmap", set_bit(1, on=False)),
     "entry-points-elsewhere": ("context", context_word(DEVICE, 0, lambda word: word + 4096)),
     "entry-with-other-id": ("context", context_word(DEVICE, 1, lambda word: word ^ 1 << 8)),
-    "entry-of-a-stranger": ("context", context_word(0x30, 0, lambda word: 4096 | 1)),
+    "entry-of-a-stranger": ("context", context_word(Requester(0x30), 0, lambda word: 4096 | 1)),
     "entry-is-gone": ("attachment", context_word(DEVICE, 0, lambda word: 0)),
     "attached-to-no-domain": ("attachment", records(b"iommu/root-pgtables", attach_to_nothing)),
     "root-table-marked-as-free": ("bitmap", set_bit(1, b"iommu/root-pgtables", on=False)),

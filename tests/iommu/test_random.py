@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import PAGE, GiB, MiB
+from pkernfs.format import PAGE, GiB, MiB, Requester
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace
@@ -23,7 +23,7 @@ from tests.iommu.stamped import by_page, scattered_files, stamp, stamp_at, stamp
 from tests.iommu.walker import READ, WRITE, Memory, Translation, translate
 
 BASE = 1 << 40  #: physical address of the region
-DEVICE = 0x28  #: 00:05.0
+DEVICE = Requester(0x28)  #: 00:05.0
 BLOCK = 2 * MiB
 RIGHTS = {"rw": READ | WRITE, "ro": READ, "wo": WRITE}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pkernfs.format import PAGE, GiB, MiB
+from pkernfs.format import PAGE, GiB, MiB, Requester
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace
 from pkernfs.region import open_region
@@ -18,7 +18,7 @@ from tests.iommu.stamped import stamp, stamped_file
 from tests.iommu.watcher import Watcher
 
 BASE = 1 << 40
-DEVICE = 0x28
+DEVICE = Requester(0x28)
 BLOCK = 2 * MiB
 AT = GiB - 4 * MiB  #: IOVA of the file, across two tables of level 2
 ROUNDS = 40

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import ROOT_PGTABLES_INO
+from pkernfs.format import ROOT_PGTABLES_INO, DomainId
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work
@@ -62,6 +62,6 @@ def _attach_devices(fs: Filesystem) -> None:
                 detach_within(tx, contexts, requester)
             elif contexts.entry(domain.record.tables, requester) != domain.entry:
                 contexts.store(tx, domain.record.tables, requester, domain.entry)
-                add(tx, records, Invalidation(attachment.id, requester=requester))
+                add(tx, records, Invalidation(DomainId(attachment.id), requester=requester))
             contexts.finish(tx)
             records.finish(tx)
