@@ -201,7 +201,7 @@ class Superblock(NamedTuple):
     mounts: u64 = 0  #: word: how often the region was mounted read-write
     mounted: i64 = 0  #: word: time of the last read-write mount, ns since the epoch
     unmounted: i64 = 0  #: word: time of the last orderly end; less than ``mounted`` after a crash
-    asked: u64 = 0  #: word: names the last request, when it was executed and is perhaps not answered; else 0
+    reply_key: u64 = 0  #: word: key of the last request, when it was executed and is perhaps not answered; else 0
     reserved1: u64 = 0
     reserved2: u64 = 0
     reserved3: u64 = 0

@@ -27,8 +27,8 @@ from pkernfs.format import (
 )
 from pkernfs.region.base import Region
 
-#: Names the request that a transaction belongs to.
-ASKED = JournalRecord(SUPERBLOCK.offsets["asked"], 8, STORE)
+#: Names the request that a transaction executes, see replies.py.
+REPLY_KEY = JournalRecord(SUPERBLOCK.offsets["reply_key"], 8, STORE)
 MAX_SEQUENCE = 1 << 61  #: the numbers begin again behind it; a greater one is damage
 
 
@@ -171,13 +171,13 @@ class Journal:
                 at += record.length
 
     def _is_possible(self, record: JournalRecord) -> bool:
-        """Whether a transaction can have such a record: nothing in the superblocks but the word ``asked``, nothing in
-        the journal, or beyond the end, and no memory given back but whole pages behind the metadata."""
+        """Whether a transaction can have such a record: nothing in the superblocks but the word ``reply_key``, nothing
+        in the journal, or beyond the end, and no memory given back but whole pages behind the metadata."""
         start = record.offset
         if record.kind == DISCARD:
             return self.first_free <= start and start + record.length * PAGE <= self.end and not start % PAGE
         end = start + record.length
-        if record == ASKED:
+        if record == REPLY_KEY:
             return True
         inode_or_table = SUPERBLOCK.size <= start and end <= self.header_at - PAGE
         behind = self.first_free <= start and end <= self.end

@@ -18,7 +18,7 @@ from pkernfs.fs.slab import Slab
 class Transaction:
     """What one transaction has changed so far.
 
-    ``preparing``: the request at work is not done with it yet.  ``charges``: quotas are charged at the end.
+    ``preparing``: the request at work is not executed by it yet.  ``charges``: quotas are charged at the end.
     """
 
     def __init__(self, cache: Cache, *, preparing: bool, charges: bool) -> None:
@@ -31,6 +31,7 @@ class Transaction:
         self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
         self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
         self.freed_inodes: list[int] = []
+        self.stores: list[tuple[int, bytes]] = []  #: (offset, data) beside pages and inodes
         self.words: list[tuple[int, bytes]] = []  #: (offset, data): stored last, word by word, in order
         self.undo: list[Callable[[], None]] = []
 

@@ -11,8 +11,9 @@ from pkernfs.format import INODE_SIZE, SUPERBLOCK, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.charge import charge
-from pkernfs.fs.journal import ASKED, Journal
+from pkernfs.fs.journal import Journal
 from pkernfs.fs.pages import encode_inode
+from pkernfs.fs.replies import LastReply
 from pkernfs.fs.transaction import Transaction
 from pkernfs.region import Region, read_superblock
 
@@ -40,9 +41,7 @@ class Volume:
         self.damage, self.space, self.total_pages = cache.damage, cache.space, cache.total_pages
         self.allocator = Allocator(self.space)
         self.tables_checked: set[int] = set()  #: domains whose tables were found in pages that are marked as used
-        self.asked = 0  #: names the request at work, if it must not be executed twice
-        self.unanswered = False
-        self.inherited = self.superblock_word("asked")  #: of the server before: names its last request
+        self.replies = LastReply(region)
         self.charges = True  #: False: a repair is at work, which counts anew what the quotas charge
         self.clock: Callable[[], int] = time.time_ns
 
@@ -52,7 +51,7 @@ class Volume:
     def transaction(self, *, preparing: bool = False) -> Iterator[Transaction]:
         """Everything that is changed inside happens at once at the end, or not at all when an exception leaves.
 
-        ``preparing``: the request at work is not done with that yet (``asked``).
+        ``preparing``: the request at work is not executed by that yet (replies.py).
         """
         if self.cache.in_transaction:
             raise AssertionError("a transaction inside a transaction")
@@ -96,9 +95,9 @@ class Volume:
             else:
                 stores.append((offset, page.encode()))
         stores += [(ino * INODE_SIZE, encode_inode(ino, inode)) for ino, inode in tx.inodes.items()]
-        if stores and self.asked and not tx.preparing:
-            stores.append((ASKED.offset, self.asked.to_bytes(8, "little")))
-            self.unanswered = True
+        if stores and self.replies.key and not tx.preparing:
+            self.replies.record(tx, self.replies.key)
+            stores += tx.stores
         if stores or tx.words:
             self.journal.commit(stores, discards, tx.words)
         for page in tx.pages.values():
@@ -118,23 +117,6 @@ class Volume:
 
     def _set_superblock_word(self, name: str, value: int) -> None:
         self.region.store_word(SUPERBLOCK.offsets[name], value)
-
-    def answered(self) -> None:
-        """The last request that was executed is answered."""
-        if self.unanswered:
-            self.unanswered = False
-            self._set_superblock_word("asked", 0)
-
-    def take_inherited(self) -> None:
-        """What the server before had executed is about to be answered."""
-        self.inherited = 0
-        self.unanswered = True
-
-    def forget_inherited(self) -> None:
-        """The server before had answered all that it had executed."""
-        if self.inherited and not self.region.readonly:
-            self.take_inherited()
-            self.answered()
 
     def mark_mounted(self) -> None:
         """Count a read-write mount in the superblock's words."""

@@ -18,7 +18,7 @@ from typing import Final
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo
 
-from pkernfs.format import BLOCK, FLAG_REGION_MAPPED, GUARDED, PAGE, Inode
+from pkernfs.format import BLOCK, FLAG_REGION_MAPPED, GUARDED, PAGE, Ino, Inode
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
 from pkernfs.server.handles import handle
@@ -42,7 +42,7 @@ class Attributes:
         self.fs = fs
         self.writeback = writeback
 
-    def of(self, ino: int, inode: Inode) -> EntryAttributes:
+    def of(self, ino: Ino, inode: Inode) -> EntryAttributes:
         """For a reply."""
         entry = EntryAttributes()
         entry.st_ino = ino
@@ -66,7 +66,7 @@ class Attributes:
             entry.st_mtime_ns = inode.mtime
         return entry
 
-    def found(self, ino: int) -> EntryAttributes:
+    def found(self, ino: Ino) -> EntryAttributes:
         """For a reply by which the kernel comes to refer to the inode, which is counted.  Raises PkernfsError."""
         entry = self.of(ino, self.fs.getattr(ino))
         self.fs.lookups.add(ino)
@@ -79,7 +79,7 @@ class Attributes:
         entry.entry_timeout = FOREVER
         return entry
 
-    def opened(self, ino: int, flags: int, uid: int) -> FileInfo:
+    def opened(self, ino: Ino, flags: int, uid: int) -> FileInfo:
         """For a reply to who opens a file with ``flags``.  Raises PkernfsError."""
         inode = self.fs.getattr(ino)
         changing = is_changing(inode)

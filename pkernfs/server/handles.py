@@ -6,14 +6,17 @@ No table of open files stands behind them, so that a worker which takes over can
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Any, Final
+
+from pkernfs.format import Ino
 
 KILL_PRIV: Final = 1 << 62  #: the opener may not keep set-user-ID bits when it writes
 NOATIME: Final = 1 << 61  #: reading through it stores no access time
-INO: Final = NOATIME - 1  #: mask: the inode number
+#: Mask: the inode number.  Of type Any, so that ``fh & INO`` is an Ino without a call in each read and write.
+INO: Final[Any] = NOATIME - 1
 
 
-def handle(ino: int, flags: int, uid: int) -> int:
+def handle(ino: Ino, flags: int, uid: int) -> int:
     """The handle of a file that ``uid`` opens with ``flags`` of open(2)."""
     # What writes back reads, to complete a page, from files that are open for writing only.
     no_reader = flags & (os.O_NOATIME | os.O_WRONLY)

@@ -1,6 +1,6 @@
 """Freeing memory in the background: what an unlink, a cut or a FORGET has left to do, step by step between requests.
 
-Each step is one transaction of bounded size (fs/orphans.py), so that no request waits for more than one of them; what a
+Each step is one transaction of bounded size (fs/reclaim.py), so that no request waits for more than one of them; what a
 crash leaves undone is listed in the region, and the next worker goes on with it.
 """
 

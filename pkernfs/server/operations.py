@@ -16,7 +16,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.format import NAME_MAX, PAGE
+from pkernfs.format import NAME_MAX, PAGE, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
@@ -61,7 +61,7 @@ class Operations(pyfuse3.Operations):
     # -- attributes -----------------------------------------------------------------------------------------------
 
     @handler
-    def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+    def lookup(self, parent_inode: Ino, name: bytes, ctx: RequestContext) -> EntryAttributes:
         try:
             return self.attributes.found(self.fs.lookup(parent_inode, name))
         except PkernfsError as error:
@@ -70,12 +70,12 @@ class Operations(pyfuse3.Operations):
             return self.attributes.missing()
 
     @handler
-    def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+    def getattr(self, inode: Ino, ctx: RequestContext) -> EntryAttributes:
         return self.attributes.of(inode, self.fs.getattr(inode))
 
     @handler
     def setattr(
-        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+        self, inode: Ino, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
         change = SetAttr(
             mode=attr.st_mode if fields.update_mode else None,
@@ -106,51 +106,52 @@ class Operations(pyfuse3.Operations):
 
     # -- names ----------------------------------------------------------------------------------------------------
 
-    @handler
-    def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
-        return self.attributes.found(self.fs.create(parent_inode, name, mode, Caller(ctx.uid, ctx.gid), rdev=rdev))
+    def _made(self, parent: Ino, name: bytes, mode: int, ctx: RequestContext, **what: Any) -> EntryAttributes:
+        return self.attributes.found(self.fs.create(parent, name, mode, Caller(ctx.uid, ctx.gid), **what))
 
     @handler
-    def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
-        mode |= stat.S_IFDIR
-        return self.attributes.found(self.fs.create(parent_inode, name, mode, Caller(ctx.uid, ctx.gid)))
+    def mknod(self, parent_inode: Ino, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        return self._made(parent_inode, name, mode, ctx, rdev=rdev)
 
     @handler
-    def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
-        mode = stat.S_IFLNK | 0o777
-        return self.attributes.found(self.fs.create(parent_inode, name, mode, Caller(ctx.uid, ctx.gid), target=target))
+    def mkdir(self, parent_inode: Ino, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._made(parent_inode, name, stat.S_IFDIR | mode, ctx)
+
+    @handler
+    def symlink(self, parent_inode: Ino, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        return self._made(parent_inode, name, stat.S_IFLNK | 0o777, ctx, target=target)
 
     @handler
     def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+        self, parent_inode: Ino, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         self.fs.attributes.check_open(parent_inode, flags)
         ino = self.fs.create(parent_inode, name, stat.S_IFREG | mode, Caller(ctx.uid, ctx.gid))
         return self.attributes.opened(ino, flags, ctx.uid), self.attributes.found(ino)
 
     @handler
-    def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+    def readlink(self, inode: Ino, ctx: RequestContext) -> bytes:
         return self.fs.readlink(inode)
 
     @handler
-    def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+    def link(self, inode: Ino, new_parent_inode: Ino, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
         self.fs.link(inode, new_parent_inode, new_name)
         return self.attributes.found(inode)
 
     @handler
-    def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+    def unlink(self, parent_inode: Ino, name: bytes, ctx: RequestContext) -> None:
         self.fs.unlink(parent_inode, name)
 
     @handler
-    def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+    def rmdir(self, parent_inode: Ino, name: bytes, ctx: RequestContext) -> None:
         self.fs.rmdir(parent_inode, name)
 
     @handler
     def rename(
         self,
-        parent_inode_old: int,
+        parent_inode_old: Ino,
         name_old: bytes,
-        parent_inode_new: int,
+        parent_inode_new: Ino,
         name_new: bytes,
         flags: int,
         ctx: RequestContext,
@@ -158,18 +159,18 @@ class Operations(pyfuse3.Operations):
         self.fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
 
     @handler
-    def opendir(self, inode: int, ctx: RequestContext) -> int:
+    def opendir(self, inode: Ino, ctx: RequestContext) -> int:
         return inode
 
     @handler
-    def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+    def readdir(self, fh: Ino, start_id: int, token: ReaddirToken) -> None:
         # Cookies 1 and 2 stand for "." and "..", the cookie of an entry is its key + 3.
         reply, attributes = pyfuse3.readdir_reply, self.attributes.of
         directory = self.fs.names.directory(fh)
         if start_id == 0 and not reply(token, b".", attributes(fh, directory.inode), 1):
             return
         if start_id <= 1:
-            parent = directory.inode.parent
+            parent = Ino(directory.inode.parent)
             if not reply(token, b"..", attributes(parent, self.fs.getattr(parent)), 2):
                 return
         for entry in self.fs.readdir(fh, max(start_id - 2, 0)):
@@ -189,7 +190,7 @@ class Operations(pyfuse3.Operations):
     # -- content --------------------------------------------------------------------------------------------------
 
     @handler
-    def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+    def open(self, inode: Ino, flags: int, ctx: RequestContext) -> FileInfo:
         self.fs.attributes.check_open(inode, flags)
         if flags & os.O_TRUNC:
             self.fs.setattr(inode, SetAttr(size=0), privileged=ctx.uid == 0)
@@ -223,7 +224,7 @@ class Operations(pyfuse3.Operations):
     # -- extended attributes --------------------------------------------------------------------------------------
 
     @handler
-    def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+    def getxattr(self, inode: Ino, name: bytes, ctx: RequestContext) -> bytes:
         if self.replay.hides_xattr(inode, name):
             raise FsError(errno.ENODATA, "it is made by a request that comes again")
         if name.startswith(FACTS):
@@ -232,16 +233,16 @@ class Operations(pyfuse3.Operations):
         return self.fs.getxattr(inode, name)
 
     @handler
-    def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+    def setxattr(self, inode: Ino, name: bytes, value: bytes, ctx: RequestContext) -> None:
         check_changeable(name)
         self.fs.setxattr(inode, name, value)
 
     @handler
-    def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+    def listxattr(self, inode: Ino, ctx: RequestContext) -> list[bytes]:
         return visible(self.fs.listxattr(inode), ctx.uid)
 
     @handler
-    def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+    def removexattr(self, inode: Ino, name: bytes, ctx: RequestContext) -> None:
         check_changeable(name)
         self.fs.removexattr(inode, name)
 

@@ -6,7 +6,7 @@ import errno
 import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import trio
 from pyfuse3 import FUSEError
@@ -21,7 +21,6 @@ from pkernfs.server.stats import BUGS, INDEX, SIZE
 
 log = logging.getLogger("pkernfs")
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -60,20 +59,17 @@ class Server(Protocol):
     housekeeping: Housekeeping
 
 
-S = TypeVar("S", bound=Server)
-
-
-def handler(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]:
     """Make a FUSE handler of a plain method, which raises PkernfsError: errors become errnos, a bug becomes EIO and a
     traceback in the log.
 
     It runs without an await from its delivery to its reply, so that at most one request is executed and not answered;
-    but for one that has found no space, and changed nothing.
+    but for one that has found no space, and changed nothing.  Numbers of inodes come as Ino: pyfuse3 has int.
     """
     name = function.__name__
     keyed, index = name in KEYED, INDEX[name]
 
-    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def call(self: Server, /, *args: Any, **kwargs: Any) -> R:
         requests, fs = self.requests, self.fs
         requests.begun += 1
         requests.counters[index] += 1
@@ -87,7 +83,7 @@ def handler(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
                     raise
                 full = error
             with requests.waiting():
-                return await wait_for_space(fs, self.replay, full, lambda: function(self, *args, **kwargs))
+                return await wait_for_space(fs, full, lambda: function(self, *args, **kwargs))
         except PkernfsError as error:
             if isinstance(error, CorruptError):
                 fs.volume.damage.note(error)
@@ -98,7 +94,7 @@ def handler(function: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
             raise FUSEError(errno.EIO) from None
         finally:
             if keyed:
-                self.replay.end()
+                self.replay.replies.end()
             if fs.reclaimer.pending:
                 self.housekeeping.wake()
 

@@ -3,7 +3,7 @@
 Memory is promised when it is allocated, so a change that finds none is undone: a transaction that fails leaves nothing.
 Each level begins when the one before has given up, and stands around it:
 
-1. **Without compaction** (``Content.compacting``).  A file gets a block of 2 MiB where pages would do, and pages are
+1. **Without compaction** (``Volume.compacting``).  A file gets a block of 2 MiB where pages would do, and pages are
    moved together into one: that can take more than is asked for.  The same transaction is run again without it, and
    takes just what it needs.  So it is for every change of size, and for changes of page tables.
 2. **Half of it** (``Content.write``).  A write may be done in part, and stores the longest of its halves, quarters ...
@@ -16,7 +16,7 @@ Each level begins when the one before has given up, and stands around it:
    there are removed files that are still referred to, and frees what has come.
 
 Freeing takes no part in this: without compaction it allocates nothing (but for the middle of an extent), and what it
-cannot do it leaves listed, see fs/orphans.py.  Tools on an unmounted region and fsck have level 1 and 2 only, as no
+cannot do it leaves listed, see fs/reclaim.py.  Tools on an unmounted region and fsck have level 1 and 2 only, as no
 kernel refers to anything.
 """
 
@@ -28,9 +28,9 @@ from typing import TypeVar
 import trio
 
 from pkernfs.errors import PkernfsError
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
-from pkernfs.server.replay import Replay
 
 R = TypeVar("R")
 
@@ -47,14 +47,14 @@ class ShortWrites:
     def __init__(self, fs: Filesystem, *, strict: bool = False) -> None:
         self.fs = fs
         self.strict = strict
-        self.ends: dict[int, tuple[int, PkernfsError]] = {}  #: by inode: the offset, and why
+        self.ends: dict[Ino, tuple[int, PkernfsError]] = {}  #: by inode: the offset, and why
 
-    def retried(self, ino: int, offset: int) -> None:
+    def retried(self, ino: Ino, offset: int) -> None:
         """A write begins at ``offset``: if it is there that the last one ended, its own reply tells why."""
         if self.ends.get(ino, (-1,))[0] == offset:
             del self.ends[ino]
 
-    def rest(self, ino: int, offset: int, data: bytes, done: int) -> int:
+    def rest(self, ino: Ino, offset: int, data: bytes, done: int) -> int:
         """Write what is left of ``data`` behind ``done`` bytes of it; how many are done in all.
 
         A caller of write(2) sees the count and asks again for the rest.  The kernel, when it writes back pages that
@@ -70,17 +70,17 @@ class ShortWrites:
                 break
         return done
 
-    def tell(self, ino: int) -> None:
+    def tell(self, ino: Ino) -> None:
         """Raise, once, why a write of this file has ended too soon."""
         if ino in self.ends:
             raise self.ends.pop(ino)[1]
 
-    def drop(self, ino: int) -> None:
+    def drop(self, ino: Ino) -> None:
         """Nobody can ask any more."""
         self.ends.pop(ino, None)
 
 
-async def wait_for_space(fs: Filesystem, replay: Replay, error: PkernfsError, call: Callable[[], R]) -> R:
+async def wait_for_space(fs: Filesystem, error: PkernfsError, call: Callable[[], R]) -> R:
     """Run ``call`` again, which has raised ``error``, out of space, and changed nothing; as often as that makes sense.
 
     Raises PkernfsError, of the last time.
@@ -88,7 +88,7 @@ async def wait_for_space(fs: Filesystem, replay: Replay, error: PkernfsError, ca
     for seconds in FORGETS:
         if not fs.reclaimer.awaits_forget():
             break
-        with replay.suspended():
+        with fs.volume.replies.suspended():
             await trio.sleep(seconds)
             fs.reclaimer.settle()
         try:

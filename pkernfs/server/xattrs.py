@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pkernfs.api import to_builtins
 from pkernfs.errors import FsError
+from pkernfs.format import Ino
 from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem
 
@@ -52,7 +53,7 @@ class Facts:
         self.fs = fs
         self.of_mount = of_mount
 
-    def value(self, ino: int, name: bytes, uid: int) -> bytes:
+    def value(self, ino: Ino, name: bytes, uid: int) -> bytes:
         """For the owner of the mount and root only, as the control socket is.  Raises FsError: EPERM, ENODATA."""
         if uid not in (0, os.getuid()):
             raise FsError(errno.EPERM, f"extended attribute {name!r}")
