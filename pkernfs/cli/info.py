@@ -1,5 +1,7 @@
 """pkernfs info: what a region, a mount or a file in it is."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import time
