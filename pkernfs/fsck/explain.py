@@ -33,6 +33,7 @@ from pkernfs.format import (
     STORE,
     SUPERBLOCK,
     WORDS,
+    Ino,
     Inode,
     PageNo,
 )
@@ -79,7 +80,7 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
     if slab.kinds[index] in (PAGE_FREE, PAGE_HEADER):
         return facts | {"structure": structure}
     if slab.kinds[index] == PAGE_INODES:
-        ino = offset // INODE_SIZE
+        ino = Ino(offset // INODE_SIZE)
         used = slab.slots[index] >> ino % INODES_PER_PAGE & 1
         return facts | (_named(fs, "inode", ino) if used else {"structure": "free inode"})
     return facts | _owned(fs, offset, structure)
@@ -91,7 +92,7 @@ def _of_metadata(fs: Filesystem, offset: int) -> dict[str, Any]:
     if offset < SUPERBLOCK.size:
         return {"structure": "superblock"}
     if offset < PAGE:
-        ino = offset // INODE_SIZE
+        ino = Ino(offset // INODE_SIZE)
         used = read_inode(fs.region, ino).mode
         return _named(fs, "reserved inode", ino) if used else {"structure": "reserved inode, free"}
     if offset < PAGE * (1 + sb.table_pages):
@@ -164,7 +165,7 @@ def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
     return facts
 
 
-def _tree_of(fs: Filesystem, ino: int, inode: Inode, page: int) -> str:
+def _tree_of(fs: Filesystem, ino: Ino, inode: Inode, page: PageNo) -> str:
     """Which of an inode's trees has a node."""
     if inode.xattrs and page in Tree(fs.volume, ino, inode.xattrs).all_pages():
         return "attributes"
@@ -173,7 +174,7 @@ def _tree_of(fs: Filesystem, ino: int, inode: Inode, page: int) -> str:
     return "directory" if stat.S_ISDIR(inode.mode) else "extents"
 
 
-def _attribute_at(fs: Filesystem, ino: int, inode: Inode, page: int) -> str | None:
+def _attribute_at(fs: Filesystem, ino: Ino, inode: Inode, page: PageNo) -> str | None:
     """The name of the attribute whose value has a page."""
     for attribute in Xattrs(fs.volume, ino, inode).all():
         if any(run.page <= page < run.page + run.length for run in attribute.runs):
@@ -181,6 +182,6 @@ def _attribute_at(fs: Filesystem, ino: int, inode: Inode, page: int) -> str | No
     return None
 
 
-def _named(fs: Filesystem, structure: str, ino: int) -> dict[str, Any]:
+def _named(fs: Filesystem, structure: str, ino: Ino) -> dict[str, Any]:
     paths = [os.fsdecode(path) for path in paths_of(fs.volume, {ino}).get(ino, [])]
     return {"structure": structure, "ino": ino, "path": paths[0] if paths else None, "paths": paths}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import BlockNo, Inode, PageNo
+from pkernfs.format import BlockNo, Ino, Inode, PageNo
 from pkernfs.fsck.problems import PROBLEMS, Code, Severity, Stage
 
+NO_INO = Ino(0)  #: it is about no inode
 MAX_FINDINGS = 10_000  #: more are not shown
 
 #: whether a key and a value can be an item of a tree: the trees of one inode are told apart by it
@@ -57,47 +58,47 @@ class NoInodes(NamedTuple):
 class NamedSlot(NamedTuple):
     """A slot that is free, and that a name points to."""
 
-    ino: int
+    ino: Ino
     mode: int  #: S_IFMT bits that the name says
 
 
 class Plausible(NamedTuple):
     """An inode with a wrong checksum that looks right."""
 
-    ino: int
+    ino: Ino
     inode: Inode
 
 
 class Unusable(NamedTuple):
     """An inode that cannot be kept."""
 
-    ino: int
+    ino: Ino
     why: str  #: behind "was"
 
 
 class Fields(NamedTuple):
     """What fields of an inode should be."""
 
-    ino: int
+    ino: Ino
     values: dict[str, Any]
 
 
 class NotEmpty(NamedTuple):
     """A free slot with something in it."""
 
-    ino: int
+    ino: Ino
 
 
 class Unlisted(NamedTuple):
     """An inode without a name that is missing in the list of orphans."""
 
-    ino: int
+    ino: Ino
 
 
 class Nameless(NamedTuple):
     """An inode that should have a name, and has none."""
 
-    ino: int
+    ino: Ino
 
 
 class Leak(NamedTuple):
@@ -110,21 +111,21 @@ class Leak(NamedTuple):
 class BadRecord(NamedTuple):
     """A record of page tables that names what is not there."""
 
-    ino: int
+    ino: Ino
     key: int
 
 
 class NewId(NamedTuple):
     """A domain whose id another has, too."""
 
-    ino: int
+    ino: Ino
     number: int  #: one that is free; 0: none is
 
 
 class FreeBitmap(NamedTuple):
     """A page of the bitmap of page tables that does not say that itself is in use."""
 
-    ino: int
+    ino: Ino
     page: PageNo
 
 
@@ -156,7 +157,7 @@ class Structure:
 
     __slots__ = ("broken", "damaged", "dropped", "field", "fits", "keeps", "kept", "nodes", "noted", "owner")
 
-    def __init__(self, owner: int, field: str, fits: Fits, *, keeps: bool) -> None:
+    def __init__(self, owner: Ino, field: str, fits: Fits, *, keeps: bool) -> None:
         self.owner = owner
         self.field = field  #: of the inode, that holds its root: root, xattrs, iommu
         self.fits = fits
@@ -188,7 +189,7 @@ class Finding:
 
     code: Code
     text: str  #: one line: what, where, expected, found
-    ino: int = 0  #: the inode concerned, or 0
+    ino: Ino = NO_INO  #: the inode concerned, or 0
     offset: int = 0  #: region offset in bytes, or 0
     data: Data | None = field(default=None, compare=False, repr=False)
     structure: Structure | None = field(default=None, compare=False, repr=False)  #: in which it was found
@@ -199,7 +200,7 @@ class Tally:
 
     __slots__ = ("owner", "pages", "sound", "structure")
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: Ino) -> None:
         self.owner = owner
         self.pages = 0  #: 4 KiB pages claimed
         self.sound = True
@@ -212,9 +213,9 @@ class Findings:
     def __init__(self) -> None:
         self.all: list[Finding] = []
         self.incomplete = False  #: something could not be read, so what is below it may seem lost
-        self.tally = Tally(0)
+        self.tally = Tally(NO_INO)
 
-    def note(self, code: Code, text: str, *, ino: int | None = None, offset: int = 0, data: Data | None = None) -> None:
+    def note(self, code: Code, text: str, *, ino: Ino | None = None, offset: int = 0, data: Data | None = None) -> None:
         """Note a problem of the inode at work, or of ``ino``.
 
         Beyond MAX_FINDINGS only those are kept that a repair needs: with data, or the first of a structure.
@@ -229,7 +230,7 @@ class Findings:
             if structure is not None and data is None:
                 structure.noted = True
 
-    def note_error(self, code: Code, error: CorruptError, *, ino: int | None = None, data: Data | None = None) -> None:
+    def note_error(self, code: Code, error: CorruptError, *, ino: Ino | None = None, data: Data | None = None) -> None:
         """Note what a reader would raise."""
         self.note(code, f"{error.what}: {error.found}", ino=ino, offset=error.offset, data=data)
 

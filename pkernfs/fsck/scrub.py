@@ -22,12 +22,14 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     SUPERBLOCK,
     TABLE_MAGIC,
+    Ino,
 )
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import check_page, read_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.xattrs import Xattrs
+from pkernfs.fsck.findings import NO_INO
 from pkernfs.region import check_superblock
 
 if TYPE_CHECKING:
@@ -40,11 +42,11 @@ class Damage(NamedTuple):
     """A structure whose checksum does not hold."""
 
     text: str
-    ino: int  #: the inode that it is, or belongs to; 0: none
+    ino: Ino  #: the inode that it is, or belongs to; 0: none
     offset: int  #: in the region, bytes
 
     @classmethod
-    def of(cls, error: CorruptError, ino: int = 0) -> Damage:
+    def of(cls, error: CorruptError, ino: Ino = NO_INO) -> Damage:
         """What an error says."""
         return cls(f"{error.what} at region offset {error.offset:#x}: {error.found}", ino, error.offset)
 
@@ -102,7 +104,7 @@ class _Step:
         self.structures = 0
         self.problems: list[Damage] = []
 
-    def damaged(self, error: CorruptError, ino: int = 0) -> None:
+    def damaged(self, error: CorruptError, ino: Ino = NO_INO) -> None:
         self.fs.volume.damage.note(error)
         self.problems.append(Damage.of(error, ino))
 
@@ -115,7 +117,7 @@ class _Step:
                 raw = self.region.read(offset, SUPERBLOCK.size)
                 check_superblock(raw, self.region.size, f"superblock at {offset:#x}", readonly=True)
             except FormatError as error:
-                self.problems.append(Damage(error.text, 0, offset))
+                self.problems.append(Damage(error.text, NO_INO, offset))
         self.journal()
         for index in range(sb.table_pages):
             offset = PAGE * (1 + index)
@@ -126,10 +128,10 @@ class _Step:
             except CorruptError as error:
                 self.damaged(error)
         for ino in range(1, FIRST_FREE_SLOT):
-            self.inode(ino)
+            self.inode(Ino(ino))
 
     def journal(self) -> None:
-        """Its header, and the last transaction where that is known to be whole: retired, but not yet overwritten."""
+        """Its header, and the last transaction where that is known to be whole: applied, and not yet overwritten."""
         self.structures += 1
         journal = self.fs.volume.journal
         header = JOURNAL_HEADER.unpack(self.region.read(journal.header_at, JOURNAL_HEADER.size))
@@ -162,7 +164,7 @@ class _Step:
                 self.node(page)
             elif slab.kinds[index] == PAGE_INODES:
                 for slot in range(INODES_PER_PAGE):
-                    self.inode(page * INODES_PER_PAGE + slot)
+                    self.inode(Ino(page * INODES_PER_PAGE + slot))
         return end
 
     def node(self, page: int) -> None:
@@ -174,9 +176,9 @@ class _Step:
             Node.decode(raw, page, owner)
         except CorruptError as error:
             # Not of the inode that the page names: a damaged page may name any.
-            self.damaged(CorruptError(error.what, error.offset, error.found), owner)
+            self.damaged(CorruptError(error.what, error.offset, error.found), Ino(owner))
 
-    def inode(self, ino: int) -> None:
+    def inode(self, ino: Ino) -> None:
         """An inode, and the values of its attributes that have pages of their own.  A free slot has a checksum, too."""
         self.structures += 1
         try:

@@ -126,7 +126,7 @@ def test_a_damaged_journal(made: str, capsys: Capture) -> None:
     assert capsys.readouterr().out.startswith(f"{made}: journal: the journal")
     assert digest(made) == before
     assert main(["-y", made]) == 1
-    assert "repaired: retired a transaction that cannot be trusted (the journal: " in capsys.readouterr().out
+    assert "repaired: dropped a transaction that cannot be trusted (the journal: " in capsys.readouterr().out
     assert main(["-n", made]) == 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import PAGE, PAGE_XATTR, Inode, PageNo, checksum
+from pkernfs.format import PAGE, PAGE_XATTR, Ino, Inode, PageNo, checksum
 from pkernfs.fs.xattrs import Attribute, Xattrs
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import hashed, is_attribute, items
@@ -11,7 +11,7 @@ from pkernfs.fsck.problems import Code
 from pkernfs.fsck.texts import quoted
 
 
-def attributes(check: Check, ino: int, inode: Inode) -> None:
+def attributes(check: Check, ino: Ino, inode: Inode) -> None:
     """Each can be read, stands where its name's hash says, and its value has its checksum."""
     if not inode.xattrs:
         return

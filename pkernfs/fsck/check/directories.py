@@ -13,6 +13,7 @@ from pkernfs.format import (
     ORPHANS_INO,
     ROOT_INO,
     Dirent,
+    Ino,
     Inode,
 )
 from pkernfs.fs.directory import Directory, Entry
@@ -36,7 +37,7 @@ def names(check: Check) -> None:
     check.walk(ROOT_INO)
 
 
-def entries(check: Check, ino: int, inode: Inode) -> None:
+def entries(check: Check, ino: Ino, inode: Inode) -> None:
     """Each can be read, stands where its name's hash says, once, and points to an inode of its type."""
     if not stat.S_ISDIR(inode.mode):
         return
@@ -73,7 +74,7 @@ def entries(check: Check, ino: int, inode: Inode) -> None:
         check.note(Code.LINK_COUNT, text, data=Fields(ino, {"nlink": links}))
 
 
-def _entry(check: Check, parent: int, directory: Inode, entry: Entry, what: str) -> tuple[bool, int]:
+def _entry(check: Check, parent: Ino, directory: Inode, entry: Entry, what: str) -> tuple[bool, int]:
     """One name: the inode that it stands for.  Whether that is a subdirectory; the type it has, 0: name it not."""
     ino = entry.ino
     if not check.memory.in_use(ino) or not may_be_named(ino):
@@ -108,7 +109,7 @@ def _entry(check: Check, parent: int, directory: Inode, entry: Entry, what: str)
     return True, 0 if misplaced else kind
 
 
-def _is_misplaced(check: Check, parent: int, ino: int, inode: Inode, what: str) -> bool:
+def _is_misplaced(check: Check, parent: Ino, ino: Ino, inode: Inode, what: str) -> bool:
     """Whether the name must go: domains stand in iommu/, and nothing else does.  Without records it is no domain."""
     if may_stand_in(parent, ino, inode):
         return False
@@ -122,7 +123,7 @@ def _is_misplaced(check: Check, parent: int, ino: int, inode: Inode, what: str) 
     return must_go
 
 
-def _file_name(check: Check, ino: int, inode: Inode, *, first: bool) -> None:
+def _file_name(check: Check, ino: Ino, inode: Inode, *, first: bool) -> None:
     names_left = check.reached.names_left
     left = (inode.nlink if first else names_left.get(ino, 0)) - 1
     if left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Inode
+from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Ino, Inode
 from pkernfs.fs.pages import has_extents
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import is_extent, items
@@ -12,7 +12,7 @@ from pkernfs.fsck.findings import Structure
 from pkernfs.fsck.problems import Code
 
 
-def extents(check: Check, ino: int, inode: Inode) -> None:
+def extents(check: Check, ino: Ino, inode: Inode) -> None:
     """Of two extents that overlap the first is the one that is too long, for each says where it begins."""
     if not has_extents(inode):
         return

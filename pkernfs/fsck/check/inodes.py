@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.format import FIRST_FREE_SLOT, FLAG_DIR, FLAG_FILE, GUARDED, INLINE_SIZE, Inode
+from pkernfs.format import FIRST_FREE_SLOT, FLAG_DIR, FLAG_FILE, GUARDED, INLINE_SIZE, Ino, Inode
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
 from pkernfs.fsck.check.rules import RESERVED, TYPES, has_type, may_hold_tables, type_flags
 from pkernfs.fsck.check.state import Check
@@ -13,7 +13,7 @@ from pkernfs.fsck.problems import Code
 from pkernfs.fsck.texts import quoted, type_of
 
 
-def mode(check: Check, ino: int, inode: Inode) -> None:
+def mode(check: Check, ino: Ino, inode: Inode) -> None:
     """A type and permissions, and nothing else."""
     data: Unusable | Fields
     if stat.S_IFMT(inode.mode) not in TYPES:
@@ -26,7 +26,7 @@ def mode(check: Check, ino: int, inode: Inode) -> None:
     check.note(Code.INODE_MODE, text, data=data)
 
 
-def flags(check: Check, ino: int, inode: Inode) -> None:
+def flags(check: Check, ino: Ino, inode: Inode) -> None:
     """The flags say what the type says."""
     if not has_type(ino, inode):
         return
@@ -44,14 +44,14 @@ def flags(check: Check, ino: int, inode: Inode) -> None:
     check.note(Code.INODE_FLAGS, f"inode {ino:#x}: {text}, found {inode.flags:#x}", data=Fields(ino, values))
 
 
-def parent(check: Check, ino: int, inode: Inode) -> None:
+def parent(check: Check, ino: Ino, inode: Inode) -> None:
     """Only directories have a parent; theirs is compared where they are named."""
     if inode.parent and not stat.S_ISDIR(inode.mode):
         text = f"inode {ino:#x}: expected no parent, found {inode.parent:#x}"
         check.note(Code.INODE_PARENT, text, data=Fields(ino, {"parent": 0}))
 
 
-def size(check: Check, ino: int, inode: Inode) -> None:
+def size(check: Check, ino: Ino, inode: Inode) -> None:
     """A size that the type allows."""
     limit = SIZE_LIMITS.get(stat.S_IFMT(inode.mode), 0)
     if inode.size > limit and not stat.S_ISDIR(inode.mode):
@@ -59,7 +59,7 @@ def size(check: Check, ino: int, inode: Inode) -> None:
         check.note(Code.INODE_SIZE, text, data=Fields(ino, {"size": limit}))
 
 
-def symlink(check: Check, ino: int, inode: Inode) -> None:
+def symlink(check: Check, ino: Ino, inode: Inode) -> None:
     """A short target stands in the inode, and nothing behind it."""
     if not stat.S_ISLNK(inode.mode) or has_extents(inode):
         return
@@ -70,14 +70,14 @@ def symlink(check: Check, ino: int, inode: Inode) -> None:
         check.note(Code.SYMLINK, text, data=Fields(ino, {"root": 0, "inline": inline}))
 
 
-def no_pins(check: Check, ino: int, inode: Inode) -> None:
+def no_pins(check: Check, ino: Ino, inode: Inode) -> None:
     """Only regular files are mapped."""
     if inode.iommu and not stat.S_ISREG(inode.mode):
         text = f"inode {ino:#x}: expected no pins for {type_of(inode.mode)}, found {inode.iommu:#x}"
         check.note(Code.IOMMU_PINS, text, data=Fields(ino, {"iommu": 0}))
 
 
-def no_content(check: Check, ino: int, inode: Inode) -> None:
+def no_content(check: Check, ino: Ino, inode: Inode) -> None:
     """Devices, FIFOs and sockets have no content."""
     kind = stat.S_IFMT(inode.mode)
     if not SIZE_LIMITS.get(kind) and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
@@ -85,7 +85,7 @@ def no_content(check: Check, ino: int, inode: Inode) -> None:
         check.note(Code.INODE_CONTENT, text, data=Fields(ino, {"root": 0, "inline": bytes(INLINE_SIZE)}))
 
 
-def pages(check: Check, ino: int, inode: Inode) -> None:
+def pages(check: Check, ino: Ino, inode: Inode) -> None:
     """The inode counts the pages that it holds."""
     tally = check.findings.tally
     if tally.sound and tally.pages != inode.pages:

@@ -40,7 +40,9 @@ from pkernfs.format import (
     WRITE,
     Attachment,
     DomainRecord,
+    Ino,
     Inode,
+    IovaPage,
     Mapping,
     PageNo,
 )
@@ -95,7 +97,7 @@ OF_ROOT = (
 )
 
 
-def record(ino: int, key: int, value: bytes, pages: int) -> Any:
+def record(ino: Ino, key: int, value: bytes, pages: int) -> Any:
     """The record of inode ``ino``, whose tables have ``pages`` pages; None when it cannot be one."""
     for kind in OF_ROOT if ino == ROOT_PGTABLES_INO else OF_DOMAIN:
         if key in kind.keys and len(value) == kind.layout.size:
@@ -104,7 +106,7 @@ def record(ino: int, key: int, value: bytes, pages: int) -> Any:
     return None
 
 
-def whole_pages(check: Check, ino: int, inode: Inode) -> int:
+def whole_pages(check: Check, ino: Ino, inode: Inode) -> int:
     """How many pages from the start of a file on are in whole blocks.  Raises CorruptError."""
     pages = 0
     for extent in FileMap(check.volume, ino, inode).extents():
@@ -116,7 +118,7 @@ def whole_pages(check: Check, ino: int, inode: Inode) -> int:
     return pages
 
 
-def tables(check: Check, ino: int, inode: Inode) -> None:
+def tables(check: Check, ino: Ino, inode: Inode) -> None:
     """Page tables are whole blocks, to their end, and the pages of their bitmaps are in use."""
     if not holds_tables(inode) or not check.findings.tally.sound or ino in check.reached.wrong_flags:
         return
@@ -137,7 +139,7 @@ def tables(check: Check, ino: int, inode: Inode) -> None:
             check.note(Code.IOMMU_BITMAP, text, offset=page * PAGE, data=FreeBitmap(ino, PageNo(page)))
 
 
-def records(check: Check, ino: int, inode: Inode) -> None:
+def records(check: Check, ino: Ino, inode: Inode) -> None:
     """Each has a key and a form that are known, and mappings do not overlap; what files they pin is compared later."""
     named = check.records
     if not holds_tables(inode):
@@ -168,7 +170,7 @@ def records(check: Check, ino: int, inode: Inode) -> None:
             continue
         if isinstance(found, Mapping):
             end = key + found.length
-            named.mappings.setdefault(found.ino, []).append((ino, key, found))
+            named.mappings.setdefault(Ino(found.ino), []).append((ino, IovaPage(key), found))
         elif isinstance(found, DomainRecord):
             named.ids.setdefault(found.id, []).append(ino)
         elif isinstance(found, Attachment):
@@ -181,7 +183,7 @@ def mappings(check: Check) -> None:
     """A mapping names memory of a file, within its size, and a file counts the mappings that name it."""
     if check.findings.incomplete:
         return
-    counts: Counter[int] = Counter()
+    counts: Counter[Ino] = Counter()
     for file, found in check.records.mappings.items():
         if _is_mappable(check, file):
             counts[file] = len(found)
@@ -197,17 +199,17 @@ def mappings(check: Check) -> None:
             check.note(Code.IOMMU_PINS, text, ino=ino, data=Fields(ino, {"iommu": counts[ino]}))
 
 
-def _is_mappable(check: Check, ino: int) -> bool:
+def _is_mappable(check: Check, ino: Ino) -> bool:
     inode = check.inode(ino) if ino >= FIRST_FREE_SLOT and check.memory.in_use(ino) and ino in check.reached else None
     return inode is not None and stat.S_ISREG(inode.mode) and not inode.flags & GUARDED
 
 
-def _bad_mapping(check: Check, domain: int, key: int, found: str) -> None:
+def _bad_mapping(check: Check, domain: Ino, key: int, found: str) -> None:
     text = f"IOVA {key * PAGE:#x} of domain {domain:#x}: expected memory of a file, found {found}"
     check.note(Code.IOMMU_MAPPING, text, ino=domain, data=BadRecord(domain, key))
 
 
-def _memory(check: Check, file: int, found: list[tuple[int, int, Mapping]]) -> None:
+def _memory(check: Check, file: Ino, found: list[tuple[Ino, IovaPage, Mapping]]) -> None:
     """Compare the mappings of one file with its memory and its size."""
     inode = check.inode(file)
     assert inode is not None

@@ -28,6 +28,7 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     BlockNo,
     Extent,
+    Ino,
     PageNo,
 )
 from pkernfs.fs.slab import Slab
@@ -35,6 +36,12 @@ from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import DamagedHeader, Data, Findings, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
+
+
+def in_block(page: int) -> tuple[BlockNo, int]:
+    """The block that a page of the region is in, and which of its pages it is."""
+    block, index = divmod(page, PAGES_PER_BLOCK)
+    return BlockNo(block), index
 
 
 class Memory:
@@ -48,23 +55,23 @@ class Memory:
         self.region = volume.region
         self.findings = findings
         self.table = volume.space.table
-        self.slab_blocks = volume.space.slab_blocks()
+        self.slab_blocks = [BlockNo(block) for block in volume.space.slab_blocks()]
         self.first_block = volume.sb.first_block
         self.total_pages = volume.total_pages
         self.blocks = array("Q", bytes(8 * len(self.table)))
-        self.pages: dict[int, array[int]] = {}  #: by block, for slabs
-        self.slabs: dict[int, Slab] = {}  #: those whose headers are sound
-        self.headless: dict[int, bytearray] = {}  #: the others: kinds of their pages as they are used
-        self.disputed_pages: set[int] = set()  #: used as another kind than their slab says
-        self.disputed_blocks: set[int] = set()  #: used whole by a file, and the table has them as something else
-        self.misused_blocks: set[int] = set()  #: data blocks that a file uses in part, or not in their place
-        self.empty_slabs: set[int] = set()  #: disputed blocks that the table has as slabs, and nothing stands in them
-        self._stray_leaves: dict[int, list[PageNo]] | None = None  #: by owner
+        self.pages: dict[BlockNo, array[int]] = {}  #: by block, for slabs
+        self.slabs: dict[BlockNo, Slab] = {}  #: those whose headers are sound
+        self.headless: dict[BlockNo, bytearray] = {}  #: the others: kinds of their pages as they are used
+        self.disputed_pages: set[PageNo] = set()  #: used as another kind than their slab says
+        self.disputed_blocks: set[BlockNo] = set()  #: used whole by a file, and the table has them as something else
+        self.misused_blocks: set[BlockNo] = set()  #: data blocks that a file uses in part, or not in their place
+        self.empty_slabs: set[BlockNo] = set()  #: disputed blocks that are slabs, with nothing in them
+        self._stray_leaves: dict[Ino, list[PageNo]] | None = None  #: by owner
 
-    def owner_of(self, page: PageNo) -> int:
+    def owner_of(self, page: PageNo) -> Ino:
         """The inode that owns a page, of a slab or of a data block; 0: none."""
-        block, index = divmod(page, PAGES_PER_BLOCK)
-        return self.pages[block][index] if block in self.pages else self.blocks[block]
+        block, index = in_block(page)
+        return Ino(self.pages[block][index] if block in self.pages else self.blocks[block])
 
     def load_slabs(self) -> None:
         """Decode the headers of all slabs."""
@@ -74,14 +81,14 @@ class Memory:
                 self.slabs[block] = Slab.decode(self.region.read(block * BLOCK, PAGE), block)
             except CorruptError as error:
                 kinds = self.headless[block] = bytearray(PAGES_PER_BLOCK)
-                self.findings.note_error(Code.SLAB_HEADER, error, data=DamagedHeader(BlockNo(block), kinds))
+                self.findings.note_error(Code.SLAB_HEADER, error, data=DamagedHeader(block, kinds))
 
-    def in_use(self, ino: int) -> bool:
+    def in_use(self, ino: Ino) -> bool:
         """Whether an inode may be read from the slot; all slots of a damaged slab may."""
         if ino < FIRST_FREE_SLOT:
             return ino in RESERVED
         page, slot = divmod(ino, INODES_PER_PAGE)
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        block, index = in_block(page)
         if block not in self.pages:
             return False
         slab = self.slabs.get(block)
@@ -95,12 +102,12 @@ class Memory:
 
     def in_slab(self, page: PageNo, what: str) -> bool:
         """Whether the page is one of a slab; noted when it is not."""
-        block = page // PAGES_PER_BLOCK
+        block, _ = in_block(page)
         if block in self.pages:
             return True
         where, data = "beyond the region", None
         if 0 <= block < len(self.table):
-            where, data = BLOCK_KINDS[self.table[block]], UsedAsSlab(BlockNo(block))
+            where, data = BLOCK_KINDS[self.table[block]], UsedAsSlab(block)
         text = f"{what}: expected a page of a slab, found page {page:#x}, which is {where}"
         self.findings.note(Code.PAGE_RANGE, text, data=data)
         return False
@@ -112,7 +119,7 @@ class Memory:
         for at in map(PageNo, range(page, page + count)):
             if not self.in_slab(at, what):
                 break
-            block, index = divmod(at, PAGES_PER_BLOCK)
+            block, index = in_block(at)
             owners = self.pages[block]
             slab = self.slabs.get(block)
             tally.pages += 1
@@ -156,7 +163,7 @@ class Memory:
             return []
         good: list[Extent] = []
         while left:
-            block, index = divmod(page, PAGES_PER_BLOCK)
+            block, index = in_block(page)
             step = min(left, PAGES_PER_BLOCK - index)
             runs = [(PageNo(page), step)]
             # A sound slab has its header in the first page: none is data as a whole.
@@ -174,7 +181,7 @@ class Memory:
             start, page, left = start + step, page + step, left - step
         return good
 
-    def _claim_block(self, block: int, start: int, index: int, step: int, what: str) -> bool:
+    def _claim_block(self, block: BlockNo, start: int, index: int, step: int, what: str) -> bool:
         note = self.findings.note
         kind = self.table[block]
         whole, aligned = step == PAGES_PER_BLOCK, not start % PAGES_PER_BLOCK
@@ -189,9 +196,9 @@ class Memory:
         elif kind != BLOCK_DATA:
             code = Code.BLOCK_FREE if kind == BLOCK_FREE else Code.BLOCK_KIND
             text = f"{what}: expected block {block} to be 'data', found {BLOCK_KINDS[kind]!r}"
-            use: Data = UsedAsSlab(BlockNo(block))
+            use: Data = UsedAsSlab(block)
             if whole and aligned:
-                use = UsedAsData(BlockNo(block))
+                use = UsedAsData(block)
                 self.disputed_blocks.add(block)
             note(code, text, offset=block * BLOCK, data=use)
         elif self.blocks[block]:
@@ -208,7 +215,7 @@ class Memory:
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.total_pages:
             return False
         while count:
-            block, index = divmod(page, PAGES_PER_BLOCK)
+            block, index = in_block(page)
             step = min(count, PAGES_PER_BLOCK - index)
             if block in self.pages:
                 slab = self.slabs.get(block)
@@ -220,7 +227,7 @@ class Memory:
             page, count = PageNo(page + step), count - step
         return True
 
-    def stray_leaves(self, owner: int) -> list[PageNo]:
+    def stray_leaves(self, owner: Ino) -> list[PageNo]:
         """Pages with leaves that name the inode as their owner, and that no node pointed to so far."""
         if self._stray_leaves is None:
             self._stray_leaves = {}
@@ -230,5 +237,5 @@ class Memory:
                         page = PageNo(block * PAGES_PER_BLOCK + index)
                         header = PAGE_HEADER_LAYOUT.unpack(self.region.view, page * PAGE)
                         if header.magic == NODE_MAGIC and not header.level:
-                            self._stray_leaves.setdefault(header.owner, []).append(page)
+                            self._stray_leaves.setdefault(Ino(header.owner), []).append(page)
         return [page for page in self._stray_leaves.get(owner, ()) if not self.owner_of(page)]

@@ -19,6 +19,7 @@ from pkernfs.format import (
     SUPERBLOCK_CHECKED,
     TABLE_FANOUT,
     TABLE_MAGIC,
+    Ino,
     PageNo,
 )
 from pkernfs.fs.journal import MAX_SEQUENCE
@@ -91,7 +92,7 @@ def slab_headers(check: Check) -> None:
 
 def reserved_inodes(check: Check) -> None:
     """The slots in block 0 hold what mkfs made, and nothing else."""
-    for ino in range(1, FIRST_FREE_SLOT):
+    for ino in map(Ino, range(1, FIRST_FREE_SLOT)):
         inode = check.inode(ino)
         if inode is None:
             continue

@@ -13,7 +13,9 @@ from pkernfs.format import (
     ORPHANS_INO,
     PAGE_INODES,
     PAGES_PER_BLOCK,
+    Ino,
     Inode,
+    PageNo,
 )
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import read_inode
@@ -24,7 +26,7 @@ from pkernfs.fsck.problems import Code
 from pkernfs.fsck.texts import quoted
 
 
-def says_listed(check: Check, ino: int, inode: Inode) -> None:
+def says_listed(check: Check, ino: Ino, inode: Inode) -> None:
     """An inode with links is on the list of orphans; compared with the list later."""
     if inode.orphan_next or inode.orphan_prev:
         check.reached.says_listed.add(ino)
@@ -36,7 +38,7 @@ def orphans(check: Check) -> None:
     if head is None:
         return
     listed = check.reached.listed
-    before, ino = int(ORPHANS_INO), head.orphan_next
+    before, ino = ORPHANS_INO, Ino(head.orphan_next)
     while ino != ORPHANS_INO:
         inode = check.inode(ino) if check.memory.in_use(ino) else None
         if inode is None or ino in listed:
@@ -50,7 +52,7 @@ def orphans(check: Check) -> None:
             check.note(Code.ORPHAN_LINKS, text, ino=ino)
         if not inode.nlink and check.reached.mark(ino):
             check.walk(ino)
-        before, ino = ino, inode.orphan_next
+        before, ino = ino, Ino(inode.orphan_next)
     if head.orphan_prev != before:
         text = f"list of orphans: expected {before:#x} as last, found {head.orphan_prev:#x}"
         check.note(Code.ORPHAN_LINKS, text)
@@ -79,21 +81,22 @@ def lost_inodes(check: Check) -> None:
         _lost(check, ino)
 
 
-def _lost_slots(check: Check) -> list[int]:
+def _lost_slots(check: Check) -> list[Ino]:
     """The slots that are in use and were not reached: those that others of them name at the end."""
-    found: list[int] = []
+    found: list[Ino] = []
     for block, slab in check.memory.slabs.items():
         if block in check.memory.empty_slabs:
             continue
         index = slab.kinds.find(PAGE_INODES)
         while index >= 0:
-            first = (block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE
-            lost = slab.slots[index] & ~check.reached.slots.get(first // INODES_PER_PAGE, 0)
+            page = PageNo(block * PAGES_PER_BLOCK + index)
+            lost = slab.slots[index] & ~check.reached.slots.get(page, 0)
             for slot in range(INODES_PER_PAGE):
+                ino = Ino(page * INODES_PER_PAGE + slot)
                 if lost >> slot & 1:
-                    found.append(first + slot)
+                    found.append(ino)
                 elif not slab.slots[index] >> slot & 1:
-                    _free_slot(check, first + slot)
+                    _free_slot(check, ino)
             index = slab.kinds.find(PAGE_INODES, index + 1)
     if check.findings.incomplete:
         return []
@@ -101,7 +104,7 @@ def _lost_slots(check: Check) -> list[int]:
     return sorted(found, key=named.__contains__)
 
 
-def _named_by(check: Check, ino: int) -> list[int]:
+def _named_by(check: Check, ino: Ino) -> list[Ino]:
     """The inodes that a lost directory names: nothing is claimed or noted, and what is damaged names none."""
     try:
         inode = read_inode(check.region, ino)
@@ -112,7 +115,7 @@ def _named_by(check: Check, ino: int) -> list[int]:
         return []
 
 
-def _lost(check: Check, ino: int) -> None:
+def _lost(check: Check, ino: Ino) -> None:
     """A slot that is in use, and that no name and no list points to."""
     if check.findings.incomplete or not check.reached.mark(ino):
         return
@@ -132,7 +135,7 @@ def _lost(check: Check, ino: int) -> None:
     check.walk(ino)
 
 
-def _free_slot(check: Check, ino: int) -> None:
+def _free_slot(check: Check, ino: Ino) -> None:
     mode = int.from_bytes(check.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
     found = f"mode {mode:o} in it" if mode else ""
     try:

@@ -11,7 +11,7 @@ from pkernfs.fs.journal import Journal
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.passes import EACH_INODE, PASSES, Pass
 from pkernfs.fsck.check.state import Check
-from pkernfs.fsck.findings import Finding, Tally
+from pkernfs.fsck.findings import NO_INO, Finding, Tally
 from pkernfs.fsck.problems import Code
 from pkernfs.region import Region, check_superblock, read_superblock
 
@@ -46,7 +46,7 @@ def run_check(
     state = Check(volume, EACH_INODE, for_repair=for_repair, tell=tell)
     for number, one in enumerate(passes, 1):  # noqa: B007 (tell uses it)
         tell()
-        state.findings.tally = Tally(0)
+        state.findings.tally = Tally(NO_INO)
         one(state)
     return state
 
@@ -87,11 +87,11 @@ def open_volume(region: Region) -> Volume | Finding:
     try:
         Journal(region, sb).waiting()
     except CorruptError as error:
-        return Finding(Code.JOURNAL, f"{error.what}: {error.found}", 0, error.offset)
+        return Finding(Code.JOURNAL, f"{error.what}: {error.found}", NO_INO, error.offset)
     try:
         return Volume(region)
     except CorruptError as error:
-        return Finding(Code.BLOCK_TABLE, f"{error.what}: {error.found}", 0, error.offset)
+        return Finding(Code.BLOCK_TABLE, f"{error.what}: {error.found}", NO_INO, error.offset)
 
 
 def _superblock(region: Region, error: FormatError) -> Finding:

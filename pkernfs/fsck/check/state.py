@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import INODES_PER_PAGE, Attachment, Inode, Mapping
+from pkernfs.format import INODES_PER_PAGE, Attachment, Ino, Inode, IovaPage, Mapping, PageNo
 from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.memory import Memory
@@ -21,28 +21,34 @@ from pkernfs.fsck.problems import Code
 STEP = 1000  #: inodes from one call of ``tell`` to the next
 
 
+def page_of(ino: int) -> tuple[PageNo, int]:
+    """The page of the region that an inode's slot is in, and which of its slots it is."""
+    page, slot = divmod(ino, INODES_PER_PAGE)
+    return PageNo(page), slot
+
+
 class Reached:
     """Which inodes were reached so far, and what is to be compared when all are."""
 
     def __init__(self) -> None:
         self.files = 0
         self.directories = 0
-        self.slots: dict[int, int] = {}  #: by page of inodes: bitmap of those that were reached
-        self.damaged: set[int] = set()  #: those that cannot be read, which was noted
-        self.wrong_flags: set[int] = set()  #: those whose flags are to be corrected
-        self.names_left: dict[int, int] = {}  #: files of which not all names, or too many, were found yet
-        self.says_listed: set[int] = set()  #: those that say they are on the list of orphans
-        self.listed: set[int] = set()  #: those that are
+        self.slots: dict[PageNo, int] = {}  #: by page of inodes: bitmap of those that were reached
+        self.damaged: set[Ino] = set()  #: those that cannot be read, which was noted
+        self.wrong_flags: set[Ino] = set()  #: those whose flags are to be corrected
+        self.names_left: dict[Ino, int] = {}  #: files of which not all names, or too many, were found yet
+        self.says_listed: set[Ino] = set()  #: those that say they are on the list of orphans
+        self.listed: set[Ino] = set()  #: those that are
 
-    def mark(self, ino: int) -> bool:
+    def mark(self, ino: Ino) -> bool:
         """Note that the inode was reached; whether for the first time."""
-        page, slot = divmod(ino, INODES_PER_PAGE)
+        page, slot = page_of(ino)
         before = self.slots.get(page, 0)
         self.slots[page] = before | 1 << slot
         return not before >> slot & 1
 
-    def __contains__(self, ino: int) -> bool:
-        page, slot = divmod(ino, INODES_PER_PAGE)
+    def __contains__(self, ino: Ino) -> bool:
+        page, slot = page_of(ino)
         return bool(self.slots.get(page, 0) >> slot & 1)
 
 
@@ -50,19 +56,19 @@ class QuotaUse:
     """What counts against which quota."""
 
     def __init__(self) -> None:
-        self.used: dict[int, int] = {}  #: by project: bytes of the inodes that name it
-        self.odd: dict[tuple[int, int], int] = {}  #: (directory, other project of an entry): the entry's inode
-        self.linked: dict[int, set[int]] = {}  #: files with many names, under quotas: the directories that name them
+        self.used: dict[Ino, int] = {}  #: by project: bytes of the inodes that name it
+        self.odd: dict[tuple[Ino, Ino], Ino] = {}  #: (directory, other project of an entry): the entry's inode
+        self.linked: dict[Ino, set[Ino]] = {}  #: files with many names, under quotas: the directories that name them
 
 
 class TableRecords:
     """What the records of page tables name."""
 
     def __init__(self) -> None:
-        self.domains: set[int] = set()
-        self.ids: dict[int, list[int]] = {}  #: by domain id: the domains that have it
-        self.mappings: dict[int, list[tuple[int, int, Mapping]]] = {}  #: by file: (domain, key, mapping)
-        self.pinned: dict[int, int] = {}  #: inodes without page tables: the pins that they count
+        self.domains: set[Ino] = set()
+        self.ids: dict[int, list[Ino]] = {}  #: by domain id: the domains that have it
+        self.mappings: dict[Ino, list[tuple[Ino, IovaPage, Mapping]]] = {}  #: by file: (domain, key, mapping)
+        self.pinned: dict[Ino, int] = {}  #: inodes without page tables: the pins that they count
         self.attachments: list[tuple[int, Attachment]] = []  #: (key, attachment)
 
 
@@ -90,13 +96,13 @@ class Check:
         self.reached = Reached()
         self.quotas = QuotaUse()
         self.records = TableRecords()
-        self.todo: list[int] = []  #: directories to walk
+        self.todo: list[Ino] = []  #: directories to walk
         self._each_inode = each_inode
         self._tell = tell
 
     # -- inodes ---------------------------------------------------------------------------------------------------
 
-    def inode(self, ino: int) -> Inode | None:
+    def inode(self, ino: Ino) -> Inode | None:
         """The inode; None when it is damaged, which is noted once."""
         try:
             return read_inode(self.region, ino)
@@ -110,7 +116,7 @@ class Check:
 
     # -- the walk -------------------------------------------------------------------------------------------------
 
-    def content(self, ino: int, inode: Inode) -> None:
+    def content(self, ino: Ino, inode: Inode) -> None:
         """The inode itself and all that it holds; of a directory the subdirectories are put on the list to walk."""
         reached, findings = self.reached, self.findings
         outer, findings.tally = findings.tally, Tally(ino)
@@ -124,7 +130,7 @@ class Check:
             one(self, ino, inode)
         findings.tally = outer
 
-    def walk(self, ino: int) -> None:
+    def walk(self, ino: Ino) -> None:
         """Inode ``ino`` and all below it; a list and no recursion, for names may be nested without a limit."""
         self.todo.append(ino)
         while self.todo:
@@ -147,4 +153,4 @@ class Check:
             structure.kept, structure.nodes = [], []
 
 
-InodeCheck: TypeAlias = Callable[[Check, int, Inode], None]
+InodeCheck: TypeAlias = Callable[[Check, Ino, Inode], None]

@@ -25,6 +25,7 @@ from pkernfs.format import (
     PAGE_XATTR,
     PAGES_PER_BLOCK,
     ExtentValue,
+    Ino,
     Inode,
     PageNo,
     name_key,
@@ -53,9 +54,9 @@ class _Judge:
         self.reached = work.reached
         self.plausible = {data.ino: (code, data.inode) for code, data in work.found(Plausible)}
 
-    def inode(self, ino: int, inode: Inode) -> Inode:
+    def inode(self, ino: Ino, inode: Inode) -> Inode:
         """The inode without extents of memory that cannot be its own."""
-        if not has_extents(inode) or (inode.root and is_root_of(self.volume, inode.root, ino)):
+        if not has_extents(inode) or (inode.root and is_root_of(self.volume, PageNo(inode.root), ino)):
             return inode
         extents = [EXTENT.unpack(inode.inline, at * EXTENT.size) for at in range(INLINE_EXTENTS)]
         items = [(e.start, EXTENT_VALUE.pack(ExtentValue(e.page, e.length))) for e in extents if e.length]
@@ -78,7 +79,7 @@ class _Judge:
             node.keys, node.values = [key for key, _ in right], [value for _, value in right]
         return node if node.keys and all(a < b for a, b in pairwise(node.keys)) else None
 
-    def _decoded(self, page: PageNo, owner: int) -> Node | None:
+    def _decoded(self, page: PageNo, owner: Ino) -> Node | None:
         if page // PAGES_PER_BLOCK not in self.memory.pages:
             return None
         try:
@@ -86,12 +87,12 @@ class _Judge:
         except CorruptError:
             return None
 
-    def is_right_extent(self, _: int, key: int, value: bytes) -> bool:
+    def is_right_extent(self, _: Ino, key: int, value: bytes) -> bool:
         extent = EXTENT_VALUE.unpack(value)
         in_file = key + extent.length <= MAX_FILE_SIZE // PAGE
         return in_file and self.memory.is_nobodys(PageNo(extent.page), extent.length, PAGE_DATA)
 
-    def is_right_entry(self, owner: int, key: int, value: bytes) -> bool:
+    def is_right_entry(self, owner: Ino, key: int, value: bytes) -> bool:
         """An entry that points to an inode which is not named elsewhere as often as it says."""
         try:
             entry = Directory(self.volume, owner, Inode())._entry(key, value)
@@ -106,7 +107,7 @@ class _Judge:
             return inode.parent == owner
         return ino not in self.reached or ino in self.plausible or self.reached.names_left.get(ino, 0) > 0
 
-    def is_right_attribute(self, owner: int, key: int, value: bytes) -> bool:
+    def is_right_attribute(self, owner: Ino, key: int, value: bytes) -> bool:
         try:
             attribute = Xattrs(self.volume, owner, Inode())._attribute(key, value)
         except CorruptError:
@@ -115,7 +116,7 @@ class _Judge:
         is_own = all(self.memory.is_nobodys(PageNo(run.page), run.length, PAGE_XATTR) for run in runs)
         return is_own and self._at_its_key(key, attribute.name)
 
-    def is_right_record(self, owner: int, key: int, value: bytes) -> bool:
+    def is_right_record(self, owner: Ino, key: int, value: bytes) -> bool:
         return record(owner, key, value, self.volume.total_pages) is not None
 
     def _at_its_key(self, key: int, name: bytes) -> bool:
@@ -124,7 +125,7 @@ class _Judge:
 
 
 #: how a value of a tree is told -> whether an item (owner, key, value) is right by itself
-_IS_RIGHT: dict[Fits, Callable[[_Judge, int, int, bytes], bool]] = {
+_IS_RIGHT: dict[Fits, Callable[[_Judge, Ino, int, bytes], bool]] = {
     is_extent: _Judge.is_right_extent,
     is_entry: _Judge.is_right_entry,
     is_attribute: _Judge.is_right_attribute,

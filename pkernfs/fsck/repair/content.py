@@ -18,6 +18,7 @@ from pkernfs.format import (
     KEY_SLOTS,
     XATTR_HEAD,
     Extent,
+    Ino,
     Inode,
     name_key,
 )
@@ -37,7 +38,7 @@ class NewTree(Tree):
     Those are stored through the journal, so that a crash leaves the old tree or the new one.
     """
 
-    def __init__(self, volume: Volume, owner: int, old: Sequence[int]) -> None:
+    def __init__(self, volume: Volume, owner: Ino, old: Sequence[int]) -> None:
         super().__init__(volume, owner, 0)
         self.old = list(old[:BATCH])
 

@@ -14,10 +14,12 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     ROOT_INO,
     ROOT_PGTABLES_INO,
+    Ino,
     Inode,
+    PageNo,
 )
 from pkernfs.fs.node import Node
-from pkernfs.fs.pages import raw_inode, read_inode
+from pkernfs.fs.pages import new_inode, raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import Fields, NotEmpty, Unlisted, Unusable
@@ -25,7 +27,7 @@ from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
 
 
-def empty_slot(volume: Volume, ino: int) -> Inode:
+def empty_slot(volume: Volume, ino: Ino) -> Inode:
     """What a free slot holds: the number that tells its users apart goes on."""
     return Inode(generation=raw_inode(volume.region, ino).generation)
 
@@ -33,7 +35,7 @@ def empty_slot(volume: Volume, ino: int) -> Inode:
 def bad_inodes(work: Work) -> None:
     """An inode that cannot be kept is cleared, a reserved one made anew; what it had is freed later.
 
-    Only the slot: the names that are left lead to nothing then, and go in the next round.
+    Only the slot: the names that are left point to nothing then, and go in the next round.
     """
     volume, space = work.volume, work.volume.space
     bad = {data.ino: (code, data.why) for code, data in work.found(Unusable)}
@@ -51,9 +53,8 @@ def bad_inodes(work: Work) -> None:
                 work.note(code, f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
 
 
-def _reserved(volume: Volume, ino: int) -> Inode:
-    """A reserved inode as mkfs makes it; a directory keeps its entries and attributes, and
-    root-pgtables its records.
+def _reserved(volume: Volume, ino: Ino) -> Inode:
+    """A reserved inode as mkfs makes it; a directory keeps its entries and attributes, root-pgtables its records.
 
     Trees that cannot be found begin nowhere: the next round makes them anew from their leaves.
     """
@@ -63,8 +64,8 @@ def _reserved(volume: Volume, ino: int) -> Inode:
     kind, flags = RESERVED[ino]
     is_dir = kind == stat.S_IFDIR
     now = volume.clock()
-    permissions = 0o755 if ino != ROOT_INO + 3 else 0o600
-    pages = (raw.root, raw.xattrs, raw.iommu)
+    permissions = 0o600 if ino == ROOT_PGTABLES_INO else 0o755
+    pages = map(PageNo, (raw.root, raw.xattrs, raw.iommu))
     trees = [page if is_root_of(volume, page, ino) else volume.total_pages for page in pages]
     root, xattrs = trees[:2] if is_dir else (0, 0)
     records = trees[2] if ino == ROOT_PGTABLES_INO else 0
@@ -73,26 +74,11 @@ def _reserved(volume: Volume, ino: int) -> Inode:
         owner = read_inode(volume.region, ROOT_INO)
     except CorruptError:
         owner = Inode()
-    return Inode(
-        atime=now,
-        mtime=now,
-        ctime=now,
-        btime=now,
-        mode=kind | permissions,
-        nlink=2 if is_dir else 1,
-        uid=owner.uid,
-        gid=owner.gid,
-        flags=flags,
-        parent=ROOT_INO if is_dir else 0,
-        root=root,
-        xattrs=xattrs,
-        iommu=records,
-        orphan_next=listed,
-        orphan_prev=listed,
-    )
+    made = new_inode(kind | permissions, now, owner.uid, owner.gid, flags=flags, parent=ROOT_INO)
+    return made._replace(root=root, xattrs=xattrs, iommu=records, orphan_next=listed, orphan_prev=listed)
 
 
-def is_root_of(volume: Volume, page: int, ino: int) -> bool:
+def is_root_of(volume: Volume, page: PageNo, ino: Ino) -> bool:
     """Whether the page holds a node that names the inode as its owner, whatever its checksum."""
     if not volume.sb.first_block * PAGES_PER_BLOCK <= page < volume.total_pages:
         return False
@@ -116,7 +102,7 @@ def free_slots(work: Work) -> None:
 def fields(work: Work) -> None:
     """Types, flags, parents, sizes and counts are what the walk found."""
     volume = work.volume
-    wrong: dict[int, dict[Code, dict[str, Any]]] = {}  #: by inode, and by the invariant that they are to mend
+    wrong: dict[Ino, dict[Code, dict[str, Any]]] = {}  #: by inode, and by the invariant that they are to mend
     for code, data in work.found(Fields):
         wrong.setdefault(data.ino, {}).setdefault(code, {}).update(data.values)
     for batch in batches(wrong.items()):
@@ -164,7 +150,7 @@ def orphans(work: Work) -> None:
     work.note(work.findings[0].code, text, ino=ORPHANS_INO)
 
 
-def _usable(volume: Volume, ino: int) -> bool:
+def _usable(volume: Volume, ino: Ino) -> bool:
     try:
         return bool(volume.space.inode_in_use(ino) and volume.inode(ino).mode)
     except (CorruptError, FsError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE
+from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE, Ino
 from pkernfs.fsck.findings import BadRecord, FreeBitmap, NewId
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
@@ -12,7 +12,7 @@ from pkernfs.iommu.records import Records
 
 def records(work: Work) -> None:
     """Records that name what is not there are dropped; the pins are counted anew in the next round."""
-    bad: dict[int, dict[int, Code]] = {}
+    bad: dict[Ino, dict[int, Code]] = {}
     for code, data in work.found(BadRecord):
         bad.setdefault(data.ino, {})[data.key] = code
     for ino, keys in bad.items():

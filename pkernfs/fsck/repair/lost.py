@@ -6,9 +6,9 @@ import errno
 import stat
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import FLAG_DIR, FLAG_IOMMU_DOMAIN_PGTABLES, IOMMU_INO, ROOT_INO, Inode
+from pkernfs.format import FLAG_IOMMU_DOMAIN_PGTABLES, IOMMU_INO, ROOT_INO, Ino, Inode
 from pkernfs.fs.directory import Directory
-from pkernfs.fs.pages import read_inode
+from pkernfs.fs.pages import new_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import PLACES, in_its_place
 from pkernfs.fsck.findings import Nameless
@@ -40,7 +40,7 @@ def lost(work: Work) -> None:
             break
 
 
-def _places(work: Work, ino: int) -> list[str]:
+def _places(work: Work, ino: Ino) -> list[str]:
     """Where the inode must be named, if not just anywhere."""
     if ino in PLACES:
         return ["its place"]
@@ -51,7 +51,7 @@ def _places(work: Work, ino: int) -> list[str]:
     return ["/iommu"] if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES else []
 
 
-def _name_lost(work: Work, code: Code, ino: int, where: str) -> None:
+def _name_lost(work: Work, code: Code, ino: Ino, where: str) -> None:
     volume = work.volume
     inode = read_inode(volume.region, ino)
     if ino in PLACES:
@@ -66,7 +66,7 @@ def _name_lost(work: Work, code: Code, ino: int, where: str) -> None:
         work.note(code, f"inode {ino:#x}: named {quoted(name)} in {where}", ino=ino)
 
 
-def _lost_found(work: Work) -> int:
+def _lost_found(work: Work) -> Ino:
     """The inode of /lost+found, made when there is none."""
     volume = work.volume
     root = volume.inode(ROOT_INO)
@@ -77,20 +77,10 @@ def _lost_found(work: Work) -> int:
         name += b"~"
     now = volume.clock()
     with volume.transaction() as tx:
-        ino = volume.allocator.alloc_inode(tx)
-        made = Inode(
-            atime=now,
-            mtime=now,
-            ctime=now,
-            btime=now,
-            mode=stat.S_IFDIR | 0o700,
-            generation=(read_inode(volume.region, ino).generation + 1) & 0xFFFFFFFF,
-            uid=root.uid,
-            gid=root.gid,
-            flags=FLAG_DIR,
-            nlink=2,
-            parent=ROOT_INO,
-        )
+        ino = Ino(volume.allocator.alloc_inode(tx))
+        generation = read_inode(volume.region, ino).generation + 1
+        mode = stat.S_IFDIR | 0o700
+        made = new_inode(mode, now, root.uid, root.gid, generation=generation, parent=ROOT_INO)
         directory = Directory(volume, ROOT_INO, root)
         directory.add(tx, name, ino, made.mode)
         root = directory.finish(now)
@@ -100,7 +90,7 @@ def _lost_found(work: Work) -> int:
     return ino
 
 
-def _add_name(volume: Volume, parent: int, name: bytes, ino: int, inode: Inode) -> None:
+def _add_name(volume: Volume, parent: Ino, name: bytes, ino: Ino, inode: Inode) -> None:
     """Name an inode that no directory names.  A file's count of names may be wrong then: the next round's work."""
     is_dir = stat.S_ISDIR(inode.mode)
     with volume.transaction() as tx:

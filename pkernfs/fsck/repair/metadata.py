@@ -25,6 +25,7 @@ from pkernfs.format import (
     SUPERBLOCK_CHECKED,
     TABLE_FANOUT,
     TABLE_MAGIC,
+    BlockNo,
     JournalHeader,
     Superblock,
     geometry,
@@ -32,6 +33,7 @@ from pkernfs.format import (
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, encode_page
 from pkernfs.fs.slab import Slab
+from pkernfs.fsck.findings import NO_INO
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Repair, batches
 from pkernfs.region import Region, check_superblock
@@ -71,7 +73,7 @@ def mend_superblocks(region: Region) -> list[Repair]:
     if region.read(sb.journal_offset, SUPERBLOCK_CHECKED) == raw:
         return []
     region.store(sb.journal_offset, raw)
-    return [Repair(Code.SUPERBLOCK, "the copy was written anew", 0, sb.journal_offset)]
+    return [Repair(Code.SUPERBLOCK, "the copy was written anew", NO_INO, sb.journal_offset)]
 
 
 def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
@@ -87,12 +89,12 @@ def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
         commit &= ~1
         region.store_word(at, commit)
         text = f"dropped a transaction that cannot be trusted ({error.what}: {error.found}); it was not applied"
-        done.append(Repair(Code.JOURNAL, text, 0, at))
+        done.append(Repair(Code.JOURNAL, text, NO_INO, at))
     magic = JOURNAL_HEADER.unpack(region.read(at, JOURNAL_HEADER.size)).magic
     if magic != JOURNAL_MAGIC or commit >> 1 > MAX_SEQUENCE:
         commit = commit if commit >> 1 <= MAX_SEQUENCE else 0
         region.store(at, JOURNAL_HEADER.pack(JournalHeader(commit & ~1, JOURNAL_MAGIC, 0, commit >> 1, 0, 0)))
-        done.append(Repair(Code.JOURNAL, "its header was written anew", 0, at))
+        done.append(Repair(Code.JOURNAL, "its header was written anew", NO_INO, at))
     return done
 
 
@@ -116,7 +118,7 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
         first = index * TABLE_FANOUT
         kinds = bytearray(found)
         for at, kind in enumerate(found):
-            block = first + at
+            block = BlockNo(first + at)
             if block < sb.first_block:
                 kinds[at] = BLOCK_META
             elif block >= sb.blocks:
@@ -126,14 +128,14 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
         if trusted and kinds == found:
             continue
         stores.append((offset, encode_page(TABLE_MAGIC, offset, index, 0, 0, bytes(kinds))))
-        done.append(Repair(Code.BLOCK_TABLE, text, 0, offset))
+        done.append(Repair(Code.BLOCK_TABLE, text, NO_INO, offset))
     journal = Journal(region, sb)
     for batch in batches(stores):
         journal.commit(batch, [])
     return done
 
 
-def is_slab(region: Region, block: int) -> bool:
+def is_slab(region: Region, block: BlockNo) -> bool:
     """Whether the block begins with the header of a slab, whatever its checksum."""
     try:
         Slab.decode(region.read(block * BLOCK, PAGE), block, verify=False)

@@ -6,9 +6,10 @@ import stat
 from collections.abc import Iterator
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import ORPHANS_INO, ROOT_INO
+from pkernfs.format import ORPHANS_INO, ROOT_INO, Ino
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.findings import NO_INO
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
 
@@ -27,13 +28,13 @@ def projects(work: Work) -> None:
                 work.note(Code.PROJECT, text, ino=ino)
 
 
-def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
+def _wanted(volume: Volume, orphans: set[Ino]) -> Iterator[tuple[Ino, Ino]]:
     """(inode, project) of all that name another one.  What is damaged is left to other stages."""
     if volume.inode(ROOT_INO).project not in (0, ROOT_INO):
-        yield ROOT_INO, 0
+        yield ROOT_INO, NO_INO
     seen = set()
-    linked: dict[int, list[int]] = {}
-    todo = [(int(ROOT_INO), int(ROOT_INO) if _has_quota(volume, ROOT_INO) else 0)]
+    linked: dict[Ino, list[Ino]] = {}
+    todo = [(ROOT_INO, ROOT_INO if _has_quota(volume, ROOT_INO) else NO_INO)]
     while todo:
         top, project = todo.pop()
         for entry in list(Directory(volume, top, volume.inode(top)).scan()):
@@ -51,15 +52,15 @@ def _wanted(volume: Volume, orphans: set[int]) -> Iterator[tuple[int, int]]:
                 yield entry.ino, project
     for ino, found in linked.items():
         # Under a quota, if any of its names is.
-        if volume.inode(ino).project not in (found if not max(found) else set(found) - {0}):
+        if volume.inode(ino).project not in (found if not max(found) else set(found) - {NO_INO}):
             yield ino, max(found)
     for ino in orphans - {ORPHANS_INO}:
-        project = volume.inode(ino).project
+        project = Ino(volume.inode(ino).project)
         if project and ino not in seen and not _has_quota(volume, project):
-            yield ino, 0
+            yield ino, NO_INO
 
 
-def _has_quota(volume: Volume, ino: int) -> bool:
+def _has_quota(volume: Volume, ino: Ino) -> bool:
     try:
         inode = volume.inode(ino)
     except PkernfsError:

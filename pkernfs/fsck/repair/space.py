@@ -22,11 +22,16 @@ from pkernfs.format import (
     PAGE_NODE,
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
+    BlockNo,
+    Ino,
+    PageNo,
 )
 from pkernfs.fs.pages import check_page, raw_inode, read_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.volume import Volume
+from pkernfs.fsck.check.memory import in_block
 from pkernfs.fsck.check.rules import plausible
+from pkernfs.fsck.check.state import page_of
 from pkernfs.fsck.findings import DamagedHeader, Leak, NamedSlot, NoInodes, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.metadata import is_slab
@@ -37,7 +42,7 @@ def block_kinds(work: Work) -> None:
     """A block that a file uses whole is its data; one that is used as a slab, has a slab's header and is nobody's
     data is a slab."""
     memory = work.memory
-    wanted: dict[int, tuple[Code, int]] = {}
+    wanted: dict[BlockNo, tuple[Code, int]] = {}
     for code, (block,) in work.found(UsedAsSlab):
         free = memory.first_block <= block < len(memory.table) and not memory.blocks[block]
         if free and memory.table[block] != BLOCK_SLAB and is_slab(work.volume.region, block):
@@ -70,7 +75,7 @@ def slab_headers(work: Work) -> None:
                 work.note(code, text, offset=block * BLOCK)
 
 
-def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
+def _rebuilt(volume: Volume, block: BlockNo, kinds: bytearray) -> Slab:
     """Pages of inodes are known by their inodes.  A page that is not zero and that nobody was seen to use is kept
     until everything can be read: it may belong to what is lost."""
     slab = Slab(block, bytearray(kinds), array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=False)
@@ -82,12 +87,12 @@ def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
     for index in range(1, PAGES_PER_BLOCK):
         if kinds[index]:
             continue
-        page = block * PAGES_PER_BLOCK + index
+        page = PageNo(block * PAGES_PER_BLOCK + index)
         raw = volume.region.read(page * PAGE, PAGE)
         if not any(raw):
             continue
         for slot in range(INODES_PER_PAGE):
-            ino = page * INODES_PER_PAGE + slot
+            ino = Ino(page * INODES_PER_PAGE + slot)
             if is_inode(volume, ino) or (said[index] >> slot & 1 and plausible(ino, raw_inode(volume.region, ino))):
                 slab.slots[index] |= 1 << slot
         slab.kinds[index] = PAGE_INODES if slab.slots[index] else PAGE_NODE if is_node(raw, page) else PAGE_DATA
@@ -95,7 +100,7 @@ def _rebuilt(volume: Volume, block: int, kinds: bytearray) -> Slab:
     return slab
 
 
-def is_inode(volume: Volume, ino: int) -> bool:
+def is_inode(volume: Volume, ino: Ino) -> bool:
     """Whether a slot holds a sound inode."""
     try:
         inode = read_inode(volume.region, ino)
@@ -104,7 +109,7 @@ def is_inode(volume: Volume, ino: int) -> bool:
     return bool(inode.mode)
 
 
-def is_node(raw: bytes, page: int) -> bool:
+def is_node(raw: bytes, page: PageNo) -> bool:
     """Whether a page holds a sound node, of any inode."""
     try:
         check_page(raw, NODE_MAGIC, page * PAGE, PAGE_HEADER_LAYOUT.unpack(raw).owner, "a node")
@@ -116,9 +121,9 @@ def is_node(raw: bytes, page: int) -> bool:
 def page_kinds(work: Work) -> None:
     """A page is what the one that uses it takes it for, unless somebody else uses it as what it is marked."""
     memory, region = work.memory, work.volume.region
-    wanted: dict[int, dict[int, tuple[Code, int]]] = {}
+    wanted: dict[BlockNo, dict[int, tuple[Code, int]]] = {}
     for code, (page, used_as) in work.found(UsedAs):
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        block, index = in_block(page)
         slab = memory.slabs[block]
         kind = slab.kinds[index]
         is_other = kind == PAGE_HEADER or (kind == PAGE_INODES and slab.slots[index])
@@ -144,10 +149,10 @@ def page_kinds(work: Work) -> None:
 def slots(work: Work) -> None:
     """A slot that is named and holds a sound inode of that type is in use; pages of other kinds have no slots."""
     memory, volume = work.memory, work.volume
-    used: dict[int, dict[int, Code]] = {}
+    used: dict[BlockNo, dict[Ino, Code]] = {}
     for code, (ino, mode) in work.found(NamedSlot):
-        page = ino // INODES_PER_PAGE
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        page, _ = page_of(ino)
+        block, index = in_block(page)
         slab = memory.slabs.get(block)
         if slab is None or not index or memory.pages[block][index] or not is_inode(volume, ino):
             continue
@@ -172,7 +177,7 @@ def slots(work: Work) -> None:
     for pages in batches(work.found(NoInodes)):
         with volume.transaction() as tx:
             for code, (page,) in pages:
-                block, index = divmod(page, PAGES_PER_BLOCK)
+                block, index = in_block(page)
                 slab = volume.space.slab(block)
                 tx.change(slab)
                 slab.slots[index] = 0
@@ -187,7 +192,7 @@ def leaks(work: Work) -> None:
         with volume.transaction() as tx:
             for page, count in pages:
                 tx.free_pages(page, count)
-                block, index = divmod(page, PAGES_PER_BLOCK)
+                block, index = in_block(page)
                 slab = volume.space.slab(block)
                 tx.change(slab)
                 slab.slots[index : index + count] = array("H", bytes(2 * count))
@@ -195,9 +200,9 @@ def leaks(work: Work) -> None:
                 work.note(Code.LEAKED_PAGE, text, offset=page * PAGE)
     for blocks in batches(data for code, data in leaked if code == Code.LEAKED_BLOCK):
         with volume.transaction() as tx:
-            for block, count in blocks:
+            for first, count in blocks:
                 # A slab may be free already, with the last of its pages.
-                if volume.space.table[block]:
-                    tx.free_blocks(block, count)
-                    text = f"blocks {block}+{count} had no owner: freed"
-                    work.note(Code.LEAKED_BLOCK, text, offset=block * BLOCK)
+                if volume.space.table[first]:
+                    tx.free_blocks(first, count)
+                    text = f"blocks {first}+{count} had no owner: freed"
+                    work.note(Code.LEAKED_BLOCK, text, offset=first * BLOCK)

@@ -102,7 +102,7 @@ def repair_region(
 
         check = check or run_check(Volume(region), passes, for_repair=True, progress=tell)
         problems = check.findings.shown()
-        # What was not noted as a problem of its own may have been repaired: the same again is what leads nowhere.
+        # What was not noted as a problem of its own may have been repaired: the same again will not change any more.
         state = tuple(problems), tuple(done)
         found = found or problems
         last = check

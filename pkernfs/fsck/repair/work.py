@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
+from pkernfs.format import Ino
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Check
+from pkernfs.fsck.findings import NO_INO
 from pkernfs.fsck.problems import PROBLEMS, Code, Stage
 
 #: Pages or inodes that one transaction changes at most: less than the smallest journal holds, with its headers.
@@ -20,7 +22,7 @@ class Repair(NamedTuple):
 
     code: Code  #: the invariant that holds now
     text: str  #: one line: what was done
-    ino: int = 0  #: the inode concerned, or 0
+    ino: Ino = NO_INO  #: the inode concerned, or 0
     offset: int = 0  #: region offset in bytes, or 0
 
 
@@ -46,7 +48,7 @@ class Work:
             if isinstance(finding.data, kind):
                 yield finding.code, finding.data
 
-    def note(self, code: Code, text: str, *, ino: int = 0, offset: int = 0) -> None:
+    def note(self, code: Code, text: str, *, ino: Ino = NO_INO, offset: int = 0) -> None:
         """Note what was repaired: a finding of this code, which names the stage."""
         assert self.stage in PROBLEMS[code].mended_by, (self.stage, code)
         self.repairs.append(Repair(code, text, ino, offset))
