@@ -27,14 +27,14 @@ from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import BY_NAME, DEVICES, FORMATS
 from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.requests import commit, done_before
+from pkernfs.iommu.replies import commit, replayed
 
 
-def attach(fs: Filesystem, ino: int, requester: Requester, *, persistent: bool = False, request: int = 0) -> None:
+def attach(fs: Filesystem, ino: int, requester: Requester, *, persistent: bool = False, key: int = 0) -> None:
     """Attach a device to a domain; or claim it, when it is deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Domain(volume, ino).check_named()
-    if done_before(fs, request) is not None:
+    if replayed(fs, key) is not None:
         return
     before = Records(volume, ROOT_PGTABLES_INO).attachment(requester)
     declared = before and persistent and not before.flags & PERSISTENT
@@ -58,13 +58,13 @@ def attach(fs: Filesystem, ino: int, requester: Requester, *, persistent: bool =
         domain.save(tx)
         return 0
 
-    commit(fs, request, change)
+    commit(fs, key, change)
 
 
-def detach(fs: Filesystem, requester: Requester, request: int = 0) -> None:
+def detach(fs: Filesystem, requester: Requester, key: int = 0) -> None:
     """Let nothing of a device pass any more."""
     volume = fs.volume
-    if done_before(fs, request) is not None:
+    if replayed(fs, key) is not None:
         return
     if Records(volume, ROOT_PGTABLES_INO).attachment(requester) is None:
         raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
@@ -75,7 +75,7 @@ def detach(fs: Filesystem, requester: Requester, request: int = 0) -> None:
         contexts.finish(tx)
         return 0
 
-    commit(fs, request, change)
+    commit(fs, key, change)
 
 
 def detach_within(tx: Transaction, contexts: Contexts, requester: Requester) -> None:
@@ -96,7 +96,7 @@ def drop_attachment(tx: Transaction, roots: Records, requester: Requester, domai
     add(tx, roots, Invalidation(domain_id))
 
 
-def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int:
+def root_table(fs: Filesystem, form: str, segment: int, key: int = 0) -> int:
     """The physical address of a segment's root table (device table), which is made if there is none."""
     if form not in BY_NAME or not 0 <= segment <= 0xFFFF:
         raise FsError(errno.EINVAL, f"expected vtd or amd and a PCI segment, found {form!r} and {segment!r}")
@@ -112,4 +112,4 @@ def root_table(fs: Filesystem, form: str, segment: int, request: int = 0) -> int
         contexts.finish(tx)
         return physical
 
-    return commit(fs, request, change)
+    return commit(fs, key, change)

@@ -1,7 +1,7 @@
 """Domains.  A domain is what iommufd has two objects for, IOAS + HWPT: a file in iommu/ with the records of an address
 space, which say what each IOVA translates to, and with the page tables that say the same to hardware.
 
-Each change is one transaction.  ``request`` names it: one that comes again has been done already (see ``requests``).
+Each change is one transaction.  ``key`` names the request: one that comes again is not executed twice (replies.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pkernfs.iommu.formats import BY_NAME, ENTRY_OF, FORMATS, TableFormat
 from pkernfs.iommu.invalidations import Invalidation, add, is_pending, pending
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.records import Records, is_attached
-from pkernfs.iommu.requests import done_before, executed
+from pkernfs.iommu.replies import record_reply, replayed
 
 UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, awaiting=0)
 
@@ -158,11 +158,11 @@ def new_id(volume: Volume, roots: Records) -> DomainId:
 # -- making and removing them -----------------------------------------------------------------------------------------
 
 
-def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, request: int = 0) -> int:
+def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, key: int = 0) -> int:
     """A new domain with its first 2 MiB; its inode."""
     if form not in BY_NAME or not 3 <= levels <= 5:
         raise FsError(errno.EINVAL, f"expected the format vtd or amd and 3 to 5 levels, found {form!r} and {levels!r}")
-    again = done_before(fs, request)
+    again = replayed(fs, key)
     if again is not None:
         return again
 
@@ -172,14 +172,14 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
         domain.prepare(tx, roots)
         domain.save(tx)
-        executed(tx, roots, request, ino)
+        record_reply(tx, roots, key, ino)
 
     return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, init_inode=init_inode)
 
 
-def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
+def destroy(fs: Filesystem, ino: int, key: int = 0) -> bytes | None:
     """Remove a domain that no device is attached to, and all its mappings; its name, None when that was done before."""
-    if done_before(fs, request) is not None:
+    if replayed(fs, key) is not None:
         return None
     Domain(fs.volume, ino)
     name = name_of(fs.volume, ino)
@@ -187,7 +187,7 @@ def destroy(fs: Filesystem, ino: int, request: int = 0) -> bytes | None:
         raise FsError(errno.ENOENT, f"inode {ino}: the domain has no name")
 
     def note(tx: Transaction) -> None:
-        executed(tx, Records(fs.volume, ROOT_PGTABLES_INO), request, 0)
+        record_reply(tx, Records(fs.volume, ROOT_PGTABLES_INO), key)
 
     fs.unlink(IOMMU_INO, name, in_same_transaction=note)
     return name

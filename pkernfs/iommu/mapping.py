@@ -16,7 +16,7 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.requests import commit, done_before
+from pkernfs.iommu.replies import commit, replayed
 from pkernfs.iommu.translations import differences, joined, pieces_of
 
 BATCH = 1000  #: mappings that one transaction takes away
@@ -58,7 +58,7 @@ def map_file(
     access: str = "rw",
     *,
     live_update: bool = False,
-    request: int = 0,
+    key: int = 0,
 ) -> Mapped:
     """Map ``length`` bytes (0: up to the end) of a file from ``offset`` on to ``iova`` of a domain.
 
@@ -87,7 +87,7 @@ def map_file(
     if volume.sb.phys_base + volume.region.size > MAX_PHYSICAL:
         raise FsError(errno.EINVAL, "physical addresses beyond 52 bits: no table can hold them")
     mapping = Mapping(file_ino, offset // PAGE, length // PAGE, ACCESS[access])
-    again = done_before(fs, request)
+    again = replayed(fs, key)
     if again is not None:
         return Mapped(iova, length, again)
     first, last = IovaPage(iova // PAGE), IovaPage((iova + length) // PAGE - 1)
@@ -114,7 +114,7 @@ def map_file(
         domain.save(tx)
         return editor.stored
 
-    return Mapped(iova, length, commit(fs, request, change))
+    return Mapped(iova, length, commit(fs, key, change))
 
 
 def _make_room(tx: Transaction, domain: Domain, roots: Records) -> None:
@@ -142,13 +142,13 @@ def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
         raise domain.pages.bad(text)
 
 
-def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) -> int:
+def unmap(fs: Filesystem, ino: int, iova: int, length: int, key: int = 0) -> int:
     """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
     volume = fs.volume
     domain = Domain(volume, ino)
     check_range(domain, iova, length)
     first, end = iova // PAGE, (iova + length) // PAGE
-    again = done_before(fs, request)
+    again = replayed(fs, key)
     if again is not None:
         return again
     starts = [at for at, _ in domain.records.mappings(IovaPage(first), IovaPage(end - 1))]
@@ -160,7 +160,7 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, request: int = 0) ->
     if len(cuts) > 1:
         commit(fs, 0, lambda tx, roots, compact: _make_splits_possible(tx, fs, ino))
     for cut in cuts:
-        unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, request if cut == end else 0)
+        unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, key if cut == end else 0)
         first = cut
     return unmapped
 
@@ -174,7 +174,7 @@ def _make_splits_possible(tx: Transaction, fs: Filesystem, ino: int) -> int:
     return 0
 
 
-def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: int) -> int:
+def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, key: int) -> int:
     """Take pages of IOVAs from a domain, in one transaction; how many bytes were mapped, added to ``before``."""
     volume = fs.volume
     first, end = pages.start, pages.stop
@@ -201,7 +201,7 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, request: in
         domain.save(tx)
         return before + unmapped * PAGE
 
-    result = commit(fs, request, change)
+    result = commit(fs, key, change)
     for file_ino in files:
         fs.reclaimer.reap(file_ino)
     return result

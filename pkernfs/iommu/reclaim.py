@@ -11,10 +11,10 @@ from pkernfs.iommu.directory import named_domains
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.invalidations import clear, generation
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.requests import commit
+from pkernfs.iommu.replies import commit
 
 
-def acknowledge(fs: Filesystem, token: int = 0, request: int = 0) -> int:
+def acknowledge(fs: Filesystem, token: int = 0, key: int = 0) -> int:
     """All that is pending has been invalidated: the pages that nothing points to are free.  How many those were.
 
     ``token``: the generation of the list that was worked through, 0: whatever is listed.  Raises FsError(EAGAIN) when
@@ -39,7 +39,7 @@ def acknowledge(fs: Filesystem, token: int = 0, request: int = 0) -> int:
             domain.save(tx)
         return freed
 
-    freed = commit(fs, request, change)
+    freed = commit(fs, key, change)
     for ino in removed:
         fs.reclaimer.reap(ino)
     return freed

@@ -14,7 +14,7 @@ from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
 from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.requests import commit
+from pkernfs.iommu.replies import commit
 from pkernfs.iommu.translations import Note, Tables, compare, expected
 
 
@@ -26,7 +26,7 @@ class Replaced(NamedTuple):
     compared: int  #: ranges that both translate to the same memory
 
 
-def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, request: int = 0) -> Replaced:
+def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, key: int = 0) -> Replaced:
     """Build the tables of a domain anew beside the old ones, compare every translation, and point each device to
     them with one store.  ``leaf``: the largest level of leaves that are made from now on; 0: as before.
 
@@ -68,7 +68,7 @@ def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, r
         domain.save(tx)
         return given_up << 32 | editor.made
 
-    before, after = divmod(commit(fs, request, change), 1 << 32)
+    before, after = divmod(commit(fs, key, change), 1 << 32)
     return Replaced(before, after, compared[0])
 
 

@@ -13,7 +13,7 @@ from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import drop_attachment
 from pkernfs.iommu.reclaim import acknowledge
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.requests import recorded
+from pkernfs.iommu.replies import replies
 
 log = logging.getLogger("pkernfs")
 
@@ -40,13 +40,12 @@ def restore(fs: Filesystem, *, cold: bool = False) -> list[str]:
     gone = sorted(attachments.keys() - kept.keys())
     for at in range(0, len(gone), BATCH):
         _drop_attachments(fs, {requester: DomainId(attachments[requester].id) for requester in gone[at : at + BATCH]})
-    answered = recorded(Records(volume, ROOT_PGTABLES_INO))
+    answered = replies(Records(volume, ROOT_PGTABLES_INO)).any()
     claimed = {requester: one for requester, one in kept.items() if not one.flags & DEFERRED}
     if claimed or answered:
         with volume.transaction() as tx:
             records = Records(volume, ROOT_PGTABLES_INO)
-            for key in answered:
-                records.delete(tx, key)
+            replies(records).drop(tx)
             for requester, one in claimed.items():
                 deferred = ATTACHMENT.pack(one._replace(flags=PERSISTENT | DEFERRED))
                 records.put(tx, ATTACHMENT_KEY + requester, deferred)

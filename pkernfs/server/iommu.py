@@ -56,7 +56,7 @@ def _map(fs: Filesystem, request: api.IommuMap) -> api.Mapped:
         request.length,
         request.access,
         live_update=request.live_update,
-        request=request.key,
+        key=request.key,
     )
     return api.Mapped(
         iova=done.iova,
@@ -77,7 +77,7 @@ def _unmap(fs: Filesystem, request: api.IommuUnmap) -> api.Unmapped:
 
 def _attach(fs: Filesystem, request: api.IommuAttach) -> api.Device:
     requester = pci.parse(request.device)
-    devices.attach(fs, inode_of(request), requester, persistent=request.persistent, request=request.key)
+    devices.attach(fs, inode_of(request), requester, persistent=request.persistent, key=request.key)
     attachment = views.attachments_of(fs)[requester]
     return views.device_facts(requester, attachment, called(fs.volume, attachment.domain))
 
@@ -101,7 +101,7 @@ def _walk(fs: Filesystem, request: api.IommuWalk) -> api.Walk:
 
 def _replace(fs: Filesystem, request: api.IommuReplace) -> api.Replaced:
     ino = inode_of(request)
-    done = replace.replace(fs, ino, request.leaf or 0, rebuild=request.rebuild, request=request.key)
+    done = replace.replace(fs, ino, request.leaf or 0, rebuild=request.rebuild, key=request.key)
     return api.Replaced(
         tables_before=done.before,
         tables_after=done.after,

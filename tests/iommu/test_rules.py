@@ -173,18 +173,18 @@ def test_ids_are_not_used_again_before_hardware_has_invalidated_them() -> None:
 def test_a_request_that_comes_again_is_not_executed_twice() -> None:
     fs = make()
     file = guest(fs)
-    dom = domain.create(fs, b"dom-0", "vtd", 4, ME, request=1)
-    assert domain.create(fs, b"dom-0", "vtd", 4, ME, request=1) == dom
-    first = mapping.map_file(fs, dom, 0, file, request=2)
-    assert mapping.map_file(fs, dom, 0, file, request=2) == first
-    devices.attach(fs, dom, DEVICE, request=3)
-    devices.attach(fs, dom, DEVICE, request=3)
-    assert [mapping.unmap(fs, dom, 0, MiB, request=4) for _ in range(2)] == [MiB, MiB]
-    devices.detach(fs, DEVICE, request=5)
-    devices.detach(fs, DEVICE, request=5)
-    assert replace.replace(fs, dom, request=6).before == replace.replace(fs, dom, request=6).before
-    domain.destroy(fs, dom, request=7)
-    domain.destroy(fs, dom, request=7)
+    dom = domain.create(fs, b"dom-0", "vtd", 4, ME, key=1)
+    assert domain.create(fs, b"dom-0", "vtd", 4, ME, key=1) == dom
+    first = mapping.map_file(fs, dom, 0, file, key=2)
+    assert mapping.map_file(fs, dom, 0, file, key=2) == first
+    devices.attach(fs, dom, DEVICE, key=3)
+    devices.attach(fs, dom, DEVICE, key=3)
+    assert [mapping.unmap(fs, dom, 0, MiB, key=4) for _ in range(2)] == [MiB, MiB]
+    devices.detach(fs, DEVICE, key=5)
+    devices.detach(fs, DEVICE, key=5)
+    assert replace.replace(fs, dom, key=6).before == replace.replace(fs, dom, key=6).before
+    domain.destroy(fs, dom, key=7)
+    domain.destroy(fs, dom, key=7)
     assert fs.getattr(file).iommu == 0
 
 
