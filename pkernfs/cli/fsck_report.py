@@ -60,7 +60,7 @@ def lines(name: str, problems: Sequence[Finding], paths: dict[int, str]) -> Iter
 
 
 def count(items: Sequence[object], noun: str) -> str:
-    """ "2 problems"."""
+    """How many there are: `2 problems`."""
     return f"{len(items)} {noun}" + "s" * (len(items) != 1)
 
 

@@ -47,7 +47,8 @@ class Directory:
     def _bad(self, found: str) -> CorruptError:
         return corrupt_inode(self.ino, found, f"directory {self.ino}")
 
-    def _entry(self, key: int, value: bytes) -> Entry:
+    def decode(self, key: int, value: bytes) -> Entry:
+        """An item of the tree as the entry that it should be.  Raises CorruptError."""
         if len(value) <= DIRENT.size:
             raise self._bad(f"an entry of {len(value)} bytes")
         dirent = DIRENT.unpack(value)
@@ -64,14 +65,14 @@ class Directory:
         first = name_key(self.volume.sb.hash_seed, name)
         for key, value in self.tree.between(first, first + KEY_SLOTS - 1):
             if value[DIRENT.size :] == name:
-                return self._entry(key, value)
+                return self.decode(key, value)
         return None
 
     def scan(self, first: int = 0, bad: Callable[[CorruptError], object] | None = None) -> Iterator[Entry]:
         """The entries from cookie ``first`` on.  ``bad`` is told of those that cannot be; without it they raise."""
         for key, value in self.tree.scan(first):
             try:
-                entry = self._entry(key, value)
+                entry = self.decode(key, value)
             except CorruptError as error:
                 if bad is None:
                     raise

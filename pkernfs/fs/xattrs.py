@@ -57,7 +57,8 @@ class Xattrs:
     def _bad(self, found: str) -> CorruptError:
         return corrupt_inode(self.ino, found, f"the attributes of inode {self.ino}")
 
-    def _attribute(self, key: int, item: bytes) -> Attribute:
+    def decode(self, key: int, item: bytes) -> Attribute:
+        """An item of the tree as the attribute that it should be.  Raises CorruptError."""
         if len(item) < XATTR_HEAD.size:
             raise self._bad(f"an item of {len(item)} bytes")
         head = XATTR_HEAD.unpack(item)
@@ -90,7 +91,7 @@ class Xattrs:
             return None
         first = name_key(self.volume.sb.hash_seed, name)
         for key, item in self.tree.scan(first, first + KEY_SLOTS - 1):
-            attribute = self._attribute(key, item)
+            attribute = self.decode(key, item)
             if attribute.name == name:
                 return attribute
         return None
@@ -98,7 +99,7 @@ class Xattrs:
     def all(self) -> Iterator[Attribute]:
         """All attributes."""
         for key, item in self.tree.scan():
-            yield self._attribute(key, item)
+            yield self.decode(key, item)
 
     def value(self, attribute: Attribute) -> bytes:
         """The value.  Raises CorruptError when its checksum does not fit."""

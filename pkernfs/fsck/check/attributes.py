@@ -20,7 +20,7 @@ def attributes(check: Check, ino: Ino, inode: Inode) -> None:
     structure = check.structure("xattrs", is_attribute)
     for key, item in items(check, structure, inode.xattrs):
         try:
-            attribute = xattrs._attribute(key, item)
+            attribute = xattrs.decode(key, item)
         except CorruptError as error:
             check.findings.note_error(Code.XATTR, error)
             structure.dropped.append("an attribute that cannot be read")

@@ -49,7 +49,7 @@ def entries(check: Check, ino: Ino, inode: Inode) -> None:
     for key, value in items(check, structure, inode.root):
         count += 1
         try:
-            entry = directory._entry(key, value)
+            entry = directory.decode(key, value)
         except CorruptError as error:
             check.findings.note_error(Code.DIRENT, error)
             structure.dropped.append(f"a name that cannot be, {quoted(value[DIRENT.size :])}")

@@ -12,7 +12,7 @@ from pkernfs.fsck.findings import Structure
 from pkernfs.fsck.problems import Code
 
 
-def extents(check: Check, ino: Ino, inode: Inode) -> None:
+def extents(check: Check, _: Ino, inode: Inode) -> None:
     """Of two extents that overlap the first is the one that is too long, for each says where it begins."""
     if not has_extents(inode):
         return

@@ -95,7 +95,7 @@ class _Judge:
     def is_right_entry(self, owner: Ino, key: int, value: bytes) -> bool:
         """An entry that points to an inode which is not named elsewhere as often as it says."""
         try:
-            entry = Directory(self.volume, owner, Inode())._entry(key, value)
+            entry = Directory(self.volume, owner, Inode()).decode(key, value)
         except CorruptError:
             return False
         ino = entry.ino
@@ -109,7 +109,7 @@ class _Judge:
 
     def is_right_attribute(self, owner: Ino, key: int, value: bytes) -> bool:
         try:
-            attribute = Xattrs(self.volume, owner, Inode())._attribute(key, value)
+            attribute = Xattrs(self.volume, owner, Inode()).decode(key, value)
         except CorruptError:
             return False
         runs = attribute.runs

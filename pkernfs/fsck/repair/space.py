@@ -39,8 +39,10 @@ from pkernfs.fsck.repair.work import Work, batches
 
 
 def block_kinds(work: Work) -> None:
-    """A block that a file uses whole is its data; one that is used as a slab, has a slab's header and is nobody's
-    data is a slab."""
+    """A block that a file uses whole is its data.
+
+    One that is used as a slab, has a slab's header and is nobody's data is a slab.
+    """
     memory = work.memory
     wanted: dict[BlockNo, tuple[Code, int]] = {}
     for code, (block,) in work.found(UsedAsSlab):
@@ -76,8 +78,11 @@ def slab_headers(work: Work) -> None:
 
 
 def _rebuilt(volume: Volume, block: BlockNo, kinds: bytearray) -> Slab:
-    """Pages of inodes are known by their inodes.  A page that is not zero and that nobody was seen to use is kept
-    until everything can be read: it may belong to what is lost."""
+    """Pages of inodes are known by their inodes.
+
+    A page that is not zero and that nobody was seen to use is kept until everything can be read: it may belong to what
+    is lost.
+    """
     slab = Slab(block, bytearray(kinds), array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=False)
     slab.kinds[0] = PAGE_HEADER
     try:
