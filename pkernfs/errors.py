@@ -6,6 +6,23 @@ what was expected, what was found and, as a hint, what to do next.
 
 import errno as _errno
 import os
+import stat as _stat
+
+#: File types in the lines that people read.
+FILE_TYPES = {
+    _stat.S_IFREG: "a regular file",
+    _stat.S_IFDIR: "a directory",
+    _stat.S_IFLNK: "a symbolic link",
+    _stat.S_IFIFO: "a FIFO",
+    _stat.S_IFSOCK: "a socket",
+    _stat.S_IFCHR: "a character device",
+    _stat.S_IFBLK: "a block device",
+}
+
+
+def file_type(mode: int) -> str:
+    """The type of a file with this mode, in words."""
+    return FILE_TYPES.get(_stat.S_IFMT(mode), f"no type ({_stat.S_IFMT(mode):o})")
 
 
 def quoted(name: bytes) -> str:

@@ -6,7 +6,8 @@ exclusive lock; a read-only one maps privately, so that recovery can run in memo
 """
 
 from pkernfs.region.base import MemoryRegion, Region
-from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_holder, open_region
+from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_region, open_region
+from pkernfs.region.lock import lock_holder
 from pkernfs.region.recording import FLUSH, RecordingRegion, Store
 from pkernfs.region.superblock import check_superblock, read_superblock
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_superblock",
     "dax_address",
     "lock_holder",
+    "lock_region",
     "open_region",
     "read_superblock",
 ]

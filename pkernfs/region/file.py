@@ -2,34 +2,21 @@
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
-import re
 import stat
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from pkernfs.errors import FormatError, FsError, RegionBusyError, RegionError
+from pkernfs.errors import FormatError, FsError, RegionError, file_type
 from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, PAGE, MiB
-from pkernfs.mountinfo import mountpoints_of, mounts
+from pkernfs.mountinfo import mounts
 from pkernfs.region.base import Region
+from pkernfs.region.lock import Holder, command_of, lock, shared_mappings
 
-LOCK_WAIT = 10.0  #: seconds
 COPIED = 4 * PAGE  #: bytes that cost no more to copy than to ask the kernel for
 MADV_POPULATE_READ = 22  #: madvise(2), from Linux 5.14 on; the mmap module has no name for it
 MAP_NORESERVE = 0x4000  #: mmap(2); the mmap module has it from Python 3.13 on
-
-
-class Holder(NamedTuple):
-    """The process that holds a region's lock."""
-
-    pid: int
-    command: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} ({self.command})"
 
 
 def _filesystem_of(fd: int) -> str:
@@ -37,67 +24,6 @@ def _filesystem_of(fd: int) -> str:
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     return next((mount.fstype for mount in mounts() if mount.device == wanted), "")
-
-
-def lock_holder(path: str) -> Holder | None:
-    """Who holds the lock of the region at ``path``; None when nobody does, or nobody that may be seen.
-
-    From the lock lines of /proc/PID/fdinfo and not from /proc/locks, which names the process that took the lock: it may
-    have handed it to a child since.  Descriptors are only looked at closer when such a line names the region's inode: a
-    stat of any other may wait for a server that hangs.
-    """
-    status = os.stat(path)
-    wanted = re.compile(rf"^lock:.* FLOCK .*:{status.st_ino} 0 EOF$", re.MULTILINE)
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fdinfo") if int(pid) != os.getpid() else ():
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as info:
-                    if wanted.search(info.read()) and os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), status):
-                        return Holder(int(pid), _command(pid))
-    return None
-
-
-def _command(pid: str) -> str:
-    """A process's command line, program and script without their folders; one line, 100 letters at most."""
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        words = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
-    line = " ".join([os.path.basename(word) for word in words[:2]] + words[2:])
-    return "".join(letter if letter.isprintable() else " " for letter in line[:100])
-
-
-def lock(fd: int, path: str, *, shared: bool = False) -> None:
-    """Take the lock of the region at ``path``: exclusive, or shared with others who only read.
-
-    umount(8) returns before the server has ended: while the lock is held and the region is not mounted, wait for up to
-    LOCK_WAIT seconds.  Raises RegionBusyError, which says who has it.
-    """
-    deadline = time.monotonic() + LOCK_WAIT
-    while True:
-        try:
-            return fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mounted = mountpoints_of(path)
-            if mounted or time.monotonic() >= deadline:
-                break
-        time.sleep(0.005)
-    raise RegionBusyError(
-        f"{path}: the region is in use by {lock_holder(path) or 'another process'}"
-        + (f", mounted on {mounted[0]}" if mounted else ""),
-        hint=f"umount {mounted[0]} first" if mounted else "end it first",
-    )
-
-
-def shared_mappings(fd: int) -> Iterator[tuple[int, int, int]]:
-    """(process id, first byte, end) of each shared mapping of the file, of the processes that we may look at."""
-    status = os.fstat(fd)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
-                if inode == str(status.st_ino) and where == device and mode.endswith("s"):
-                    low, high = (int(word, 16) for word in addresses.split("-"))
-                    yield int(pid), int(at, 16), int(at, 16) + high - low
 
 
 class FileRegion(Region):
@@ -121,19 +47,12 @@ class FileRegion(Region):
     ) -> None:
         self.path = path
         self.readonly = readonly
-        self.fd = fd if fd >= 0 else os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        self.fd = fd if fd >= 0 else self.acquire(path, readonly=readonly, locked=locked)
         try:
-            if locked and fd < 0:
-                lock(self.fd, path, shared=readonly)
             if prepare is not None:
                 prepare(self.fd)
-            size = self._find_size()
-            if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
-                raise FormatError(
-                    f"{path}: expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK // MiB} MiB, "
-                    f"found {size} bytes",
-                    hint="mkfs.pkernfs --size makes a region of the right size",
-                )
+            size = self.find_size(self.fd, path)
+            self._find_kind()
             self._map = self._mmap(size)
         except BaseException:
             os.close(self.fd)
@@ -142,12 +61,38 @@ class FileRegion(Region):
         self._present = mmap.mmap(-1, size // PAGE, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
         super().__init__(memoryview(self._map))
 
-    def _find_size(self) -> int:
+    @staticmethod
+    def acquire(path: str, *, readonly: bool, locked: bool = True) -> int:
+        """A descriptor of the region, locked.  Raises OSError, RegionBusyError."""
+        fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        try:
+            if locked:
+                lock(fd, path, shared=readonly)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @classmethod
+    def find_size(cls, fd: int, path: str) -> int:
+        """Bytes of the region.  Raises FormatError when there is none of that size, RegionError, OSError."""
+        size = cls._size(fd, path)
+        if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
+            raise FormatError(
+                f"{path}: expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK // MiB} MiB, found {size} bytes",
+                hint="mkfs.pkernfs --size makes a region of the right size",
+            )
+        return size
+
+    @staticmethod
+    def _size(fd: int, path: str) -> int:
+        return os.fstat(fd).st_size
+
+    def _find_kind(self) -> None:
         filesystem = _filesystem_of(self.fd)
         self.kind = filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
         self.volatile = self.kind == "file"
         self.barriers = self.volatile and not self.readonly
-        return os.fstat(self.fd).st_size
 
     def _mmap(self, size: int) -> mmap.mmap:
         if self.readonly:
@@ -205,7 +150,7 @@ class FileRegion(Region):
         if ranges:
             for pid, first, end in shared_mappings(self.fd):
                 if pid != os.getpid() and any(first < at + length and at < end for at, length in ranges):
-                    return str(Holder(pid, _command(str(pid))))
+                    return str(Holder(pid, command_of(str(pid))))
         return ""
 
     def flush(self) -> None:
@@ -238,18 +183,19 @@ class FileRegion(Region):
 class DaxRegion(FileRegion):
     """A region on a device-DAX character device: mmap only, its size from sysfs, nothing to punch."""
 
-    def _find_size(self) -> int:
-        self.kind = "devdax"
-        status = os.fstat(self.fd)
+    @staticmethod
+    def _size(fd: int, path: str) -> int:
+        status = os.fstat(fd)
         sysfs = f"/sys/dev/char/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
         try:
             with open(f"{sysfs}/size", encoding="ascii") as file:
                 size = int(file.read())
         except (OSError, ValueError) as error:
-            raise RegionError(
-                f"{self.path}: expected a device-DAX device with a size in {sysfs}, found {error}"
-            ) from None
+            raise RegionError(f"{path}: expected a device-DAX device with a size in {sysfs}, found {error}") from None
         return size - size % BLOCK
+
+    def _find_kind(self) -> None:
+        self.kind = "devdax"
 
     def _mmap(self, size: int) -> mmap.mmap:
         # Device DAX knows shared mappings only: a read-only one cannot be recovered in memory.
@@ -261,6 +207,28 @@ class DaxRegion(FileRegion):
 
     def discard(self, offset: int, length: int) -> None:
         """Nothing to give back."""
+
+
+class LockedRegion(NamedTuple):
+    """A region that is open and locked, but not mapped: for a process that only hands the descriptor on."""
+
+    path: str  #: real path
+    fd: int
+    size: int  #: bytes
+
+
+@contextlib.contextmanager
+def _kind_of(path: str, fd: int = -1) -> Iterator[type[FileRegion]]:
+    """The class of the region, for opening it; what the system refuses meanwhile becomes a RegionError."""
+    try:
+        mode = os.stat(fd if fd >= 0 else path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
+            raise RegionError(f"{path}: expected a file or a device-DAX device, found {file_type(mode)}")
+        yield FileRegion if stat.S_ISREG(mode) else DaxRegion
+    except FileNotFoundError:
+        raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
+    except OSError as error:
+        raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
 
 
 def open_region(
@@ -276,17 +244,20 @@ def open_region(
     Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
     """
     path = os.path.realpath(path)
-    try:
-        mode = os.stat(fd if fd >= 0 else path).st_mode
-        if stat.S_ISREG(mode):
-            return FileRegion(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
-        if stat.S_ISCHR(mode):
-            return DaxRegion(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
-    except FileNotFoundError:
-        raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
-    except OSError as error:
-        raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
-    raise RegionError(f"{path}: expected a file or a device-DAX device, found {stat.filemode(mode)}")
+    with _kind_of(path, fd) as kind:
+        return kind(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
+
+
+def lock_region(path: str, *, readonly: bool = False) -> LockedRegion:
+    """Open and lock the region at ``path``: open_region's first half, with its errors."""
+    path = os.path.realpath(path)
+    with _kind_of(path) as kind:
+        fd = kind.acquire(path, readonly=readonly)
+        try:
+            return LockedRegion(path, fd, kind.find_size(fd, path))
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 def dax_address(path: str) -> int:

@@ -6,7 +6,7 @@ import ctypes
 import os
 from contextlib import suppress
 
-from pkernfs.region.file import shared_mappings
+from pkernfs.region.lock import shared_mappings
 
 # Numbers and constants of the mount API (asm-generic/unistd.h, linux/mount.h), the same on all machines that we know.
 FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from pkernfs import client
-from pkernfs.errors import RegionBusyError, RegionError
+from pkernfs.errors import RegionBusyError, RegionError, file_type
 from pkernfs.mountinfo import FSTYPE, mount_at
 from pkernfs.options import MountOptions
 from pkernfs.server.device import MS_FLAGS, mount2
@@ -35,7 +35,7 @@ def check_mountpoint(path: str) -> str:
         subprocess.run(["umount", "-i", "-l", real], check=False)
         return check_mountpoint(path) if mount_at(real) != mounted else real
     if not stat.S_ISDIR(mode):
-        raise RegionError(f"{path}: expected a directory to mount on, found {stat.filemode(mode)}")
+        raise RegionError(f"{path}: expected a directory to mount on, found {file_type(mode)}")
     if mounted is not None and mounted.fstype == FSTYPE:
         raise RegionBusyError(f"{path}: {mounted.source} is mounted there", hint=f"umount {path} first")
     return real

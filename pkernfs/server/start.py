@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pkernfs.fs.lookups import lookups_size
 from pkernfs.options import MountOptions
-from pkernfs.region import open_region
+from pkernfs.region import lock_region
 from pkernfs.server.child import worker_command
 from pkernfs.server.keeper import Keeper
 from pkernfs.server.state import Descriptors, State
@@ -20,13 +20,13 @@ def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[
     ``ready`` is called once the mount is usable, with the number of records that recovery replayed, and a warning or
     "".  Raises PkernfsError, before anything is mounted.
     """
-    with open_region(region, readonly=options.readonly) as opened:
-        # Only its lock, and where it is, are for the keeper.
-        region, size, region_fd = opened.path, opened.size, os.dup(opened.fd)
+    # Not mapped, and nothing is read: that is for the worker, which gets the descriptor.  What can be refused without
+    # that is refused here, before a worker has begun to import.
+    locked = lock_region(region, readonly=options.readonly)
     references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
-    os.truncate(references, lookups_size(size))
-    state = State(region, mountpoint, options, worker_command())
-    keeper = Keeper(state, Descriptors(region_fd, references, make_stats(), -1, -1, -1))
+    os.truncate(references, lookups_size(locked.size))
+    state = State(locked.path, mountpoint, options, worker_command())
+    keeper = Keeper(state, Descriptors(locked.fd, references, make_stats(), -1, -1, -1))
     started = keeper.start()
     ready(started.replayed, started.warning)
     keeper.keep()

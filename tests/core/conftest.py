@@ -76,7 +76,7 @@ def made(path: str) -> str:
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that is held is not waited for."""
-    monkeypatch.setattr("pkernfs.region.file.LOCK_WAIT", 0.0)
+    monkeypatch.setattr("pkernfs.region.lock.LOCK_WAIT", 0.0)
 
 
 @pytest.fixture

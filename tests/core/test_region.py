@@ -129,7 +129,7 @@ def test_a_failed_open_leaves_no_lock_and_no_descriptor(made: str) -> None:
 def test_paths_that_are_no_regions(tmp_path: Path) -> None:
     for what, path in {
         "no such region": tmp_path / "missing",
-        "expected a file or a device-DAX device, found d": tmp_path,
+        "expected a file or a device-DAX device, found a directory": tmp_path,
         "expected a device-DAX device with a size in /sys/dev/char/1:3": Path("/dev/null"),
     }.items():
         with pytest.raises(RegionError, match=what) as caught:
