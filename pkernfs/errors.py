@@ -25,10 +25,15 @@ def file_type(mode: int) -> str:
     return FILE_TYPES.get(_stat.S_IFMT(mode), f"no type ({_stat.S_IFMT(mode):o})")
 
 
-def quoted(name: bytes) -> str:
-    """A name in a message: in quotes, and what is no printable UTF-8 as an escape."""
+def printable(name: bytes) -> str:
+    """A name as part of a line: what is no printable UTF-8 becomes an escape."""
     text = name.decode(errors="backslashreplace")
-    return '"' + "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text) + '"'
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def quoted(name: bytes) -> str:
+    """A name in a message: printable, in quotes."""
+    return f'"{printable(name)}"'
 
 
 class PkernfsError(Exception):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 from pkernfs.errors import UsageError
 
 
-class Words(NamedTuple):
+class Choice(NamedTuple):
     """An option that is written as one of some words, each with the value that it gives the field."""
 
     values: Mapping[str, Any]
@@ -66,15 +66,15 @@ class MountOptions(NamedTuple):
 
     readonly: Annotated[
         bool,
-        Words({"ro": True, "rw": False}, "read-only: nothing in the region is changed, not even by recovery"),
+        Choice({"ro": True, "rw": False}, "read-only: nothing in the region is changed, not even by recovery"),
     ] = False
     remount: Annotated[
         bool,
-        Words({"remount": True}, "with ro, rw, nosuid and so on: change the flags of a mount that is there"),
+        Choice({"remount": True}, "with ro, rw, nosuid and so on: change the flags of a mount that is there"),
     ] = False
     allow_other: Annotated[
         bool | None,
-        Words(
+        Choice(
             {"allow_other": True, "noallow_other": False},
             "whether other users may use the mount (default: yes where root mounts it)",
         ),
@@ -88,7 +88,7 @@ class MountOptions(NamedTuple):
     ] = None
     atime: Annotated[
         str,
-        Words(
+        Choice(
             {"relatime": "relatime", "strictatime": "strictatime", "noatime": "noatime"},
             "when reading updates access times (default relatime), as mount(8) describes",
             synonyms={"atime": "relatime"},
@@ -118,7 +118,7 @@ class MountOptions(NamedTuple):
     foreground: bool = False  #: no option after -o: mount.pkernfs --foreground
     tune: Annotated[
         bool,
-        Words(
+        Choice(
             {"notune": False},
             "leave the kernel's page cache limits for this mount alone (they are raised when root mounts: random "
             "writes to mapped memory are hundreds of times slower without)",
@@ -126,7 +126,7 @@ class MountOptions(NamedTuple):
     ] = True
     barriers: Annotated[
         bool | None,
-        Words(
+        Choice(
             {"barrier": True, "nobarrier": False},
             "whether what is stored in a region on a disk is flushed in order (the default there), so that a power "
             "cut leaves it whole; fsync flushes either way",
@@ -135,7 +135,7 @@ class MountOptions(NamedTuple):
     ] = None
     writeback: Annotated[
         bool,
-        Words(
+        Choice(
             {"writeback": True, "nowriteback": False},
             "written data stays in the kernel's page cache until close, fsync, or some 30 s later (default: no).  "
             "Small writes are several times as fast.  It outlives every server of this mount, but not the mount: it "
@@ -145,7 +145,7 @@ class MountOptions(NamedTuple):
     ] = False
     cold: Annotated[
         bool,
-        Words(
+        Choice(
             {"cold": True},
             "a boot without live update: no device stays attached to its domain in iommu/ (default: those stay that "
             "were declared persistent, see pkernfs iommu attach --help)",
@@ -168,16 +168,16 @@ IGNORED = {
 IGNORED_NAMES = {"user_id", "group_id", "rootmode", "max_read", "blksize", "comment"}
 
 #: Field -> how it is written.
-DECLARED: dict[str, Words | Value] = {
+DECLARED: dict[str, Choice | Value] = {
     field: hint.__metadata__[0]
     for field, hint in get_type_hints(MountOptions, include_extras=True).items()
     if hasattr(hint, "__metadata__")
 }
 _VALUES = {field: option for field, option in DECLARED.items() if isinstance(option, Value)}
-_WORDS = {
+_CHOICES = {
     word: (field, value)
     for field, option in DECLARED.items()
-    if isinstance(option, Words)
+    if isinstance(option, Choice)
     for word, value in (option.values | option.synonyms).items()  # type: ignore[operator]
 }
 
@@ -195,8 +195,8 @@ def parse_options(lists: list[str]) -> MountOptions:
     kernel: dict[str, None] = {}
     for word in ",".join(lists).split(","):
         name, _, value = word.partition("=")
-        if word in _WORDS:
-            fields.update([_WORDS[word]])
+        if word in _CHOICES:
+            fields.update([_CHOICES[word]])
         elif name in _VALUES:
             option = _VALUES[name]
             try:

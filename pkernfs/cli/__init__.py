@@ -23,7 +23,9 @@ def guarded(
         sys.stdout.flush()
         return code
     except PkernfsError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        from pkernfs.cli.text import printable
+
+        print(f"{program}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code if failure is None or isinstance(error, UsageError) else failure
     except BrokenPipeError:
         # The reader of our output is gone (`pkernfs ls ... | head`); nothing can be told to anybody any more.

@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """REGION:PATH, several."""
-    parser.add_argument("targets", metavar="REGION:PATH", nargs="+")
+    parser.add_argument("targets", metavar="REGION:PATH", nargs="+", help="files of a region")
 
 
 def run(arguments: argparse.Namespace) -> int:

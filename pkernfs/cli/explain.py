@@ -34,8 +34,8 @@ exit status:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """REGION and what to explain."""
-    parser.add_argument("region", metavar="REGION|MOUNT")
-    parser.add_argument("what", metavar="BLOCK|ADDRESS")
+    parser.add_argument("region", metavar="REGION|MOUNT", help="the region, mounted or not")
+    parser.add_argument("what", metavar="BLOCK|ADDRESS", help="a number of a block, or a physical address")
     unit = parser.add_mutually_exclusive_group()
     for name, text in (
         ("block", "the number is that of a block of 2 MiB"),

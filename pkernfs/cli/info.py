@@ -26,7 +26,7 @@ SHOWN = 10  #: findings of damage; --json has all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """REGION, MOUNT or MOUNT/FILE."""
-    parser.add_argument("target", metavar="REGION|MOUNT|MOUNT/FILE")
+    parser.add_argument("target", metavar="REGION|MOUNT|MOUNT/FILE", help="what to look at")
     add_json(parser, "sizes in bytes, times in ns since the epoch")
 
 
@@ -77,7 +77,7 @@ def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[s
     features = [f"{kind} {bits:#x}" for kind, bits in kinds.items() if bits]
     server = getattr(facts, "server", None)
     rows = {
-        "region": f"{facts.region} ({facts.kind})",
+        "region": f"{printable(facts.region)} ({facts.kind})",
         "mounted": f"on {mountpoint}, server {server}" if mountpoint else "no",
         "power cut": _power_cut(facts),
         "uuid": facts.uuid,
@@ -111,8 +111,8 @@ def _damaged(findings: list[api.Finding]) -> str:
 def _file_lines(path: str, facts: api.FileInfo) -> list[str]:
     shape = "contiguous" if facts.contiguous else f"{len(facts.extents)} extents"
     lines = [
-        f"{path}: inode {facts.ino}, {facts.size} bytes, {human(facts.allocated)} allocated, {shape}",
-        f"region {facts.region}, {'mapped directly' if facts.direct else 'not mapped directly'}",
+        f"{printable(path)}: inode {facts.ino}, {facts.size} bytes, {human(facts.allocated)} allocated, {shape}",
+        f"region {printable(facts.region)}, {'mapped directly' if facts.direct else 'not mapped directly'}",
     ]
     if facts.extents:
         lines.append(f"{'file offset':>18} {'region offset':>18} {'physical':>18} {'length':>14}")

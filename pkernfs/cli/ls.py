@@ -29,7 +29,7 @@ replayed in memory.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """REGION[:PATH]."""
-    parser.add_argument("target", metavar="REGION[:PATH]")
+    parser.add_argument("target", metavar="REGION[:PATH]", help="a region and a path in it (default: its root)")
     parser.add_argument("-l", "--long", action="store_true", help="mode, links, owner, size, time of change")
     parser.add_argument("-i", "--inode", action="store_true", help="print inode numbers")
     parser.add_argument("-n", "--numeric", action="store_true", help="-l with numbers for owner and group")
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     region, path = region_and_path(arguments.target)
     rows, damage = with_filesystem(region, lambda fs: _collect(fs, path, arguments.recursive))
     for error in damage:
-        print(f"pkernfs: {error}", file=sys.stderr)
+        print(f"pkernfs: {printable(str(error))}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return 1 if damage else 0

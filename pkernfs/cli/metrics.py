@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pkernfs.cli.arguments import seconds
-from pkernfs.cli.parsers import Verb
+from pkernfs.cli.parsers import Verb, add_mount
 from pkernfs.errors import PkernfsError
 
 DESCRIPTION = """\
@@ -37,7 +37,7 @@ FIGURES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT, and where the metrics go."""
-    parser.add_argument("mount", metavar="MOUNT")
+    add_mount(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--port", metavar="[ADDRESS:]PORT", type=address, help="serve them there (default 127.0.0.1)")
     where.add_argument("--file", metavar="FILE", help="write them there again and again")

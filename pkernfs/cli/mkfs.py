@@ -3,6 +3,7 @@
 import argparse
 import mmap
 import os
+import shlex
 import stat
 import sys
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Parser, add_version
-from pkernfs.cli.text import human
+from pkernfs.cli.text import human, printable
 from pkernfs.errors import RegionError, UsageError
 
 DESCRIPTION = """\
@@ -100,11 +101,14 @@ def run(argv: Sequence[str] | None) -> int:
     mode = os.stat(path).st_mode
     if mode & 0o077 and not arguments.quiet:
         found = f"mode {stat.S_IMODE(mode):04o}, expected 0600"
-        print(f"mkfs.pkernfs: {path}: others may use it ({found}): chmod 600 {path}", file=sys.stderr)
+        print(
+            f"mkfs.pkernfs: {printable(path)}: others may use it ({found}): chmod 600 {shlex.quote(path)}",
+            file=sys.stderr,
+        )
     if not arguments.quiet:
         geo = geometry(sb.blocks)
         print(
-            f"{arguments.region}: {human(sb.blocks * BLOCK)}, {sb.blocks} blocks of 2 MiB, "
+            f"{printable(arguments.region)}: {human(sb.blocks * BLOCK)}, {sb.blocks} blocks of 2 MiB, "
             f"{geo.first_block} for metadata, UUID {uuid.UUID(bytes=sb.uuid)}"
         )
     return 0

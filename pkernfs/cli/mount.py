@@ -40,14 +40,21 @@ def parser() -> Parser:
     )
     add_version(made)
     made.add_argument("region", metavar="REGION", help="file or device-DAX device that mkfs.pkernfs made")
-    made.add_argument("directory", metavar="DIR")
-    made.add_argument("-o", dest="options", action="append", default=[], metavar="OPTIONS", help="see below")
+    made.add_argument("directory", metavar="DIR", help="directory to mount it on")
+    made.add_argument(
+        "-o",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="options with commas between them: see below",
+    )
     made.add_argument("-f", "--foreground", action="store_true", help="stay in front; log to the terminal")
     made.add_argument("-r", "--read-only", action="store_true", help="the same as -o ro")
     made.add_argument("-n", action="store_true", help="ignored: there is no mtab")
     made.add_argument("-s", action="store_true", help="ignored: tolerate unknown options")
     made.add_argument("-v", "--verbose", action="store_true", help="say what is done")
-    made.add_argument("-t", dest="type", help="ignored: the type that mount(8) was given")
+    made.add_argument("-t", dest="type", metavar="TYPE", help="ignored: the type that mount(8) was given")
     return made
 
 
@@ -81,11 +88,11 @@ def run(argv: Sequence[str] | None) -> int:
 
     def tell(replayed: int, warning: str) -> None:
         if replayed:
-            print(f"pkernfs: {arguments.region}: replayed the journal: {replayed} records", file=sys.stderr)
+            print(f"pkernfs: {region}: replayed the journal: {replayed} records", file=sys.stderr)
         if warning:
             print(f"pkernfs: {mountpoint}: {warning}", file=sys.stderr)
         elif arguments.verbose:
-            print(f"pkernfs: {arguments.region} mounted on {mountpoint}", file=sys.stderr)
+            print(f"pkernfs: {region} mounted on {mountpoint}", file=sys.stderr)
 
     if arguments.foreground:
         start_logging(options)

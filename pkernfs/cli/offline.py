@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
+from pkernfs.cli.text import printable
 from pkernfs.errors import CorruptError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu.guard import open_filesystem
@@ -43,7 +44,10 @@ def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: s
                 if holder and attempt == 0:
                     mounted = mountpoints_of(region.path)
                     where = f"is mounted on {mounted[0]}" if mounted else f"is in use by {holder}"
-                    print(f"{program}: {region_path} {where}: what is shown may be changing", file=sys.stderr)
+                    print(
+                        f"{program}: {printable(region_path)} {printable(where)}: what is shown may be changing",
+                        file=sys.stderr,
+                    )
                 return use(fs)
             except CorruptError:
                 if holder is None or attempt == TRIES - 1:

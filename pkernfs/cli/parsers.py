@@ -103,6 +103,11 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mount(parser: argparse.ArgumentParser) -> None:
+    """The mount that a verb is about."""
+    parser.add_argument("mount", metavar="MOUNT", help="where the region is mounted")
+
+
 def add_json(parser: argparse.ArgumentParser, note: str = "") -> None:
     """The option --json; ``note``: in what units."""
     parser.add_argument("--json", action="store_true", help=f"for programs{note and '; '}{note}")

@@ -21,7 +21,7 @@ mapped directly is marked so: its memory stays where it is, and reads through th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT/FILE and which mapping."""
-    parser.add_argument("file", metavar="MOUNT/FILE")
+    parser.add_argument("file", metavar="MOUNT/FILE", help="the guest's memory, a regular file")
     mapping = parser.add_mutually_exclusive_group()
     mapping.add_argument("--path", action="store_true", help="map through the mount")
     mapping.add_argument("--direct", action="store_true", help="map the region; fails when the file is not one piece")

@@ -7,7 +7,7 @@ from pathlib import PurePath
 
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human
+from pkernfs.cli.text import human, printable
 from pkernfs.errors import UsageError
 
 DESCRIPTION = """\
@@ -18,8 +18,8 @@ Limit what a directory of a mount and all that is below it may use; beyond that,
   pkernfs quota /mnt/pkernfs/tenant none     take it away
 
 What counts: 4 KiB for each page of content, names and attributes, and 256 bytes for each file.  Large files take whole
-blocks of 2 MiB where the quota has room for them.  A quota holds within those of the directories above it.  Files do
-not move and have no links from one quota to another: rename(2) and link(2) give EXDEV, and mv copies, as between
+blocks of 2 MiB where the quota has room for them.  A quota holds within those of enclosing directories.  Files do not
+move and have no links from one quota to another: rename(2) and link(2) give EXDEV, and mv copies, as between
 filesystems.  Setting a quota marks everything below, which keeps the mount busy: about 20 us a file.
 """
 
@@ -34,7 +34,7 @@ def limit(word: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT/DIR and the limit."""
-    parser.add_argument("directory", metavar="MOUNT/DIR")
+    parser.add_argument("directory", metavar="MOUNT/DIR", help="the directory")
     parser.add_argument(
         "limit", metavar="SIZE", nargs="?", type=limit, help="bytes, or with K, M, G, T; none takes it away"
     )
@@ -49,15 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not os.path.isdir(path):
         raise UsageError(f"{arguments.directory}: expected a directory in a pkernfs mount")
     quota = client.quota(path, arguments.limit)
-    above = (path, *map(str, PurePath(path).parents))
-    place = next((place for place in above if os.stat(place).st_ino == quota.ino), path)
+    enclosing = (path, *map(str, PurePath(path).parents))
+    place = next((place for place in enclosing if os.stat(place).st_ino == quota.ino), path)
     if arguments.json:
         found = {"directory": place, "limit": quota.limit, "used": quota.used} if quota.ino else None
         print(json.dumps({"quota": found}, indent=2))
     elif not quota.ino:
-        print(f"{path}: no quota")
+        print(f"{printable(path)}: no quota")
     else:
-        print(f"{place}: {human(quota.used)} of {human(quota.limit)} used")
+        print(f"{printable(place)}: {human(quota.used)} of {human(quota.limit)} used")
     return 0
 
 

@@ -31,7 +31,7 @@ DAMAGED = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT or REGION."""
-    parser.add_argument("target", metavar="MOUNT|REGION")
+    parser.add_argument("target", metavar="MOUNT|REGION", help="the region, mounted or not")
     add_json(parser)
 
 

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pkernfs.cli.arguments import seconds
-from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.parsers import Verb, add_json, add_mount
 from pkernfs.cli.text import as_json, duration, human, printable, show
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ EVERY = 1.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT, and how it is shown."""
-    parser.add_argument("mount", metavar="MOUNT")
+    add_mount(parser)
     add_json(parser, "sizes in bytes, times in seconds")
     parser.add_argument("--watch", action="store_true", help="show it anew until ^C; with --json a line each time")
     parser.add_argument("--every", metavar="SECONDS", type=seconds, default=EVERY, help="between two (default 1)")

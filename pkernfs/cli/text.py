@@ -5,6 +5,8 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
+from pkernfs import errors
+
 
 def show(arguments: argparse.Namespace, facts: object, lines: Iterable[str]) -> None:
     """The facts with --json (a reply of api.py, or made of dicts and lists), else the lines."""
@@ -29,9 +31,8 @@ def human(count: int) -> str:
 
 
 def printable(name: str) -> str:
-    """A name as part of a line on a terminal or in a pipe: what is no printable UTF-8 becomes an escape."""
-    text = os.fsencode(name).decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """A name, or a message with names, as part of a line on a terminal or in a pipe."""
+    return errors.printable(os.fsencode(name))
 
 
 def duration(length: float) -> str:

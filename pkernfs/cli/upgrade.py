@@ -9,8 +9,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.arguments import seconds
-from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import duration, show
+from pkernfs.cli.parsers import Verb, add_json, add_mount
+from pkernfs.cli.text import duration, printable, show
 from pkernfs.errors import PkernfsError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ A stall is printed: for how long nobody answered.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MOUNT and what is upgraded."""
-    parser.add_argument("mount", metavar="MOUNT")
+    add_mount(parser)
     parser.add_argument("--keeper", action="store_true", help="not the worker but its keeper")
     parser.add_argument(
         "--probation", metavar="SECONDS", type=seconds, default=5.0, help="until the new version has proved (default 5)"
@@ -42,14 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Upgrade, and tell.  Raises PkernfsError."""
+    mount = printable(arguments.mount)
     if arguments.keeper:
         before, keeper = _keeper(arguments.mount)
-        line = f"{arguments.mount}: keeper {keeper} in place of {before}"
+        line = f"{mount}: keeper {keeper} in place of {before}"
         show(arguments, {"from": before, "keeper": keeper}, [line])
     else:
         done = _worker(arguments.mount, arguments.probation)
         stall = f"stalled for {duration(done.longest_stall)} at most"
-        show(arguments, done, [f"{arguments.mount}: version {done.after} in place of {done.before}, {stall}"])
+        show(arguments, done, [f"{mount}: version {done.after} in place of {done.before}, {stall}"])
     return 0
 
 

@@ -81,8 +81,8 @@ def test_every_option_is_in_the_page(page: Page, manual: Path) -> None:
                 continue  # once a page
             for option in action.option_strings:
                 assert re.search(rf"^{re.escape(option)}\b|, {re.escape(option)}\b", text, re.MULTILINE), option
-            if action.help:
-                assert " ".join((action.help % {"prog": parser.prog}).split()) in words, action.dest
+            assert action.help, f"{parser.prog}: {action.dest} is not explained"
+            assert " ".join((action.help % {"prog": parser.prog}).split()) in words, action.dest
 
 
 def test_every_verb_is_in_a_page(manual: Path) -> None:

@@ -1,7 +1,7 @@
 """pkernfs iommu: page tables for DMA, and its verbs; ``picture/`` draws them.
 
-A module has the verbs of one noun in its VERBS.  What changes something asks the server of a mount (ask.py); what looks
-asks it, or a region that is not mounted (source.py).
+A module has the verbs of one noun in its VERBS.  What changes something asks the server of a mount (client.ask); what
+looks asks it, or a region that is not mounted (source.py).
 """
 
 from pkernfs.cli.parsers import Parser, Verb

@@ -10,12 +10,13 @@ from pkernfs.errors import PkernfsError, UsageError
 
 FORMATS = {"vtd": "VT-d", "amd": "AMD-Vi"}
 DOMAIN = "MOUNT/iommu/NAME"
+MOUNT_OR_REGION = "a mount, or a region that need not be mounted"
 UNITS = "addresses and sizes in bytes"  #: with --json
 
 
 def add_domain(parser: argparse.ArgumentParser) -> None:
     """The domain that is changed."""
-    parser.add_argument("domain", metavar=DOMAIN)
+    parser.add_argument("domain", metavar=DOMAIN, help="the domain: a file in the directory iommu of a mount")
 
 
 def address(word: str) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from pkernfs.cli.iommu.arguments import add_domain, device, domain, existing
-from pkernfs.cli.iommu.ask import reminder
-from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.iommu.replies import reminder
+from pkernfs.cli.parsers import Verb, add_json, add_mount
 from pkernfs.cli.text import printable, show
 
 ATTACH = """\
@@ -23,7 +23,7 @@ does: [SEGMENT:]BUS:DEVICE.FUNCTION in hexadecimal.
 
 def _attach_arguments(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
-    parser.add_argument("device", metavar="DEVICE")
+    parser.add_argument("device", metavar="DEVICE", help="[SEGMENT:]BUS:DEVICE.FUNCTION, as lspci has it")
     parser.add_argument("--persistent", action="store_true", help="it goes on doing DMA across a live update")
     add_json(parser)
 
@@ -49,8 +49,8 @@ is invalidated.
 
 
 def _detach_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mount", metavar="MOUNT")
-    parser.add_argument("device", metavar="DEVICE")
+    add_mount(parser)
+    parser.add_argument("device", metavar="DEVICE", help="[SEGMENT:]BUS:DEVICE.FUNCTION, as lspci has it")
     add_json(parser)
 
 

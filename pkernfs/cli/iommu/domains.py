@@ -6,7 +6,7 @@ import argparse
 import os
 
 from pkernfs.cli.iommu.arguments import DOMAIN, FORMATS, UNITS, add_domain, domain, existing
-from pkernfs.cli.iommu.ask import about, reminder
+from pkernfs.cli.iommu.replies import about, reminder
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import plural, printable, show
 from pkernfs.errors import UsageError

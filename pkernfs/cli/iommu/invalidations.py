@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import UNITS, existing
-from pkernfs.cli.iommu.ask import INVALIDATIONS
-from pkernfs.cli.parsers import Verb, add_json
+from pkernfs.cli.iommu.replies import INVALIDATIONS
+from pkernfs.cli.parsers import Verb, add_json, add_mount
 from pkernfs.cli.text import human, plural, printable, show, span
 from pkernfs.format import PAGE
 from pkernfs.iommu import pci
@@ -49,7 +49,7 @@ def _token(word: str) -> int:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mount", metavar="MOUNT")
+    add_mount(parser)
     parser.add_argument("--ack", metavar="TOKEN|all", type=_token, help="hardware has invalidated all of that list")
     add_json(parser, UNITS)
 
@@ -135,7 +135,7 @@ def _amd_all(name: int) -> str:
 
 
 def _old_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mount", metavar="MOUNT")
+    add_mount(parser)
     parser.add_argument("--done", action="store_true", help="as --ack all, or --ack TOKEN with --token")
     parser.add_argument("--token", metavar="N", type=int, help="with --done: of the list that was worked through")
     add_json(parser, UNITS)

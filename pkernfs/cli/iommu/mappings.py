@@ -7,7 +7,7 @@ import errno
 import os
 
 from pkernfs.cli.iommu.arguments import UNITS, add_domain, address, domain
-from pkernfs.cli.iommu.ask import reminder
+from pkernfs.cli.iommu.replies import reminder
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable, show, span
 from pkernfs.errors import FsError, UsageError
@@ -29,8 +29,8 @@ mapped, and nothing of it.  With --live-update nothing is changed: it succeeds w
 
 def _map_arguments(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
-    parser.add_argument("iova", metavar="IOVA", type=address)
-    parser.add_argument("file", metavar="MOUNT/FILE")
+    parser.add_argument("iova", metavar="IOVA", type=address, help="where in the address space")
+    parser.add_argument("file", metavar="MOUNT/FILE", help="a file of the same mount")
     parser.add_argument("--offset", metavar="N", type=address, default=0, help="where in the file (default 0)")
     parser.add_argument("--length", metavar="N", type=address, help="how much (default: to the end of the file)")
     access = parser.add_mutually_exclusive_group()
@@ -82,8 +82,8 @@ Hardware may go on with what it has cached until that is invalidated: `pkernfs i
 
 def _unmap_arguments(parser: argparse.ArgumentParser) -> None:
     add_domain(parser)
-    parser.add_argument("iova", metavar="IOVA", type=address)
-    parser.add_argument("length", metavar="LENGTH", type=address)
+    parser.add_argument("iova", metavar="IOVA", type=address, help="where in the address space")
+    parser.add_argument("length", metavar="LENGTH", type=address, help="how much")
     add_json(parser, UNITS)
 
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pkernfs.cli.iommu.arguments import FORMATS, UNITS, segment
-from pkernfs.cli.iommu.ask import about, reminder
+from pkernfs.cli.iommu.arguments import FORMATS, MOUNT_OR_REGION, UNITS, segment
+from pkernfs.cli.iommu.replies import about, reminder
 from pkernfs.cli.iommu.source import file_name, source
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, plural, printable, show, table
@@ -26,13 +26,13 @@ scripts can use it.  VT-d: RTADDR (legacy mode); AMD-Vi: the device table's base
 
 
 def _target_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MOUNT|REGION")
+    parser.add_argument("target", metavar="MOUNT|REGION", help=MOUNT_OR_REGION)
     add_json(parser, UNITS)
 
 
 def _root_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MOUNT|REGION")
-    parser.add_argument("--format", choices=FORMATS, default="vtd", help="default: vtd")
+    parser.add_argument("target", metavar="MOUNT|REGION", help=MOUNT_OR_REGION)
+    parser.add_argument("--format", choices=FORMATS, default="vtd", help="what hardware reads (default vtd)")
     parser.add_argument("--segment", metavar="N", type=segment, default=0, help="PCI segment (default 0)")
     add_json(parser, UNITS)
 
@@ -76,7 +76,7 @@ def _listing(result: api.Domains) -> Iterator[str]:
 
 def _domain(domain: api.Domain) -> list[str]:
     where = f"root at physical {domain.root:#x}, " if domain.root is not None else ""
-    awaiting = f", {plural(domain.awaiting, 'page')} of old ones" if domain.awaiting else ""
+    awaiting = f", {plural(domain.awaiting, 'page')} awaiting invalidation" if domain.awaiting else ""
     lines = [f"{where}{plural(domain.tables, 'table')}{awaiting}, leaves of up to {human(domain.leaf)}"]
     for one in domain.devices:
         kept = ", persistent" * one.persistent
@@ -130,7 +130,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         lines.append(": ".join([problem.kind, *([", ".join(where)] if where else []), printable(problem.text)]))
     walked = ", ".join(plural(getattr(result, f"{what}s"), what) for what in ("device", "domain", "mapping", "table"))
     found = plural(len(problems), "problem") if problems else "no problems"
-    lines.append(f"{arguments.target}: {walked}, {human(result.bytes)} of translations audited: {found}")
+    lines.append(f"{printable(arguments.target)}: {walked}, {human(result.bytes)} of translations audited: {found}")
     show(arguments, result, lines)
     return 1 if problems else 0
 

@@ -71,16 +71,19 @@ class Offline(Source):
         return with_filesystem(self.region, use)
 
     def list(self) -> api.Domains:
+        """All domains, as the server tells of them."""
         from pkernfs.iommu import views
 
         return self._use(views.list_all)
 
     def root(self, form: api.Format, segment: int) -> api.RootTable:
+        """The root table of a PCI segment.  Raises PkernfsError when there is none."""
         from pkernfs.iommu import views
 
         return self._use(lambda fs: views.root(fs, form, segment))
 
     def walk(self, iova: int, device: str | None = None) -> api.Walk:
+        """One translation, of a device or of the domain that ``path`` is."""
         from pkernfs.iommu import pci, views
 
         if device is not None:
@@ -89,14 +92,17 @@ class Offline(Source):
         return self._use(lambda fs: views.walk(fs, None, fs.resolve(os.fsencode(self.path)), iova))
 
     def audit(self) -> api.Audited:
+        """The proof, and what contradicts it."""
         from pkernfs.iommu import views
 
         return self._use(views.audit)
 
     def ino(self) -> int:
+        """The inode of the domain."""
         return self._use(lambda fs: fs.resolve(os.fsencode(self.path)))
 
     def file(self, ino: int) -> api.FileInfo:
+        """The memory of a file.  Raises PkernfsError."""
         from pkernfs.fs.facts import file_facts
 
         return self._use(lambda fs: file_facts(fs, ino))

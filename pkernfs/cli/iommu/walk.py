@@ -35,7 +35,7 @@ exit status:
 def _walk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [--json] [MOUNT|REGION] DEVICE IOVA\n       {parser.prog} [--json] DOMAIN IOVA"
     parser.add_argument("where", metavar="DEVICE|DOMAIN", nargs="+", help="after MOUNT or REGION, or a domain's path")
-    parser.add_argument("iova", metavar="IOVA", type=address)
+    parser.add_argument("iova", metavar="IOVA", type=address, help="the address that is translated")
     add_json(parser, UNITS)
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 
-from pkernfs.cli.iommu.ask import about
 from pkernfs.cli.iommu.picture.canvas import Canvas
 from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import GREY, Band, Block, Memory, Space, short
+from pkernfs.cli.iommu.replies import about
 from pkernfs.cli.text import human, plural, printable, span
 from pkernfs.format import PAGE
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from pkernfs.cli.iommu.ask import about
 from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import Block, Space, short
+from pkernfs.cli.iommu.replies import about
 from pkernfs.cli.text import human, plural, printable
 from pkernfs.format import PAGE
 

@@ -1,4 +1,4 @@
-"""Words of command lines: sizes, and what only looks like them."""
+"""Arguments of commands: sizes, and what only looks like them."""
 
 from __future__ import annotations
 

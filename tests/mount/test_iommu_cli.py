@@ -1,4 +1,4 @@
-"""pkernfs iommu, as a person or a script calls it: words, exit codes, help, and what is printed."""
+"""pkernfs iommu, as a person or a script calls it: arguments, exit codes, help, and what is printed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def dom(site: Site) -> Path:
     return path
 
 
-# -- words ----------------------------------------------------------------------------------------------------------
+# -- arguments ------------------------------------------------------------------------------------------------------
 
 
 def test_help() -> None:
