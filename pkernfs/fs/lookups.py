@@ -1,8 +1,13 @@
-"""How many references the kernel holds to each inode, in memory that outlives the server that counts them.
+"""How many references the kernel holds to each inode, in memory that outlives the worker that counts them.
 
 A removed file stays while it is referred to.  Counts stand in an array over all inode numbers; a page of it takes
-memory once a count in it was not 0.  What the request at work has counted is noted, so that when the server dies before
-it answers, and the request comes again, it is not counted twice.
+memory once a count in it was not 0.  They are not in the region: they end with the mount, and a look-up would be as
+dear as a change if it had to commit one.
+
+A reply that is lost told the kernel of no inode.  So what the request at work has counted is noted, each inode with its
+count before, and taken back when the request comes again (replies.py).  The key tells whether it does: a worker that is
+killed behind its reply leaves the same notes, and the next request that comes again is another one.  Notes are taken
+back before they are dropped, and the first note of an inode counts, so that a worker may be killed anywhere in between.
 """
 
 from __future__ import annotations
@@ -31,29 +36,25 @@ class Lookups:
         words = memoryview(self.memory).cast("Q")
         self.notes = words[: NOTES // 8]
         self.counts = words[NOTES // 8 :]
-        self.inherited_key = self.notes[KEY]
-        #: what the request at work when the server before ended has counted
-        self.inherited: dict[int, int] = {}
+        #: what the last request of the worker before has counted, and its key
+        self.noted: dict[int, int] = {}
+        self.noted_key = self.notes[KEY]
         for at in range(min(self.notes[NUMBER], MOST) - 1, -1, -1):
             ino, before = self.notes[FIRST + 2 * at : FIRST + 2 * at + 2]
-            self.inherited[ino] = self.counts[ino] - before
+            self.noted[ino] = self.counts[ino] - before
 
-    def begin(self, key: int, *, again: bool) -> None:
-        """A request begins that is known by ``key``; ``again``: one that the server before did not answer.
+    def begin(self, key: int, *, replayed: bool) -> None:
+        """A request begins; ``replayed``: the worker before did not answer it.
 
-        Any other comes when the one before is answered: what that has counted stands.
+        Any other one comes when the one before it is answered: what that has counted stands.
         """
         self.notes[KEY] = key
-        if again:
-            self._undo(key)
-        else:
+        if not replayed:
             self.notes[NUMBER] = 0
-
-    def _undo(self, key: int) -> None:
-        if key == self.inherited_key:
-            for ino, count in self.inherited.items():
+        elif key == self.noted_key:
+            for ino, count in self.noted.items():
                 self.drop(ino, count)
-            self.inherited = {}
+            self.noted = {}
 
     def __getitem__(self, ino: int) -> int:
         return self.counts[ino]

@@ -60,7 +60,7 @@ class Replay:
         Until ``replies.end`` the transactions are this request's.
         """
         key = request_key(name, args)
-        self.fs.lookups.begin(key, again=self.replies.replayed)
+        self.fs.lookups.begin(key, replayed=self.replies.replayed)
         return name not in COUNTING and self.replies.begin(key) is not None
 
     def reply(self, name: str, args: tuple[Any, ...]) -> Any:
