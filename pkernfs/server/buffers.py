@@ -2,8 +2,8 @@
 
 The kernel copies a request to its reader's memory.  When that has to be found page by page, and the reader is killed
 meanwhile, the copy fails, and the kernel ends the request with EIO (fuse_dev_do_read; get_user_pages gives up at a
-fatal signal).  Into memory that is in the page table already it is copied to the end, and what was read and not
-answered comes again.  libfuse allocates its buffers itself, with malloc.
+fatal signal; seen on Linux 6.18).  Into memory that is in the page table already it is copied to the end, and what was
+read and not answered comes again.  libfuse allocates its buffers itself, with malloc, so malloc is told.
 """
 
 from __future__ import annotations

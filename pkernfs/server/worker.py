@@ -55,8 +55,9 @@ from pkernfs.server.verbs import verbs
 
 log = logging.getLogger("pkernfs")
 
-#: Seconds after the end of the keeper.  Whoever ends everything ends the keeper first.
-REVIVE = 1.0
+#: Seconds from the end of the keeper to the start of another one.  Whoever kills everything kills the keeper first, and
+#: is not to meet a new one.
+GRACE = 1.0
 
 
 def _invalidate_name(directory: int, name: bytes) -> None:
@@ -85,9 +86,9 @@ class Worker:
     def __init__(self, keeper: socket.socket) -> None:
         self.keeper = keeper
         self.first = False
-        self.revives = False
+        self.replaces_keeper = False  #: starts another keeper when this one ends: no service manager does
         self.drained = False
-        self.fds: list[int] = []  #: Descriptors, for another keeper
+        self.fds: list[int] = []  #: what another keeper needs
         stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
         self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -137,7 +138,7 @@ class Worker:
         """Serve until the mount ends, and close the filesystem."""
         fs, state = self.fs, self.state
         self.fds += [control, orders, device]
-        self.revives = message["revive"]
+        self.replaces_keeper = message["revive"]
         facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
         operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)
         known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
@@ -148,11 +149,11 @@ class Worker:
 
         async def run() -> None:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.hear, operations.requests, nursery.cancel_scope)
+                nursery.start_soon(self.handle_messages, operations.requests, nursery.cancel_scope)
                 nursery.start_soon(listener.serve)
                 nursery.start_soon(operations.housekeeping.run)
                 if self.first:
-                    nursery.start_soon(self.announce)
+                    nursery.start_soon(self.report_ready)
                 try:
                     await pyfuse3.main()
                 finally:
@@ -168,34 +169,34 @@ class Worker:
         # Threads may still wait for answers that the next worker gives.
         os._exit(0)
 
-    async def announce(self) -> None:
+    async def report_ready(self) -> None:
         """Tell that the mount is usable, once it is."""
         state = self.state
 
-        def settle() -> str:
+        def wait_and_tune() -> str:
             os.stat(state.mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
             return tune(state.mountpoint) if state.options.tune else ""
 
-        warning = await trio.to_thread.run_sync(settle, abandon_on_cancel=True)
+        warning = await trio.to_thread.run_sync(wait_and_tune, abandon_on_cancel=True)
         send(self.keeper, {"ready": os.getpid(), "warning": warning})
 
-    async def hear(self, requests: Requests, scope: trio.CancelScope) -> None:
-        """Do what the keeper says; find another one when it is gone."""
+    async def handle_messages(self, requests: Requests, scope: trio.CancelScope) -> None:
+        """Handle the keeper's messages; start another keeper when it has ended."""
         while True:
             await trio.lowlevel.wait_readable(self.keeper)
             with suppress(OSError):
                 message, _ = receive(self.keeper)
                 if message:
-                    await self.obey(message, requests, scope)
+                    await self.handle(message, requests, scope)
                     continue
-            await trio.sleep(REVIVE)
-            if not self.revives:
+            await trio.sleep(GRACE)
+            if not self.replaces_keeper:
                 log.warning("the keeper has ended")
                 return
-            await self.revive()
+            await self.start_keeper()
 
-    async def obey(self, message: dict[str, Any], requests: Requests, scope: trio.CancelScope) -> None:
-        """One message."""
+    async def handle(self, message: dict[str, Any], requests: Requests, scope: trio.CancelScope) -> None:
+        """Handle one message."""
         match message["verb"]:
             case "beat":
                 send(self.keeper, {"oldest": requests.oldest(), "begun": requests.begun})
@@ -204,15 +205,16 @@ class Worker:
                 if not self.state.options.foreground:
                     let_go_of_terminal()
             case "drain":
-                # Nothing is lost: a request is between its reading and its reply only while nobody else runs.
+                # No request is lost: handlers do not await, so none is between its reading and its reply here, but for
+                # those that wait for space, which the kernel delivers to the next worker again.
                 self.drained = True
                 scope.cancel()
             case "end":
                 await trio.to_thread.run_sync(pyfuse3.syncfs, self.state.mountpoint, abandon_on_cancel=True)
                 pyfuse3.terminate()
 
-    async def revive(self) -> None:
-        """Start another keeper, and give it everything."""
+    async def start_keeper(self) -> None:
+        """Start another keeper, and give it the state of the mount and its descriptors."""
         self.keeper.close()
         self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
