@@ -242,6 +242,25 @@ def test_an_upgrade_that_fails_in_its_probation(site: Site, action: str) -> None
     os.rmdir(site.mnt / "d")
 
 
+def test_an_upgrade_on_probation(site: Site) -> None:
+    """Another one is refused, by both states; when the mount is unmounted meanwhile the first one is told so."""
+    site.expected = re.compile("upgrade: the mount is being unmounted")
+    before = site.status()
+    command = [find_program("pkernfs"), "upgrade", "--probation", "1000", str(site.mnt)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: site.status()["worker"] not in (0, before["worker"]), "the new worker")
+        status, text = upgrade(site)
+        assert status == 1
+        for state in ("that serves on probation (PROBATION)", "prepares one of another version (UPGRADING)"):
+            assert state in text
+        os.kill(before["keeper"], signal.SIGTERM)
+        assert process.wait() == 1
+        assert process.stderr
+        assert "the mount is being unmounted" in process.stderr.read()
+    site.wait_for_end()
+    assert not os.path.ismount(site.mnt)
+
+
 def test_upgrade_of_the_keeper(site: Site) -> None:
     """Another process keeps the mount; the worker goes on."""
     before = site.status()
