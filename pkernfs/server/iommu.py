@@ -15,12 +15,13 @@ from pkernfs.errors import FsError
 from pkernfs.format import IOMMU_INO, ROOT_PGTABLES_INO, Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
+from pkernfs.iommu import devices, domain, mapping, names, pci, reclaim, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.directory import called, name_of
+from pkernfs.iommu.walk import walk
 from pkernfs.server.control import Handler, inode_of
 
-STEP = 0.005  #: seconds of an audit after which other requests are served
+STEP = 0.005  #: seconds of an audit, or of a search for names, after which other requests are served
 TRIES = 5  #: audits of a mount that changes meanwhile
 
 
@@ -95,8 +96,8 @@ def _root(fs: Filesystem, request: api.IommuRoot) -> api.RootTable:
 
 def _walk(fs: Filesystem, request: api.IommuWalk) -> api.Walk:
     if request.device is not None:
-        return views.walk(fs, pci.parse(request.device), None, request.iova)
-    return views.walk(fs, None, inode_of(request), request.iova)
+        return walk(fs, pci.parse(request.device), None, request.iova)
+    return walk(fs, None, inode_of(request), request.iova)
 
 
 def _replace(fs: Filesystem, request: api.IommuReplace) -> api.Replaced:
@@ -189,7 +190,14 @@ def iommu_verbs(
         return result
 
     async def look(request: api.WorkerRequest[Any]) -> object:
-        return OPERATIONS[type(request)](fs, request)
+        reply = OPERATIONS[type(request)](fs, request)
+        if isinstance(reply, api.Domains | api.Walk):
+            begun = trio.current_time()
+            for _ in names.in_steps(fs, reply):
+                if trio.current_time() - begun > STEP:
+                    await trio.lowlevel.checkpoint()
+                    begun = trio.current_time()
+        return reply
 
     async def audit(_: api.IommuAudit) -> api.Audited:
         return await _audit(fs)

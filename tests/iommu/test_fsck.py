@@ -17,8 +17,8 @@ from pkernfs.fsck.check.tables import page_tables
 from pkernfs.fsck.findings import Finding
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair import Repair, repair_region
-from pkernfs.iommu import views
 from pkernfs.iommu.records import Records
+from pkernfs.iommu.walk import walk
 from pkernfs.region import Region
 from tests.core.support import check, open_fs
 from tests.iommu.space import DEVICE, OTHER, KiB, MiB
@@ -67,9 +67,9 @@ def test_a_fault_is_mended(name: str) -> None:
     assert mend_tables(region) == []
     fs = open_fs(region)
     assert check(fs.volume) == []
-    assert views.walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
-    assert views.walk(fs, DEVICE, None, IOVA + 3 * MiB).physical is not None
-    assert views.walk(fs, OTHER, None, MiB).fault is None
+    assert walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
+    assert walk(fs, DEVICE, None, IOVA + 3 * MiB).physical is not None
+    assert walk(fs, OTHER, None, MiB).fault is None
 
 
 def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
@@ -90,7 +90,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     fs = open_fs(region)
     fs.setattr(fs.resolve(b"guest"), SetAttr(size=0))
     assert check_tables(region) == []
-    assert views.walk(fs, DEVICE, None, IOVA).fault == "not present at level 3"
+    assert walk(fs, DEVICE, None, IOVA).fault == "not present at level 3"
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -72,9 +72,9 @@ class Offline(Source):
 
     def list(self) -> api.Domains:
         """All domains, as the server tells of them."""
-        from pkernfs.iommu import views
+        from pkernfs.iommu import names, views
 
-        return self._use(views.list_all)
+        return self._use(lambda fs: names.at_once(fs, views.list_all(fs)))
 
     def root(self, form: api.Format, segment: int) -> api.RootTable:
         """The root table of a PCI segment.  Raises PkernfsError when there is none."""
@@ -84,12 +84,13 @@ class Offline(Source):
 
     def walk(self, iova: int, device: str | None = None) -> api.Walk:
         """One translation, of a device or of the domain that ``path`` is."""
-        from pkernfs.iommu import pci, views
+        from pkernfs.iommu import names, pci
+        from pkernfs.iommu.walk import walk
 
         if device is not None:
             requester = pci.parse(device)
-            return self._use(lambda fs: views.walk(fs, requester, None, iova))
-        return self._use(lambda fs: views.walk(fs, None, fs.resolve(os.fsencode(self.path)), iova))
+            return self._use(lambda fs: names.at_once(fs, walk(fs, requester, None, iova)))
+        return self._use(lambda fs: names.at_once(fs, walk(fs, None, fs.resolve(os.fsencode(self.path)), iova)))
 
     def audit(self) -> api.Audited:
         """The proof, and what contradicts it."""
