@@ -74,7 +74,7 @@ next transaction's.
 """
 
 import hashlib
-from typing import Final, NamedTuple, NewType
+from typing import Annotated, Final, NamedTuple, NewType
 
 from crc32c import crc32c
 
@@ -91,6 +91,12 @@ Iova = NewType("Iova", int)  #: address that a device uses, bytes
 PhysAddr = NewType("PhysAddr", int)  #: physical address, bytes: phys_base + region offset
 Requester = NewType("Requester", int)  #: what an IOMMU knows a PCI function by, see above
 DomainId = NewType("DomainId", int)  #: by which hardware tags what it caches
+
+# Fields of records that hold them.  So a decoded record has typed ids, without a call at run time.
+ino64 = Annotated[Ino, "Q"]
+page64 = Annotated[PageNo, "Q"]
+file_page64 = Annotated[FilePage, "Q"]
+table_page64 = Annotated[TablePage, "Q"]
 
 KiB: Final = 1024
 MiB: Final = 1024 * KiB
@@ -250,14 +256,14 @@ class Inode(NamedTuple):
     rdev: u32 = 0  #: as the kernel's new_encode_dev
     flags: u32 = 0
     btime: i64 = 0  #: birth, ns since the epoch
-    parent: u64 = 0  #: a directory's parent; for others 0
+    parent: ino64 = Ino(0)  #: a directory's parent; for others 0
     pages: u64 = 0  #: 4 KiB pages of content, trees and attributes that belong to this inode
-    root: u64 = 0  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
-    xattrs: u64 = 0  #: page number of the root of the attributes' tree, or 0
-    project: u64 = 0  #: the directory whose quota this inode counts against; of one with a quota itself; 0: none
+    root: page64 = PageNo(0)  #: page number of the root of the directory's or the extents' tree; 0: empty, or inline
+    xattrs: page64 = PageNo(0)  #: page number of the root of the attributes' tree, or 0
+    project: ino64 = Ino(0)  #: the directory whose quota this inode counts against; of one with a quota itself; 0: none
     iommu: u64 = 0  #: of page tables: page number of the root of their records' tree; of others: their pins
-    orphan_next: u64 = 0  #: the next and the previous inode of the list of orphans; 0: not listed
-    orphan_prev: u64 = 0
+    orphan_next: ino64 = Ino(0)  #: the next and the previous inode of the list of orphans; 0: not listed
+    orphan_prev: ino64 = Ino(0)
     inline: bytes120 = bytes(120)  #: extents (Extent[5]), the target of a short symbolic link, or a Quota
 
 
@@ -270,8 +276,8 @@ INLINE_SIZE: Final = 120
 class Extent(NamedTuple):
     """A run of a file's pages.  Inline in an inode; unused ones are zero and stand at the end."""
 
-    start: u64  #: first page of the file
-    page: u64  #: page number in the region
+    start: file_page64
+    page: page64  #: the first
     length: u64  #: pages, not 0
 
 
@@ -282,7 +288,7 @@ INLINE_EXTENTS: Final = INLINE_SIZE // EXTENT.size
 class ExtentValue(NamedTuple):
     """The value of an extent in a tree, whose key is ``start``."""
 
-    page: u64
+    page: page64
     length: u64  #: pages
 
 
@@ -302,7 +308,7 @@ QUOTA = layout(Quota, size=16)
 class Dirent(NamedTuple):
     """A directory entry; the name (1 to 255 bytes, no '/' and no NUL) follows."""
 
-    ino: u64
+    ino: ino64
     mode: u32  #: the S_IFMT bits of the inode's mode
     length: u32  #: bytes of the name
 
@@ -352,8 +358,8 @@ TABLES_AMD: Final = 1  #: AMD-Vi, v1 page tables
 class Mapping(NamedTuple):
     """A range of an address space that is mapped to a range of a file."""
 
-    ino: u64
-    start: u64  #: first page of the file
+    ino: ino64
+    start: file_page64  #: first page of the file
     length: u64  #: pages, not 0
     access: u32  #: READ | WRITE
     reserved: u32 = 0
@@ -380,7 +386,7 @@ DOMAIN = layout(DomainRecord, size=24)
 class Attachment(NamedTuple):
     """A device whose context entry (AMD: device table entry) points to the tables of a domain."""
 
-    domain: u64  #: inode
+    domain: ino64
     id: u32  #: domain id
     flags: u32  #: PERSISTENT, DEFERRED
 

@@ -14,6 +14,7 @@ from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import printable
 from pkernfs.errors import CorruptError
+from pkernfs.format import Ino
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
@@ -91,7 +92,7 @@ def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str,
     return rows, damage
 
 
-def _row(fs: Filesystem, ino: int, name: bytes, folder: str) -> dict[str, Any]:
+def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> dict[str, Any]:
     inode = fs.getattr(ino)
     return {
         "folder": folder,

@@ -18,15 +18,19 @@ from pkernfs.format import (
     PAGE_NODE,
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
+    BlockNo,
+    Ino,
     Inode,
+    PageNo,
 )
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.slab import ALL_SLOTS, Slab
-from pkernfs.fs.space import Space
+from pkernfs.fs.space import Space, block_of, page_of_inode
 from pkernfs.fs.transaction import Transaction
 
 DISCARD_BLOCKS = 1 << 20  #: 2 TiB: what one record of the journal can count
 FREE_SLOT = Inode()
+NO_BLOCK = BlockNo(0)  #: no block: the superblock's
 
 
 class Allocator:
@@ -42,7 +46,7 @@ class Allocator:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def _set_kind(self, tx: Transaction, block: int, count: int, kind: int) -> None:
+    def _set_kind(self, tx: Transaction, block: BlockNo, count: int, kind: int) -> None:
         space = self.space
         old = bytes(space.table[block : block + count])
         freed = (kind == BLOCK_FREE) * count - old.count(BLOCK_FREE)
@@ -59,20 +63,20 @@ class Allocator:
         for index in range(block // TABLE_FANOUT, (block + count - 1) // TABLE_FANOUT + 1):
             tx.change(space.pages[index])
 
-    def alloc_blocks(self, tx: Transaction, count: int, near: int = 0) -> list[tuple[int, int]]:
+    def alloc_blocks(self, tx: Transaction, count: int, near: BlockNo = NO_BLOCK) -> list[tuple[BlockNo, int]]:
         """``count`` zeroed data blocks as runs (block, count): from ``near`` on, or in one piece, where possible."""
         space = self.space
         if count > space.free_blocks:
             raise FsError(errno.ENOSPC, f"{count} blocks of 2 MiB wanted, {space.free_blocks} are free")
-        runs: list[tuple[int, int]] = []
+        runs: list[tuple[BlockNo, int]] = []
         size = count
         while count:
             size = min(size, count)
             if near and space.table[near : near + size] == bytes(size):
                 at = near
             else:
-                at = space.table.find(bytes(size), space.first_block)
-            near = 0
+                at = BlockNo(space.table.find(bytes(size), space.first_block))
+            near = NO_BLOCK
             if at < 0:
                 size = (size + 1) // 2
                 continue
@@ -86,7 +90,7 @@ class Allocator:
 
     def _new_slab(self, tx: Transaction) -> Slab:
         space = self.space
-        block = space.table.rfind(BLOCK_FREE, space.first_block)
+        block = BlockNo(space.table.rfind(BLOCK_FREE, space.first_block))
         if block < 0:
             raise FsError(errno.ENOSPC, "no block of 2 MiB is free for a new slab")
         self.region.reserve(block * BLOCK, BLOCK)
@@ -107,12 +111,12 @@ class Allocator:
             space.with_pages.discard(block)
         return self._new_slab(tx)
 
-    def alloc_pages(self, tx: Transaction, count: int, kind: int) -> list[tuple[int, int]]:
+    def alloc_pages(self, tx: Transaction, count: int, kind: int) -> list[tuple[PageNo, int]]:
         """``count`` zeroed pages as runs (page, count), in one piece where a slab has it.
 
         Pages for tree nodes are not zeroed: they are stored whole.
         """
-        runs = []
+        runs: list[tuple[PageNo, int]] = []
         while count:
             slab = self._slab_with_page(tx)
             size = min(count, slab.free)
@@ -123,20 +127,20 @@ class Allocator:
             tx.change(slab)
             slab.kinds[at : at + size] = bytes([kind]) * size
             slab.free -= size
-            page = slab.block * PAGES_PER_BLOCK + at
+            page = PageNo(slab.block * PAGES_PER_BLOCK + at)
             if kind != PAGE_NODE:
                 self.region.zero(page * PAGE, size * PAGE)
             runs.append((page, size))
             count -= size
         return runs
 
-    def alloc_page(self, tx: Transaction, kind: int) -> int:
+    def alloc_page(self, tx: Transaction, kind: int) -> PageNo:
         """One page; its number."""
         return self.alloc_pages(tx, 1, kind)[0][0]
 
     # -- inode slots ----------------------------------------------------------------------------------------------
 
-    def alloc_inode(self, tx: Transaction) -> int:
+    def alloc_inode(self, tx: Transaction) -> Ino:
         """The number of a free slot, now in use."""
         space = self.space
         slab = None
@@ -150,7 +154,7 @@ class Allocator:
                 space.with_slots.discard(block)
         if slab is None or index < 0:
             page = self.alloc_page(tx, PAGE_INODES)
-            block, index = divmod(page, PAGES_PER_BLOCK)
+            block, index = block_of(page)
             slab = space.slab(block)
             slab.first_with_slots = min(slab.first_with_slots, index)
             space.with_slots.add(block)
@@ -159,7 +163,7 @@ class Allocator:
         slot = (free & -free).bit_length() - 1
         slab.slots[index] |= 1 << slot
         slab.inodes += 1
-        ino = (slab.block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE + slot
+        ino = Ino((slab.block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE + slot)
         tx.before[ino] = FREE_SLOT
         return ino
 
@@ -170,7 +174,7 @@ class Allocator:
 
         Raises CorruptError when a part of it is not in use (any more): two structures point to it.
         """
-        touched: dict[int, Slab] = {}
+        touched: dict[BlockNo, Slab] = {}
         for ino in tx.freed_inodes:
             self._free_slot(tx, ino, touched)
         for page, count in tx.freed_pages:
@@ -191,9 +195,9 @@ class Allocator:
                 discards.append((at * BLOCK, min(DISCARD_BLOCKS, block + count - at) * BLOCK))
         return discards
 
-    def _free_slot(self, tx: Transaction, ino: int, touched: dict[int, Slab]) -> None:
-        page, slot = divmod(ino, INODES_PER_PAGE)
-        block, index = divmod(page, PAGES_PER_BLOCK)
+    def _free_slot(self, tx: Transaction, ino: Ino, touched: dict[BlockNo, Slab]) -> None:
+        page, slot = page_of_inode(ino)
+        block, index = block_of(page)
         slab = touched[block] = self.space.slab(block)
         if slab.kinds[index] != PAGE_INODES or not slab.slots[index] >> slot & 1:
             raise corrupt_inode(ino, "it was freed twice")
@@ -206,8 +210,8 @@ class Allocator:
             slab.kinds[index] = PAGE_FREE
             slab.free += 1
 
-    def _free_pages(self, tx: Transaction, page: int, count: int, touched: dict[int, Slab]) -> None:
-        block, index = divmod(page, PAGES_PER_BLOCK)
+    def _free_pages(self, tx: Transaction, page: PageNo, count: int, touched: dict[BlockNo, Slab]) -> None:
+        block, index = block_of(page)
         slab = touched[block] = self.space.slab(block)
         kinds = slab.kinds[index : index + count]
         if len(kinds) != count or PAGE_FREE in kinds or PAGE_HEADER in kinds:

@@ -8,9 +8,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from pkernfs.errors import FsError, quoted
-from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, PAGE, Ino, Inode
+from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, Ino, Inode
 from pkernfs.fs.content import Content, killed_mode
-from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard, pins
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.reclaim import STEP, Reclaimer
@@ -44,11 +44,11 @@ class Attributes:
         self.reclaimer = reclaimer
         self.guard = guard
 
-    def getattr(self, ino: int) -> Inode:
+    def getattr(self, ino: Ino) -> Inode:
         """The inode.  Raises FsError(ESTALE)."""
         return self.volume.inode(ino)
 
-    def setattr(self, ino: int, change: SetAttr, *, privileged: bool = True) -> Inode:
+    def setattr(self, ino: Ino, change: SetAttr, *, privileged: bool = True) -> Inode:
         """Change attributes and size together; the inode as it is then.
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
@@ -62,12 +62,12 @@ class Attributes:
             raise FsError(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL, f"inode {ino}")
         guarded = inode.flags & GUARDED
         if change.size is not None and guarded:
-            self.guard.may_resize(Ino(ino), inode, change.size)
+            self.guard.may_resize(ino, inode, change.size)
         if change.size is not None and change.size < inode.size:
-            end = -(-change.size // PAGE)
+            end = end_of(change.size)
             self.content.check_unmapped(ino, inode, end)
             if pins(inode):
-                self.guard.may_cut(Ino(ino), inode, end)
+                self.guard.may_cut(ino, inode, end)
         elif change.size is not None and inode.orphan_next and change.size > inode.size:
             self.reclaimer.finish_cut(ino)
             inode = self.volume.inode(ino)
@@ -75,7 +75,7 @@ class Attributes:
         def apply(tx: Transaction, compact: bool) -> bool:
             new = inode if change.size is None else self.content.resized(tx, ino, inode, change.size, compact=compact)
             if guarded and new.size > inode.size:
-                self.guard.resized(tx, Ino(ino), new)
+                self.guard.resized(tx, ino, new)
             new = new._replace(**changed)
             tx.put_inode(ino, new)
             return change.size is None or change.size > inode.size or self._cut(tx, ino, new, compact)
@@ -84,13 +84,13 @@ class Attributes:
             self.reclaimer.begin_freeing(ino)
         return self.volume.inode(ino)
 
-    def _cut(self, tx: Transaction, ino: int, inode: Inode, compact: bool) -> bool:
+    def _cut(self, tx: Transaction, ino: Ino, inode: Inode, compact: bool) -> bool:
         """Free what lies beyond the end when it is little; else list the inode for it.
 
         True: all is freed.
         """
         filemap = FileMap(self.volume, ino, inode, compact=compact)
-        end = -(-inode.size // PAGE)
+        end = end_of(inode.size)
         if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
             filemap.truncate(tx, end, STEP)
             tx.put_inode(ino, filemap.finish())
@@ -98,7 +98,7 @@ class Attributes:
         self.orphans.add(tx, ino)
         return False
 
-    def set_region_mapped(self, ino: int, mapped: bool) -> Inode:
+    def set_region_mapped(self, ino: Ino, mapped: bool) -> Inode:
         """Note that a process maps the file's memory from the region (or no longer does): its blocks stay in place.
 
         Raises FsError: EINVAL, EPERM for page tables.
@@ -106,7 +106,7 @@ class Attributes:
         self.content.file_map(ino)
         inode = self.volume.inode(ino)
         if inode.flags & GUARDED:
-            self.guard.may_map(Ino(ino))
+            self.guard.may_map(ino)
         flags = inode.flags | FLAG_REGION_MAPPED if mapped else inode.flags & ~FLAG_REGION_MAPPED
         if flags != inode.flags:
             inode = inode._replace(flags=flags)
@@ -114,13 +114,13 @@ class Attributes:
                 tx.put_inode(ino, inode)
         return inode
 
-    def check_open(self, ino: int, flags: int) -> None:
+    def check_open(self, ino: Ino, flags: int) -> None:
         """Raise FsError(EPERM) when the inode, or a file to be made in this directory, may not be opened like that."""
         self.guard.may_open(self.volume.inode(ino), flags)
 
     # -- extended attributes --------------------------------------------------------------------------------------
 
-    def getxattr(self, ino: int, name: bytes) -> bytes:
+    def getxattr(self, ino: Ino, name: bytes) -> bytes:
         """The value.  Raises FsError(ENODATA)."""
         inode = self.volume.inode(ino)
         attribute = Xattrs(self.volume, ino, inode).find(name) if inode.xattrs else None
@@ -128,11 +128,11 @@ class Attributes:
             raise FsError(errno.ENODATA, quoted(name))
         return Xattrs(self.volume, ino, inode).value(attribute)
 
-    def listxattr(self, ino: int) -> list[bytes]:
+    def listxattr(self, ino: Ino) -> list[bytes]:
         """The names of all attributes."""
         return [attribute.name for attribute in Xattrs(self.volume, ino, self.volume.inode(ino)).all()]
 
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+    def setxattr(self, ino: Ino, name: bytes, value: bytes) -> None:
         """Create or replace.  Raises FsError: ERANGE, E2BIG, ENOSPC (also when the names would not fit in a list)."""
         xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
         if sum(len(a.name) + 1 for a in xattrs.all() if a.name != name) + len(name) + 1 > XATTR_LIST_MAX:
@@ -141,7 +141,7 @@ class Attributes:
             xattrs.set(tx, name, value)
             tx.put_inode(ino, xattrs.finish(self.volume.clock()))
 
-    def removexattr(self, ino: int, name: bytes) -> None:
+    def removexattr(self, ino: Ino, name: bytes) -> None:
         """Remove.  Raises FsError(ENODATA)."""
         xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
         attribute = xattrs.find(name)

@@ -12,7 +12,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import KEY_SLOTS, PAGE, PAGE_BODY, PAGE_NODE
+from pkernfs.format import KEY_SLOTS, PAGE, PAGE_BODY, PAGE_NODE, Ino, PageNo
+from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.node import INNER_ITEM, INNER_MAX, LEAF_ITEM, Node
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
@@ -26,7 +27,7 @@ class Tree:
     ``pages`` counts the nodes that changes through this handle added (or, negative, gave back).
     """
 
-    def __init__(self, volume: Volume, owner: int, root: int) -> None:
+    def __init__(self, volume: Volume, owner: Ino, root: PageNo) -> None:
         self.volume = volume
         self.owner = owner
         self.root = root
@@ -34,10 +35,10 @@ class Tree:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def _bad(self, page: int, found: str) -> CorruptError:
+    def _bad(self, page: PageNo, found: str) -> CorruptError:
         return CorruptError(f"a tree node of inode {self.owner}", page * PAGE, found, ino=self.owner)
 
-    def _node(self, page: int, level: int | None = None) -> Node:
+    def _node(self, page: PageNo, level: int | None = None) -> Node:
         node = self.volume.nodes.get(page * PAGE)
         if node is None:
             self.volume.cache.trim()
@@ -154,7 +155,7 @@ class Tree:
                 return node.keys[-1], node.values[-1]
         return None
 
-    def all_pages(self) -> Iterator[int]:
+    def all_pages(self) -> Iterator[PageNo]:
         """The page numbers of all nodes, the root first."""
         if not self.root:
             return
@@ -264,7 +265,7 @@ class Tree:
         if not path:
             if not node.keys:
                 self._drop(tx, node)
-                self.root = 0
+                self.root = NO_PAGE
             while self.root and node.level and len(node.children) == 1:
                 self._drop(tx, node)
                 node = self._node(node.children[0], node.level - 1)

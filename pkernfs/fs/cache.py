@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, PAGE, Inode, Superblock
+from pkernfs.format import BLOCK, PAGE, Ino, Inode, Superblock
 from pkernfs.fs.damage import Damage, corrupt_inode
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import check_inode, read_inode
@@ -27,14 +27,14 @@ class Cache:
         self.damage = Damage()
         self.space = Space(region, sb, self.damage)
         self.total_pages = sb.blocks * BLOCK // PAGE
-        self.inodes: dict[int, Inode] = {}
+        self.inodes: dict[Ino, Inode] = {}
         self.nodes: dict[int, Node] = {}  #: by offset
         #: by file: the piece of it that was found last: from byte, to byte, and the distance from the file's bytes to
         #: the region's.  Nothing that a transaction has changed or freed is in here.
-        self.pieces: dict[int, tuple[int, int, int]] = {}
+        self.pieces: dict[Ino, tuple[int, int, int]] = {}
         self.in_transaction = False  #: what was changed is here only, and must not be dropped
 
-    def inode(self, ino: int) -> Inode:
+    def inode(self, ino: Ino) -> Inode:
         """The inode, which must be in use.  Raises FsError(ESTALE) when it is not, CorruptError when it is damaged."""
         inode = self.inodes.get(ino)
         if inode is None:
@@ -48,7 +48,7 @@ class Cache:
             self.inodes[ino] = inode
         return inode
 
-    def inode_named_by(self, owner: int, ino: int) -> Inode:
+    def inode_named_by(self, owner: Ino, ino: Ino) -> Inode:
         """The inode that something of inode ``owner`` names.  Raises CorruptError, of the owner when it is free."""
         try:
             return self.inode(ino)

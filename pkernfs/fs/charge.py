@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INLINE_SIZE, INODE_SIZE, PAGE, QUOTA, ROOT_INO, Inode, Quota
+from pkernfs.format import INLINE_SIZE, INODE_SIZE, PAGE, QUOTA, ROOT_INO, Ino, Inode, Quota
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.transaction import Transaction
@@ -33,17 +33,17 @@ def with_quota(inode: Inode, quota: Quota) -> Inode:
     return inode._replace(inline=QUOTA.pack(quota) + bytes(INLINE_SIZE - QUOTA.size))
 
 
-def without_quota(inode: Inode, enclosing: int) -> Inode:
+def without_quota(inode: Inode, enclosing: Ino) -> Inode:
     """A directory whose quota is taken away, in project ``enclosing``."""
     return inode._replace(project=enclosing, inline=bytes(INLINE_SIZE))
 
 
-def enclosing_project(cache: Cache, ino: int, inode: Inode) -> int:
+def enclosing_project(cache: Cache, ino: Ino, inode: Inode) -> Ino:
     """The project that the directory with a quota ``ino`` itself is in, or 0."""
-    return 0 if ino == ROOT_INO else cache.inode_named_by(ino, inode.parent).project
+    return Ino(0) if ino == ROOT_INO else cache.inode_named_by(ino, inode.parent).project
 
 
-def chain(cache: Cache, tx: Transaction | None, ino: int, project: int) -> Iterator[tuple[int, Inode]]:
+def chain(cache: Cache, tx: Transaction | None, ino: Ino, project: Ino) -> Iterator[tuple[Ino, Inode]]:
     """The directories with a quota against which inode ``ino``, which names ``project``, counts.
 
     Raises CorruptError.
@@ -73,7 +73,7 @@ def charge(tx: Transaction) -> None:
     What only gives back always succeeds, also beyond the limit.
     """
     cache = tx.cache
-    sums: dict[int, int] = {}
+    sums: dict[Ino, int] = {}
     for ino, inode in tx.inodes.items():
         before = tx.before[ino]
         if before.project == inode.project:
@@ -107,7 +107,7 @@ def charge(tx: Transaction) -> None:
         tx.put_inode(project, with_quota(inode, quota._replace(used=used)))
 
 
-def check_room(tx: Transaction, ino: int, inode: Inode, pages: int) -> None:
+def check_room(tx: Transaction, ino: Ino, inode: Inode, pages: int) -> None:
     """Raise FsError(EDQUOT) when ``pages`` more of an inode do not fit: before they are allocated."""
     for _, directory in chain(tx.cache, tx, ino, inode.project):
         quota = quota_of(directory)

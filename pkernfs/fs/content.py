@@ -16,10 +16,11 @@ from pkernfs.format import (
     MAX_FILE_SIZE,
     PAGE,
     Extent,
+    FilePage,
     Ino,
     Inode,
 )
-from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import has_extents
 from pkernfs.fs.reclaim import Reclaimer
@@ -40,7 +41,7 @@ class Content:
         self.guard = guard
         self.region = volume.region
 
-    def check_unmapped(self, ino: int, inode: Inode, first: int) -> None:
+    def check_unmapped(self, ino: Ino, inode: Inode, first: FilePage) -> None:
         """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
         if inode.flags & FLAG_REGION_MAPPED:
             ranges = []
@@ -51,7 +52,7 @@ class Content:
             if holder:
                 raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
 
-    def read(self, ino: int, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
+    def read(self, ino: Ino, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
         """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.
 
         The view is valid until the next change of the file.
@@ -68,13 +69,13 @@ class Content:
             return self.region.present(start, length)
         filemap = FileMap(volume, ino, inode)
         first, skip = divmod(offset, PAGE)
-        page, run = filemap.find(first)
+        page, run = filemap.find(FilePage(first))
         if not page and run * PAGE - skip >= length:
             return bytes(length)
         parts: list[bytes | memoryview] = []
         left = length
         while left:
-            page, run = filemap.find(first)
+            page, run = filemap.find(FilePage(first))
             step = min(run * PAGE - skip, left)
             start = page * PAGE + skip
             parts.append(self.region.view[start : start + step] if page else bytes(step))
@@ -83,7 +84,7 @@ class Content:
             left -= step
         return b"".join(parts)
 
-    def _mapped(self, ino: int, inode: Inode, offset: int, length: int) -> int:
+    def _mapped(self, ino: Ino, inode: Inode, offset: int, length: int) -> int:
         """The region offset of [offset, offset + length) of a file, when that lies in one piece; else 0.
 
         The piece that was found last is tried first: mostly the next call is for the same one.
@@ -92,14 +93,14 @@ class Content:
         start, end, shift = volume.pieces.get(ino, NO_PIECE)
         if start <= offset and offset + length <= end:
             return offset + shift
-        first = offset // PAGE
+        first = FilePage(offset // PAGE)
         page, run = FileMap(volume, ino, inode).find(first)
         if not page:
             return 0
         start, end, shift = volume.pieces[ino] = (first * PAGE, (first + run) * PAGE, (page - first) * PAGE)
         return offset + shift if offset + length <= end else 0
 
-    def write(self, ino: int, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
+    def write(self, ino: Ino, offset: int, data: bytes | memoryview, *, kill_priv: bool = False) -> int:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
 
         ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC,
@@ -116,7 +117,7 @@ class Content:
         volume.damage.check_changeable(ino)
         inode = volume.inode(ino)
         if inode.flags & GUARDED:
-            self.guard.may_write(Ino(ino))
+            self.guard.may_write(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
         if offset > inode.size and inode.orphan_next:
@@ -134,7 +135,7 @@ class Content:
             self.region.store(start, data)
             self._written(ino, inode, end, mtime, ctime)
             return len(data)
-        first, last = offset // PAGE, -(-end // PAGE)
+        first, last = FilePage(offset // PAGE), end_of(end)
 
         def extend(tx: Transaction, compact: bool) -> None:
             filemap = FileMap(volume, ino, inode, compact=compact)
@@ -153,7 +154,7 @@ class Content:
             return self.write(ino, offset, data[: middle - offset])
         return len(data)
 
-    def _written(self, ino: int, inode: Inode, end: int, mtime: int, ctime: int) -> None:
+    def _written(self, ino: Ino, inode: Inode, end: int, mtime: int, ctime: int) -> None:
         """Store the words that a write changes: the size last, when the bytes are there."""
         base = ino * INODE_SIZE
         store_word = self.region.store_word
@@ -168,7 +169,7 @@ class Content:
         # As _replace() does it, at a third of its cost.
         self.volume.inodes[ino] = Inode._make((max(end, inode.size), inode.atime, mtime, ctime, *inode[4:]))
 
-    def _kill_priv(self, ino: int, inode: Inode) -> Inode:
+    def _kill_priv(self, ino: Ino, inode: Inode) -> Inode:
         mode = killed_mode(inode.mode)
         if mode != inode.mode:
             with self.volume.transaction() as tx:
@@ -182,7 +183,7 @@ class Content:
         view = memoryview(data)
         at = 0
         while at < len(view):
-            page, run = filemap.find(first)
+            page, run = filemap.find(FilePage(first))
             step = min(run * PAGE - skip, len(view) - at)
             self.region.store(page * PAGE + skip, view[at : at + step])
             first += run
@@ -193,13 +194,13 @@ class Content:
         """Zero what is mapped of [start, end): beyond the end of a file mapped memory may hold anything."""
         while start < end:
             first, skip = divmod(start, PAGE)
-            page, run = filemap.find(first)
+            page, run = filemap.find(FilePage(first))
             step = min(run * PAGE - skip, end - start)
             if page:
                 self.region.zero(page * PAGE + skip, step)
             start += step
 
-    def resized(self, tx: Transaction, ino: int, inode: Inode, size: int, *, compact: bool = True) -> Inode:
+    def resized(self, tx: Transaction, ino: Ino, inode: Inode, size: int, *, compact: bool = True) -> Inode:
         """The inode with its content cut or grown to ``size``; mtime is the caller's.
 
         Growing maps all of the new range to memory: a promise that no later store into it fails.  What a cut leaves
@@ -210,14 +211,14 @@ class Content:
         self.volume.damage.check_changeable(ino)
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         if size > inode.size:
-            first, last = inode.size // PAGE, -(-size // PAGE)
+            first, last = FilePage(inode.size // PAGE), end_of(size)
             if last - first > self.volume.total_pages:
                 raise FsError(errno.ENOSPC, f"{size} bytes in a region of {self.volume.total_pages * PAGE}")
             self._zero_mapped(filemap, inode.size, size)
             filemap.allocate(tx, first, last)
         return filemap.finish()._replace(size=size)
 
-    def readlink(self, ino: int) -> bytes:
+    def readlink(self, ino: Ino) -> bytes:
         """The target of a symbolic link.  Raises FsError(EINVAL) for anything else."""
         inode = self.volume.inode(ino)
         if not stat.S_ISLNK(inode.mode):
@@ -227,14 +228,14 @@ class Content:
             return inode.inline[: inode.size]
         return bytes(self.read(ino, 0, inode.size))
 
-    def file_map(self, ino: int) -> FileMap:
+    def file_map(self, ino: Ino) -> FileMap:
         """The extents of a regular file, for reading.  Raises FsError(EINVAL) for anything else."""
         inode = self.volume.inode(ino)
         if not stat.S_ISREG(inode.mode):
             raise FsError(errno.EINVAL, f"inode {ino} is not a regular file")
         return FileMap(self.volume, ino, inode)
 
-    def extents(self, ino: int) -> list[Extent]:
+    def extents(self, ino: Ino) -> list[Extent]:
         """The extents of a regular file, in pages.  Raises FsError(EINVAL)."""
         return list(self.file_map(ino).extents())
 

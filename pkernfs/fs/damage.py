@@ -6,14 +6,17 @@ import errno
 import logging
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.format import INODE_SIZE
+from pkernfs.format import INODE_SIZE, Ino, PageNo
 
 log = logging.getLogger("pkernfs")
+
+NO_INO = Ino(0)  #: no inode
+NO_PAGE = PageNo(0)  #: no page: the superblock's
 
 MAX_LOGGED = 1000  #: findings that are logged and told; a region that is damaged all over is not worth more lines
 
 
-def corrupt_inode(ino: int, found: str, what: str = "") -> CorruptError:
+def corrupt_inode(ino: Ino, found: str, what: str = "") -> CorruptError:
     """Inode ``ino`` is damaged, or what belongs to it and is called ``what``; no change is made to it from then on."""
     return CorruptError(what or f"inode {ino}", ino * INODE_SIZE, found, ino=ino)
 
@@ -27,12 +30,12 @@ class Damage:
 
     def __init__(self) -> None:
         self.found: dict[int, CorruptError] = {}  #: by region offset of the structure
-        self.inodes: set[int] = set()
+        self.inodes: set[Ino] = set()
 
     def note(self, error: CorruptError) -> None:
         """Remember a finding; log it if it is a new one."""
         if error.ino:
-            self.inodes.add(error.ino)
+            self.inodes.add(Ino(error.ino))
         if error.offset in self.found or len(self.found) >= MAX_LOGGED:
             return
         self.found[error.offset] = error
@@ -47,7 +50,7 @@ class Damage:
         elif error.errno != errno.EROFS:
             log.error("%s", error)
 
-    def check_changeable(self, ino: int) -> None:
+    def check_changeable(self, ino: Ino) -> None:
         """Raise FsError(EROFS) when the inode was found damaged."""
         if ino in self.inodes:
             raise FsError(errno.EROFS, f"inode {ino} was found damaged, run fsck.pkernfs")

@@ -37,7 +37,7 @@ def check_name(name: bytes) -> None:
 class Directory:
     """The entries of directory ``ino``.  ``finish`` gives the changed inode."""
 
-    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+    def __init__(self, volume: Volume, ino: Ino, inode: Inode) -> None:
         self.volume = volume
         self.ino = ino
         self.inode = inode
@@ -56,7 +56,7 @@ class Directory:
         bad_name = len(name) != dirent.length or len(name) > NAME_MAX or b"/" in name or b"\0" in name
         if bad_name or name in (b".", b"..") or key >= KEYS_END:
             raise self._bad(f"an entry with the name {quoted(name)} at key {key:#x}")
-        return Entry(key, Ino(dirent.ino), dirent.mode, name)
+        return Entry(key, dirent.ino, dirent.mode, name)
 
     def find(self, name: bytes) -> Entry | None:
         """The entry with this name, or None."""
@@ -107,7 +107,7 @@ class Directory:
             raise corrupt_inode(ino, found)
         return inode
 
-    def _is_stranger(self, ino: int, inode: Inode) -> bool:
+    def _is_stranger(self, ino: Ino, inode: Inode) -> bool:
         """Whether directory ``ino`` has its name in its parent, and this entry is one too many.  Looked up once only:
         then one of the two is known as damaged."""
         known = self.volume.damage.inodes
@@ -119,14 +119,14 @@ class Directory:
         except PkernfsError:
             return False
 
-    def add(self, tx: Transaction, name: bytes, ino: int, mode: int) -> None:
+    def add(self, tx: Transaction, name: bytes, ino: Ino, mode: int) -> None:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""
         first = name_key(self.volume.sb.hash_seed, name)
         key = self.tree.free_key(first)
         self.tree.put(tx, key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(name)) + name)
         self.entries += 1
 
-    def replace(self, tx: Transaction, entry: Entry, ino: int, mode: int) -> None:
+    def replace(self, tx: Transaction, entry: Entry, ino: Ino, mode: int) -> None:
         """Let an existing name stand for another inode."""
         self.tree.put(tx, entry.key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(entry.name)) + entry.name)
 
@@ -146,7 +146,7 @@ class Directory:
         )
 
 
-def open_directory(volume: Volume, ino: int) -> Directory:
+def open_directory(volume: Volume, ino: Ino) -> Directory:
     """The directory ``ino``.  Raises FsError: ESTALE, ENOTDIR."""
     inode = volume.inode(ino)
     if not stat.S_ISDIR(inode.mode):

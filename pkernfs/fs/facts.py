@@ -12,7 +12,7 @@ from pkernfs.fs.guard import pins
 from pkernfs.fs.volume import Volume
 
 
-def file_facts(fs: Filesystem, ino: int) -> FileInfo:
+def file_facts(fs: Filesystem, ino: Ino) -> FileInfo:
     """The memory of a regular file, and which domains map it.
 
     Raises FsError(EINVAL) for anything else, CorruptError.
@@ -37,7 +37,7 @@ def file_facts(fs: Filesystem, ino: int) -> FileInfo:
         contiguous=contiguous,
         direct=bool(inode.flags & FLAG_REGION_MAPPED),
         extents=extents,
-        pins=fs.guard.describe_pins(Ino(ino)) if pins(inode) else [],
+        pins=fs.guard.describe_pins(ino) if pins(inode) else [],
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pkernfs.format import GUARDED, Ino, Inode
+from pkernfs.format import GUARDED, FilePage, Ino, Inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
@@ -71,7 +71,7 @@ class Guard:
     def resized(self, tx: Transaction, ino: Ino, inode: Inode) -> None:
         """A guarded inode has grown, in this transaction."""
 
-    def may_cut(self, ino: Ino, inode: Inode, end: int) -> None:
+    def may_cut(self, ino: Ino, inode: Inode, end: FilePage) -> None:
         """May the pages of a file from page ``end`` on be freed, though it has pins?"""
 
     def describe_pins(self, ino: Ino) -> list[api.Pin]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 
-from pkernfs.format import INODE_SIZE
+from pkernfs.format import INODE_SIZE, Ino
 from pkernfs.region.file import MAP_NORESERVE
 
 NOTES = 1 << 17  #: bytes before the counts
@@ -37,11 +37,11 @@ class Lookups:
         self.notes = words[: NOTES // 8]
         self.counts = words[NOTES // 8 :]
         #: what the last request of the worker before has counted, and its key
-        self.noted: dict[int, int] = {}
+        self.noted: dict[Ino, int] = {}
         self.noted_key = self.notes[KEY]
         for at in range(min(self.notes[NUMBER], MOST) - 1, -1, -1):
             ino, before = self.notes[FIRST + 2 * at : FIRST + 2 * at + 2]
-            self.noted[ino] = self.counts[ino] - before
+            self.noted[Ino(ino)] = self.counts[ino] - before
 
     def begin(self, key: int, *, replayed: bool) -> None:
         """A request begins; ``replayed``: the worker before did not answer it.
@@ -56,10 +56,10 @@ class Lookups:
                 self.drop(ino, count)
             self.noted = {}
 
-    def __getitem__(self, ino: int) -> int:
+    def __getitem__(self, ino: Ino) -> int:
         return self.counts[ino]
 
-    def add(self, ino: int) -> None:
+    def add(self, ino: Ino) -> None:
         """One reference more."""
         notes, counts = self.notes, self.counts
         number = notes[NUMBER]
@@ -70,7 +70,7 @@ class Lookups:
             notes[NUMBER] = number + 1
         counts[ino] = count + 1
 
-    def drop(self, ino: int, count: int) -> int:
+    def drop(self, ino: Ino, count: int) -> int:
         """``count`` references fewer; how many are left."""
         if ino >= len(self.counts):
             return 0

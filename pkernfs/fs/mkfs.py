@@ -26,6 +26,7 @@ from pkernfs.format import (
     TABLE_MAGIC,
     VERSION,
     Geometry,
+    Ino,
     Inode,
     JournalHeader,
     Superblock,
@@ -112,7 +113,7 @@ def mkfs(
     return sb
 
 
-def _first_inodes(now: int) -> dict[int, Inode]:
+def _first_inodes(now: int) -> dict[Ino, Inode]:
     """The root directory and the list of orphans."""
     uid, gid = os.getuid(), os.getgid()
     orphans = new_inode(stat.S_IFREG, now, uid, gid)

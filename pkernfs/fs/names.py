@@ -21,7 +21,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.content import Content
 from pkernfs.fs.directory import Directory, Entry, check_name, open_directory
-from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filemap import FIRST, FileMap, end_of
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.pages import new_inode
@@ -39,7 +39,7 @@ class Caller(NamedTuple):
     gid: int
 
 
-def check_removable(ino: int, name: bytes) -> None:
+def check_removable(ino: Ino, name: bytes) -> None:
     """Raise FsError(EPERM) when the name is one that no user may take away."""
     if ino < FIRST_FREE_SLOT:
         raise FsError(errno.EPERM, f"{quoted(name)} is part of every pkernfs region")
@@ -74,11 +74,11 @@ class Names:
 
     # -- looking --------------------------------------------------------------------------------------------------
 
-    def directory(self, ino: int) -> Directory:
+    def directory(self, ino: Ino) -> Directory:
         """The directory.  Raises FsError: ESTALE, ENOTDIR."""
         return open_directory(self.volume, ino)
 
-    def lookup(self, parent: int, name: bytes) -> Ino:
+    def lookup(self, parent: Ino, name: bytes) -> Ino:
         """The inode that ``name`` stands for.  Raises FsError: ENOENT, ENOTDIR, ENAMETOOLONG.
 
         Here and below a name and its inode that do not agree are a CorruptError, as any damage is.
@@ -98,7 +98,7 @@ class Names:
         directory.target(entry)
         return entry
 
-    def readdir(self, ino: int, first: int = 0) -> Iterator[Entry]:
+    def readdir(self, ino: Ino, first: int = 0) -> Iterator[Entry]:
         """The entries from cookie ``first`` on; "." and ".." are not among them.
 
         The order is that of the cookies and never changes, so a reader that goes on from a cookie sees every entry
@@ -119,7 +119,7 @@ class Names:
 
     # -- creating -------------------------------------------------------------------------------------------------
 
-    def _new_name(self, parent: int, name: bytes) -> Directory:
+    def _new_name(self, parent: Ino, name: bytes) -> Directory:
         """The directory that is to get ``name``.  Raises FsError: EEXIST, ENAMETOOLONG, EINVAL, ENOENT, ENOTDIR."""
         check_name(name)
         directory = open_directory(self.volume, parent)
@@ -130,7 +130,7 @@ class Names:
 
     def create(
         self,
-        parent: int,
+        parent: Ino,
         name: bytes,
         mode: int,
         caller: Caller,
@@ -156,7 +156,7 @@ class Names:
         if len(target) > SYMLINK_MAX:
             raise FsError(errno.ENAMETOOLONG, f"a target of {len(target)} bytes")
         with volume.transaction() as tx:
-            ino = Ino(volume.allocator.alloc_inode(tx))
+            ino = volume.allocator.alloc_inode(tx)
             made = new_inode(
                 mode,
                 now,
@@ -178,15 +178,15 @@ class Names:
                 init_inode(tx, ino)
         return ino
 
-    def _with_target(self, tx: Transaction, ino: int, inode: Inode, target: bytes) -> Inode:
+    def _with_target(self, tx: Transaction, ino: Ino, inode: Inode, target: bytes) -> Inode:
         if len(target) <= INLINE_SIZE:
             return inode._replace(size=len(target), inline=target + bytes(INLINE_SIZE - len(target)))
         filemap = FileMap(self.volume, ino, inode)
-        filemap.allocate(tx, 0, 1)
+        filemap.allocate(tx, FIRST, end_of(len(target)))
         self.content.store(filemap, 0, target + bytes(-len(target) % 8))
         return filemap.finish()._replace(size=len(target))
 
-    def link(self, ino: int, parent: int, name: bytes) -> None:
+    def link(self, ino: Ino, parent: Ino, name: bytes) -> None:
         """Another name for a file.
 
         Raises FsError: EPERM for directories and in iommu/, EMLINK, ENOENT when it has no name left, EXDEV under
@@ -212,7 +212,7 @@ class Names:
     # -- removing -------------------------------------------------------------------------------------------------
 
     def unlink(
-        self, parent: int, name: bytes, in_same_transaction: Callable[[Transaction], object] | None = None
+        self, parent: Ino, name: bytes, in_same_transaction: Callable[[Transaction], object] | None = None
     ) -> None:
         """Remove the name of a file; ``in_same_transaction``: what else happens with it.
 
@@ -235,7 +235,7 @@ class Names:
                 in_same_transaction(tx)
         self.reclaimer.reap(entry.ino)
 
-    def rmdir(self, parent: int, name: bytes) -> None:
+    def rmdir(self, parent: Ino, name: bytes) -> None:
         """Remove an empty directory.  Raises FsError: ENOENT, ENOTDIR, ENOTEMPTY, EPERM, EINVAL for "."."""
         if name in (b".", b".."):
             raise FsError(errno.EINVAL if name == b"." else errno.ENOTEMPTY, quoted(name))
@@ -255,11 +255,11 @@ class Names:
             self.drop_name(tx, entry.ino, inode, now)
         self.reclaimer.reap(entry.ino)
 
-    def drop_name(self, tx: Transaction, ino: int, inode: Inode, now: int) -> None:
+    def drop_name(self, tx: Transaction, ino: Ino, inode: Inode, now: int) -> None:
         """Take one name from an inode: without one it goes, or is an orphan for now."""
         left = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         if not left:
-            self.content.check_unmapped(ino, inode, 0)
+            self.content.check_unmapped(ino, inode, FIRST)
         inode = inode._replace(nlink=left, ctime=now)
         tx.put_inode(ino, inode)
         if left:

@@ -8,7 +8,7 @@ from collections.abc import MutableSequence
 from functools import cache
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT
+from pkernfs.format import NODE_MAGIC, PAGE, PAGE_BODY, PAGE_HEADER_LAYOUT, Ino, PageNo
 from pkernfs.fs.pages import check_page, encode_page
 
 MAX_LEVEL = 12
@@ -28,21 +28,21 @@ class Node:
 
     __slots__ = ("children", "end", "fresh", "keys", "level", "low", "offset", "owner", "used", "values")
 
-    def __init__(self, page: int, owner: int, level: int, *, fresh: bool) -> None:
+    def __init__(self, page: PageNo, owner: Ino, level: int, *, fresh: bool) -> None:
         self.offset = page * PAGE
         self.owner = owner
         self.level = level
         self.fresh = fresh
         self.keys: MutableSequence[int] = array("Q")
         self.values: list[bytes] = []
-        self.children: list[int] = []
+        self.children: list[PageNo] = []
         self.used = 0  #: bytes of the body that a leaf's items take
         self.low = self.end = 0  #: bounds [low, end) of its keys, as it was last reached from the root
 
     @property
-    def page(self) -> int:
+    def page(self) -> PageNo:
         """Page number."""
-        return self.offset // PAGE
+        return PageNo(self.offset // PAGE)
 
     def encode(self) -> bytes:
         """The page as it goes to the region."""
@@ -55,7 +55,7 @@ class Node:
         return encode_page(NODE_MAGIC, self.offset, self.owner, n, self.level, keys, *body)
 
     @classmethod
-    def decode(cls, raw: bytes, page: int, owner: int, *, verify: bool = True) -> Node:
+    def decode(cls, raw: bytes, page: PageNo, owner: Ino, *, verify: bool = True) -> Node:
         """Check and decode; without ``verify`` whatever the checksum and the order of keys.  Raises CorruptError."""
         what = f"a tree node of inode {owner}"
         header = check_page(raw, NODE_MAGIC, page * PAGE, owner, what, ino=owner, verify=verify)

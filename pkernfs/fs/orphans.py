@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.format import ORPHANS_INO, Ino, Inode
-from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.damage import NO_INO, corrupt_inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
@@ -30,18 +30,18 @@ class Orphans:
             if not ino or ino in seen:
                 raise self._bad(f"inode {ino} after {found[-3:]}")
             seen.add(ino)
-            found.append(Ino(ino))
+            found.append(ino)
             ino = self._linked(ino).orphan_next
         return found
 
     def _bad(self, found: str) -> CorruptError:
         return corrupt_inode(ORPHANS_INO, found, "the list of orphans")
 
-    def _linked(self, ino: int) -> Inode:
+    def _linked(self, ino: Ino) -> Inode:
         """The inode that a link of the list names."""
         return self.volume.inode_named_by(ORPHANS_INO, ino)
 
-    def add(self, tx: Transaction, ino: int) -> None:
+    def add(self, tx: Transaction, ino: Ino) -> None:
         """Put an inode at the head of the list.
 
         Where the list is damaged the inode is not listed, so that files can still be removed: a crash before it is
@@ -63,7 +63,7 @@ class Orphans:
         tx.put_inode(ino, inode._replace(orphan_next=first, orphan_prev=ORPHANS_INO))
         tx.put_inode(first, volume.inode(first)._replace(orphan_prev=ino))
 
-    def remove(self, tx: Transaction, ino: int) -> None:
+    def remove(self, tx: Transaction, ino: Ino) -> None:
         """Take an inode from the list if it is there."""
         volume = self.volume
         inode = volume.inode(ino)
@@ -74,9 +74,9 @@ class Orphans:
             raise self._bad(f"inode {ino} between {before} and {after}, which name others")
         tx.put_inode(before, volume.inode(before)._replace(orphan_next=after))
         tx.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
-        tx.put_inode(ino, volume.inode(ino)._replace(orphan_next=0, orphan_prev=0))
+        tx.put_inode(ino, volume.inode(ino)._replace(orphan_next=NO_INO, orphan_prev=NO_INO))
 
-    def move(self, project: int, to: int) -> None:
+    def move(self, project: Ino, to: Ino) -> None:
         """Let what is listed and counts against one project count against another."""
         volume = self.volume
         inos = [ino for ino in self.inos() if volume.inode(ino).project == project]

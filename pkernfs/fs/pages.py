@@ -16,11 +16,12 @@ from pkernfs.format import (
     PAGE,
     PAGE_HEADER_LAYOUT,
     SYMLINK_MAX,
+    Ino,
     Inode,
     PageHeader,
     checksum,
 )
-from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.damage import NO_INO, corrupt_inode
 from pkernfs.region import Region
 
 _CHECKSUM = struct.Struct("<I")
@@ -54,7 +55,7 @@ def encode_page(magic: int, offset: int, owner: int, keys: int, level: int, *bod
 
 
 def check_page(
-    raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: int = 0, verify: bool = True
+    raw: bytes, magic: int, offset: int, owner: int, what: str, *, ino: Ino = NO_INO, verify: bool = True
 ) -> PageHeader:
     """Check the header of a page that was read at ``offset`` and, if ``verify``, the checksum.
 
@@ -75,12 +76,12 @@ def has_extents(inode: Inode) -> bool:
     return stat.S_ISREG(inode.mode) or (stat.S_ISLNK(inode.mode) and inode.size > INLINE_SIZE)
 
 
-def raw_inode(region: Region, ino: int) -> Inode:
+def raw_inode(region: Region, ino: Ino) -> Inode:
     """The fields of a slot, damaged or not."""
     return INODE.unpack(region.read(ino * INODE_SIZE, INODE_SIZE))
 
 
-def read_inode(region: Region, ino: int) -> Inode:
+def read_inode(region: Region, ino: Ino) -> Inode:
     """Decode and check a slot, in use or free.  Raises CorruptError."""
     offset = ino * INODE_SIZE
     raw = region.read(offset, INODE_SIZE)
@@ -101,8 +102,8 @@ def new_inode(
     rdev: int = 0,
     flags: int = 0,
     generation: int = 0,
-    parent: int = 0,
-    project: int = 0,
+    parent: Ino = NO_INO,
+    project: Ino = NO_INO,
 ) -> Inode:
     """An inode that was made ``now``, with one name and without content; ``parent`` is for directories."""
     is_dir = stat.S_ISDIR(mode)
@@ -118,12 +119,12 @@ def new_inode(
         rdev=rdev,
         flags=flags | (FLAG_DIR if is_dir else FLAG_FILE if stat.S_ISREG(mode) else 0),
         btime=now,
-        parent=parent if is_dir else 0,
+        parent=parent if is_dir else NO_INO,
         project=project,
     )
 
 
-def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
+def check_inode(ino: Ino, inode: Inode, total_pages: int) -> None:
     """Check the fields of an inode in use that would lead a reader astray, whatever their checksum says.
 
     Raises CorruptError for a type that does not exist, a size beyond what the type can have (of a directory: entries),
@@ -142,7 +143,7 @@ def check_inode(ino: int, inode: Inode, total_pages: int) -> None:
     raise corrupt_inode(ino, found)
 
 
-def encode_inode(ino: int, inode: Inode) -> bytes:
+def encode_inode(ino: Ino, inode: Inode) -> bytes:
     """The 256 bytes of a slot, with checksum.  Raises CorruptError when a count (of a damaged region) does not fit."""
     try:
         raw = INODE.pack(inode)

@@ -15,8 +15,9 @@ from itertools import islice
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import Inode, Quota
+from pkernfs.format import Ino, Inode, Quota
 from pkernfs.fs.charge import chain, cost, enclosing_project, quota_of, with_quota, without_quota
+from pkernfs.fs.damage import NO_INO
 from pkernfs.fs.directory import open_directory
 from pkernfs.fs.orphans import BATCH, Orphans
 from pkernfs.fs.volume import Volume
@@ -25,7 +26,7 @@ from pkernfs.fs.volume import Volume
 class Use(NamedTuple):
     """A quota: of which directory, and how much of it is used; bytes.  ``ino`` 0: there is none."""
 
-    ino: int
+    ino: Ino
     limit: int
     used: int
 
@@ -37,15 +38,15 @@ class Quotas:
         self.volume = volume
         self.orphans = orphans
 
-    def get(self, ino: int) -> Use:
+    def get(self, ino: Ino) -> Use:
         """The quota that counts first for what is made in (or written to) ``ino``."""
         for project, inode in chain(self.volume.cache, None, ino, self.volume.inode(ino).project):
             quota = quota_of(inode)
             if quota.limit:
                 return Use(project, quota.limit, quota.used)
-        return Use(0, 0, 0)
+        return Use(NO_INO, 0, 0)
 
-    def set(self, ino: int, limit: int) -> Use:
+    def set(self, ino: Ino, limit: int) -> Use:
         """Limit directory ``ino`` to ``limit`` bytes, of which more may be used already; 0 takes the quota away.
 
         Raises FsError: ENOTDIR; EXDEV when a file below has a name elsewhere too: it could not count for both.
@@ -71,7 +72,7 @@ class Quotas:
             self.drop(ino)
         return self.get(ino)
 
-    def drop(self, ino: int, *others: int) -> None:
+    def drop(self, ino: Ino, *others: Ino) -> None:
         """Take the quota away of a directory that is about to go, if it has one.
 
         Files without a name that count against it count against the quota around it from now on.
@@ -91,12 +92,12 @@ class Quotas:
             tx.put_inode(ino, without_quota(volume.inode(ino), enclosing))
 
 
-def _store(volume: Volume, ino: int, inode: Inode) -> None:
+def _store(volume: Volume, ino: Ino, inode: Inode) -> None:
     with volume.transaction() as tx:
         tx.put_inode(ino, inode)
 
 
-def _below(volume: Volume, top: int) -> Iterator[tuple[int, Inode]]:
+def _below(volume: Volume, top: Ino) -> Iterator[tuple[Ino, Inode]]:
     """Everything below a directory, each directory before what is in it, each file once for each of its names.
 
     A directory with a limit of its own is given, and what is below it is not.
@@ -110,14 +111,14 @@ def _below(volume: Volume, top: int) -> Iterator[tuple[int, Inode]]:
                 todo.append(entry.ino)
 
 
-def _counts(ino: int, inode: Inode) -> bool:
+def _counts(ino: Ino, inode: Inode) -> bool:
     """Whether a directory has a quota that counts."""
     return inode.project == ino and bool(quota_of(inode).limit)
 
 
-def _check_links(volume: Volume, top: int) -> None:
+def _check_links(volume: Volume, top: Ino) -> None:
     """Raise FsError(EXDEV) when a file below ``top`` has a name elsewhere too."""
-    names: dict[int, int] = {}
+    names: dict[Ino, int] = {}
     for ino, inode in _below(volume, top):
         if not stat.S_ISDIR(inode.mode) and inode.nlink > 1:
             names[ino] = names.get(ino, inode.nlink) - 1
@@ -126,10 +127,10 @@ def _check_links(volume: Volume, top: int) -> None:
             raise FsError(errno.EXDEV, f"inode {ino} has {left} more names elsewhere: find -inum {ino} lists them")
 
 
-def _mark(volume: Volume, top: int, project: int) -> int:
+def _mark(volume: Volume, top: Ino, project: Ino) -> int:
     """Let everything below ``top`` count against ``project``; the bytes that it all uses."""
     used = 0
-    seen: set[int] = set()
+    seen: set[Ino] = set()
     below = _below(volume, top)
     while batch := list(islice(below, BATCH)):
         with volume.transaction() as tx:

@@ -10,9 +10,9 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import GUARDED, PAGE, Ino, Inode
+from pkernfs.format import GUARDED, Ino, Inode
 from pkernfs.fs.damage import corrupt_inode
-from pkernfs.fs.filemap import MAX_PAGES, FileMap
+from pkernfs.fs.filemap import END, FIRST, FileMap, end_of
 from pkernfs.fs.guard import Guard, has_records, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import Orphans
@@ -43,24 +43,24 @@ class Reclaimer:
         self.guard = guard
         self.ended = False  #: nobody refers to anything any more
         self.in_background = False
-        self.pending: dict[int, None] = {}
+        self.pending: dict[Ino, None] = {}
 
     # -- what is needed -------------------------------------------------------------------------------------------
 
-    def referenced(self, ino: int) -> bool:
+    def referenced(self, ino: Ino) -> bool:
         """Whether the inode is needed: the kernel knows it, so that it may be open; it is pinned; or guarded."""
         if not self.ended and self.lookups[ino] > 0:
             return True
         return self._is_kept(ino)
 
-    def _is_kept(self, ino: int) -> bool:
+    def _is_kept(self, ino: Ino) -> bool:
         return pins(self.volume.inode(ino)) > 0 or self.is_guarded(ino)
 
-    def is_guarded(self, ino: int) -> bool:
+    def is_guarded(self, ino: Ino) -> bool:
         """Whether the guard does not let the inode go yet; where that cannot be told: yes."""
         try:
             inode = self.volume.inode(ino)
-            return bool(inode.flags & GUARDED) and not self.guard.may_free(Ino(ino), inode)
+            return bool(inode.flags & GUARDED) and not self.guard.may_free(ino, inode)
         except PkernfsError as error:
             self.volume.damage.complain(error)
             return True
@@ -69,14 +69,14 @@ class Reclaimer:
         """Whether there are listed inodes that go when nobody has them open any more.  Raises CorruptError."""
         return not all(map(self._is_kept, self.orphans.inos()))
 
-    def forget(self, ino: int, count: int) -> None:
+    def forget(self, ino: Ino, count: int) -> None:
         """FUSE_FORGET: ``count`` references are gone; with the last one an orphan is freed."""
         if not self.lookups.drop(ino, count):
             self.reap(ino)
 
     # -- in one transaction -------------------------------------------------------------------------------------------
 
-    def is_small(self, ino: int, inode: Inode) -> bool:
+    def is_small(self, ino: Ino, inode: Inode) -> bool:
         """Whether one transaction can free all that belongs to the inode."""
         if has_records(inode):
             return False
@@ -86,7 +86,7 @@ class Reclaimer:
             return True
         return len(list(islice(FileMap(self.volume, ino, inode).extents(), STEP + 1))) <= STEP
 
-    def _is_tiny(self, ino: int) -> bool:
+    def _is_tiny(self, ino: Ino) -> bool:
         """Whether the inode is unused and has so little that many like it can be freed by one transaction."""
         with suppress(PkernfsError):
             inode = self.volume.inode(ino)
@@ -94,14 +94,14 @@ class Reclaimer:
             return tiny and not inode.nlink and not self.referenced(ino)
         return False
 
-    def free_part(self, tx: Transaction, ino: int, inode: Inode) -> bool:
+    def free_part(self, tx: Transaction, ino: Ino, inode: Inode) -> bool:
         """Give back a part of an inode without a name; True: all of it, and the inode."""
         volume = self.volume
         if stat.S_ISDIR(inode.mode) and inode.root:
             found = "a directory without a name that has entries"
             raise corrupt_inode(ino, found)
         if has_records(inode):
-            self.guard.drop_records(tx, Ino(ino))
+            self.guard.drop_records(tx, ino)
             inode = volume.inode(ino)
         done = True
         if inode.xattrs:
@@ -112,7 +112,7 @@ class Reclaimer:
             done = not inode.xattrs
         if done and has_extents(inode):
             filemap = FileMap(volume, ino, inode)
-            done = filemap.remove(tx, 0, MAX_PAGES, STEP)
+            done = filemap.remove(tx, FIRST, END, STEP)
             inode = filemap.finish()
         tx.put_inode(ino, inode)
         if done:
@@ -120,12 +120,12 @@ class Reclaimer:
             tx.free_inode(ino, volume.inode(ino))
         return done
 
-    def _truncate_part(self, tx: Transaction, ino: int, inode: Inode, compact: bool) -> bool:
+    def _truncate_part(self, tx: Transaction, ino: Ino, inode: Inode, compact: bool) -> bool:
         """Free a part of what lies beyond the end of a file; True: all of it."""
         done = True
         if has_extents(inode):
             filemap = FileMap(self.volume, ino, inode, compact=compact)
-            done = filemap.truncate(tx, -(-inode.size // PAGE), STEP)
+            done = filemap.truncate(tx, end_of(inode.size), STEP)
             tx.put_inode(ino, filemap.finish())
         if done and inode.nlink:
             self.orphans.remove(tx, ino)
@@ -133,7 +133,7 @@ class Reclaimer:
 
     # -- step by step ------------------------------------------------------------------------------------------------
 
-    def free_step(self, ino: int) -> bool:
+    def free_step(self, ino: Ino) -> bool:
         """One transaction that frees a part of what a listed inode has too much; True: all of it."""
         if self._pins_for_nobody(ino):
             self._unpin_part(ino)
@@ -147,26 +147,26 @@ class Reclaimer:
 
         return self.volume.compacting(step)
 
-    def _pins_for_nobody(self, ino: int) -> bool:
+    def _pins_for_nobody(self, ino: Ino) -> bool:
         """Whether the inode is a guarded one without a name that still pins files."""
         inode = self.volume.inode(ino)
         if inode.nlink or not has_records(inode):
             return False
         try:
-            return self.guard.is_pinning(Ino(ino))
+            return self.guard.is_pinning(ino)
         except PkernfsError as error:
             self.volume.damage.complain(error)
             return False
 
-    def _unpin_part(self, ino: int) -> None:
+    def _unpin_part(self, ino: Ino) -> None:
         """Drop some of the pins of a guarded inode without a name.  Files that nobody needs then are freed later."""
         with self.volume.transaction() as tx:
-            unpinned = self.guard.unpin(tx, Ino(ino), STEP)
+            unpinned = self.guard.unpin(tx, ino, STEP)
         for file in unpinned:
             if not self.volume.inode(file).nlink and not self.referenced(file):
                 self.pending[file] = None
 
-    def _unpin_all(self, ino: int) -> None:
+    def _unpin_all(self, ino: Ino) -> None:
         """Drop the pins of a guarded inode without a name, be it open or not: what it pinned is free then."""
         try:
             while self._pins_for_nobody(ino):
@@ -176,7 +176,7 @@ class Reclaimer:
         except PkernfsError as error:
             self.volume.damage.complain(error)
 
-    def reap(self, ino: int) -> None:
+    def reap(self, ino: Ino) -> None:
         """Free the inode if it has no name and nobody needs it any more: after references, names or pins were dropped.
 
         The pins that a guarded inode without a name holds go at once.
@@ -189,7 +189,7 @@ class Reclaimer:
         if not self.referenced(ino) and not self.volume.inode(ino).nlink:
             self.begin_freeing(ino)
 
-    def begin_freeing(self, ino: int) -> None:
+    def begin_freeing(self, ino: Ino) -> None:
         """Free what a listed inode has too much: the first step now, the rest now too or later (``in_background``).
 
         There, what is tiny is freed later, together with others.
@@ -233,7 +233,7 @@ class Reclaimer:
             self.pending.pop(ino, None)
             raise
 
-    def finish_cut(self, ino: int) -> None:
+    def finish_cut(self, ino: Ino) -> None:
         """Free all that lies beyond the end of a file whose cut is pending: before it grows again."""
         while not self.free_step(ino):
             pass
@@ -263,6 +263,6 @@ class Reclaimer:
             except PkernfsError as error:
                 self.volume.damage.complain(error)
 
-    def _is_to_be_freed(self, ino: int) -> bool:
+    def _is_to_be_freed(self, ino: Ino) -> bool:
         """Whether a listed inode has something to be freed now."""
         return bool(self.volume.inode(ino).nlink) or not self.referenced(ino) or self._pins_for_nobody(ino)

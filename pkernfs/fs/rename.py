@@ -6,8 +6,8 @@ import errno
 import stat
 
 from pkernfs.errors import FsError, quoted
-from pkernfs.format import GUARDED, ROOT_INO, Inode
-from pkernfs.fs.damage import corrupt_inode
+from pkernfs.format import GUARDED, ROOT_INO, Ino, Inode
+from pkernfs.fs.damage import NO_INO, corrupt_inode
 from pkernfs.fs.directory import Entry, check_name
 from pkernfs.fs.names import Names, check_project, check_removable
 from pkernfs.fs.transaction import Transaction
@@ -23,7 +23,7 @@ class Renames:
         self.names = names
         self.volume = names.volume
 
-    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+    def rename(self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0) -> None:
         """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
 
         Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM (also
@@ -94,7 +94,7 @@ class Renames:
         if new is not None and flags != RENAME_EXCHANGE:
             self.names.reclaimer.reap(new.ino)
 
-    def _check_not_below(self, ino: int, place: int) -> None:
+    def _check_not_below(self, ino: Ino, place: Ino) -> None:
         """Raise FsError(EINVAL) when directory ``place`` is ``ino`` or below it."""
         at, inode = place, self.volume.inode(place)
         seen = set()
@@ -114,6 +114,6 @@ class Renames:
         if stat.S_ISDIR(inode.mode) and inode.root:
             raise FsError(errno.ENOTEMPTY, quoted(new.name))
 
-    def _moved(self, tx: Transaction, ino: int, inode: Inode, parent: int, now: int) -> None:
+    def _moved(self, tx: Transaction, ino: Ino, inode: Inode, parent: Ino, now: int) -> None:
         is_dir = stat.S_ISDIR(inode.mode)
-        tx.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else 0))
+        tx.put_inode(ino, inode._replace(ctime=now, parent=parent if is_dir else NO_INO))

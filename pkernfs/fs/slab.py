@@ -16,6 +16,7 @@ from pkernfs.format import (
     SLAB_KINDS_AT,
     SLAB_MAGIC,
     SLAB_SLOTS_AT,
+    BlockNo,
 )
 from pkernfs.fs.pages import check_page, encode_page
 
@@ -29,7 +30,7 @@ class Slab:
     ``kinds``: a kind for each page.  ``slots``: for a page of inodes, the bitmap of its 16 slots in use.
     """
 
-    def __init__(self, block: int, kinds: bytearray, slots: array[int], *, fresh: bool) -> None:
+    def __init__(self, block: BlockNo, kinds: bytearray, slots: array[int], *, fresh: bool) -> None:
         self.block = block
         self.offset = block * BLOCK
         self.kinds = kinds
@@ -40,14 +41,14 @@ class Slab:
         self.first_with_slots = 0  #: no page of inodes before this index has a free slot
 
     @classmethod
-    def empty(cls, block: int) -> Slab:
+    def empty(cls, block: BlockNo) -> Slab:
         """A new slab: everything free but the header."""
         kinds = bytearray(PAGES_PER_BLOCK)
         kinds[0] = PAGE_HEADER
         return cls(block, kinds, array("H", bytes(2 * PAGES_PER_BLOCK)), fresh=True)
 
     @classmethod
-    def decode(cls, raw: bytes, block: int, *, verify: bool = True) -> Slab:
+    def decode(cls, raw: bytes, block: BlockNo, *, verify: bool = True) -> Slab:
         """Check and decode the header of the slab in ``block``; without ``verify`` whatever its checksum.
 
         Raises CorruptError.

@@ -19,12 +19,26 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     TABLE_FANOUT,
     TABLE_MAGIC,
+    BlockNo,
+    FilePage,
+    Ino,
+    PageNo,
     Superblock,
 )
 from pkernfs.fs.damage import Damage
 from pkernfs.fs.pages import check_page, encode_page
 from pkernfs.fs.slab import Slab
 from pkernfs.region import Region
+
+
+def block_of(page: PageNo) -> tuple[BlockNo, int]:
+    """The block that a page is in, and which of its pages it is."""
+    return BlockNo(page // PAGES_PER_BLOCK), page % PAGES_PER_BLOCK
+
+
+def page_of_inode(ino: Ino) -> tuple[PageNo, int]:
+    """The page that an inode's slot is in, and which of its slots it is."""
+    return PageNo(ino // INODES_PER_PAGE), ino % INODES_PER_PAGE
 
 
 class BlockTablePage:
@@ -66,18 +80,18 @@ class Space:
             raise CorruptError("the block table", PAGE, "kinds of blocks that do not exist")
         self.pages = [BlockTablePage(self, index) for index in range(sb.table_pages)]
         self.free_blocks = self.table.count(BLOCK_FREE, self.first_block)
-        self.slabs: dict[int, Slab] = {}
+        self.slabs: dict[BlockNo, Slab] = {}
         #: slabs that may have a free page / a free inode slot: hints, checked when used
         self.with_pages = set(self.slab_blocks())
         self.with_slots = set(self.with_pages)
 
     # -- slabs ----------------------------------------------------------------------------------------------------
 
-    def is_slab(self, block: int) -> bool:
+    def is_slab(self, block: BlockNo) -> bool:
         """Whether a block is one that a slab can be read from."""
         return self.first_block <= block < self.blocks and self.table[block] == BLOCK_SLAB
 
-    def slab(self, block: int) -> Slab:
+    def slab(self, block: BlockNo) -> Slab:
         """The slab in ``block``.  Raises CorruptError."""
         slab = self.slabs.get(block)
         if slab is None:
@@ -86,7 +100,7 @@ class Space:
             slab = self.slabs[block] = Slab.decode(self.region.read(block * BLOCK, PAGE), block)
         return slab
 
-    def usable_slab(self, block: int) -> Slab | None:
+    def usable_slab(self, block: BlockNo) -> Slab | None:
         """The slab in ``block``, to allocate from; None, and a note, when it is damaged: the others are used then."""
         try:
             return self.slab(block)
@@ -94,22 +108,22 @@ class Space:
             self.damage.note(error)
             return None
 
-    def slab_blocks(self) -> list[int]:
+    def slab_blocks(self) -> list[BlockNo]:
         """The blocks that are slabs."""
         blocks = []
         at = self.table.find(BLOCK_SLAB)
         while at >= 0:
-            blocks.append(at)
+            blocks.append(BlockNo(at))
             at = self.table.find(BLOCK_SLAB, at + 1)
         return blocks
 
-    def drop_slab(self, block: int) -> None:
+    def drop_slab(self, block: BlockNo) -> None:
         """Drop what is decoded of a slab, which is one no more or is to be decoded again."""
         self.slabs.pop(block, None)
         self.with_pages.discard(block)
         self.with_slots.discard(block)
 
-    def relist(self, block: int) -> None:
+    def relist(self, block: BlockNo) -> None:
         """Look into a slab again when something is to be allocated."""
         if self.table[block] == BLOCK_SLAB:
             self.with_pages.add(block)
@@ -117,9 +131,9 @@ class Space:
 
     # -- questions ------------------------------------------------------------------------------------------------
 
-    def check_page_kind(self, page: int, kind: int, what: str, ino: int) -> None:
+    def check_page_kind(self, page: PageNo, kind: int, what: str, ino: Ino) -> None:
         """Raise CorruptError, of inode ``ino``, when ``page`` is not a page of this kind."""
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        block, index = block_of(page)
         if not self.is_slab(block):
             raise CorruptError(what, page * PAGE, f"page {page:#x} is not in a slab", ino=ino)
         found = self.slab(block).kinds[index]
@@ -127,30 +141,30 @@ class Space:
             expected = f"expected a page of kind {PAGE_KINDS[kind]}, found {PAGE_KINDS[found]}"
             raise CorruptError(what, page * PAGE, expected, ino=ino)
 
-    def is_data(self, start: int, page: int, count: int) -> bool:
+    def is_data(self, start: FilePage, page: PageNo, count: int) -> bool:
         """Whether ``count`` pages from ``page`` on, page ``start`` of a file and what follows, can be a file's content:
         whole data blocks at multiples of 2 MiB, and data pages of slabs.  Raises CorruptError for a damaged slab."""
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.blocks * PAGES_PER_BLOCK:
             return False
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        block, index = block_of(page)
         if self.table[block] == BLOCK_SLAB:
             step = min(count, PAGES_PER_BLOCK - index)
             if self.slab(block).kinds[index : index + step] != bytes([PAGE_DATA]) * step:
                 return False
-            start, page, count = start + step, page + step, count - step
+            start, page, count = FilePage(start + step), PageNo(page + step), count - step
         # What follows are blocks to the end: a slab begins with its header.
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        block, index = block_of(page)
         blocks, rest = divmod(count, PAGES_PER_BLOCK)
         aligned = not (index or start % PAGES_PER_BLOCK)
         whole = not rest and self.table[block : block + blocks] == bytes([BLOCK_DATA]) * blocks
         return not count or (aligned and whole)
 
-    def inode_in_use(self, ino: int) -> bool:
+    def inode_in_use(self, ino: Ino) -> bool:
         """Whether the slot is one that an inode may be read from."""
         if 0 < ino < FIRST_FREE_SLOT:
             return True
-        page, slot = divmod(ino, INODES_PER_PAGE)
-        block, index = divmod(page, PAGES_PER_BLOCK)
+        page, slot = page_of_inode(ino)
+        block, index = block_of(page)
         if not self.is_slab(block):
             return False
         slab = self.slab(block)

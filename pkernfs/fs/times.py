@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pkernfs.format import INODE_ATIME_AT, INODE_SIZE, Inode
+from pkernfs.format import INODE_ATIME_AT, INODE_SIZE, Ino, Inode
 from pkernfs.fs.volume import Volume
 
 DAY = 86400 * 10**9
@@ -35,7 +35,7 @@ class Times:
         fresh = atime > inode.mtime and atime > inode.ctime and self.volume.clock() - atime < DAY
         return not fresh or self.policy == "strictatime"
 
-    def accessed(self, ino: int, inode: Inode) -> None:
+    def accessed(self, ino: Ino, inode: Inode) -> None:
         """Store a new atime when the policy asks for it; not in an inode that was found damaged.
 
         With one store, in place, and no transaction: reading stays cheap.

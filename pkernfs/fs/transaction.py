@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pkernfs.format import GUARDED, Inode
+from pkernfs.format import GUARDED, BlockNo, Ino, Inode, PageNo
 from pkernfs.fs.cache import Cache
-from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.damage import NO_PAGE, corrupt_inode
 from pkernfs.fs.pages import Page, read_inode
 from pkernfs.fs.slab import Slab
 
@@ -26,11 +26,11 @@ class Transaction:
         self.preparing = preparing
         self.charges = charges
         self.pages: dict[int, Page] = {}  #: by offset
-        self.inodes: dict[int, Inode] = {}
-        self.before: dict[int, Inode] = {}  #: what those were; a free slot has mode 0
-        self.freed_blocks: list[tuple[int, int]] = []  #: (block, count)
-        self.freed_pages: list[tuple[int, int]] = []  #: (page, count)
-        self.freed_inodes: list[int] = []
+        self.inodes: dict[Ino, Inode] = {}
+        self.before: dict[Ino, Inode] = {}  #: what those were; a free slot has mode 0
+        self.freed_blocks: list[tuple[BlockNo, int]] = []  #: with a count
+        self.freed_pages: list[tuple[PageNo, int]] = []  #: with a count
+        self.freed_inodes: list[Ino] = []
         self.stores: list[tuple[int, bytes]] = []  #: (offset, data) beside pages and inodes
         self.words: list[tuple[int, bytes]] = []  #: (offset, data): stored last, word by word, in order
         self.undo: list[Callable[[], None]] = []
@@ -41,7 +41,7 @@ class Transaction:
 
     # -- inodes ---------------------------------------------------------------------------------------------------
 
-    def put_inode(self, ino: int, inode: Inode) -> None:
+    def put_inode(self, ino: Ino, inode: Inode) -> None:
         """Change an inode.  Raises FsError(EROFS) when it was found damaged."""
         cache = self.cache
         cache.damage.check_changeable(ino)
@@ -50,19 +50,19 @@ class Transaction:
         cache.inodes[ino] = inode
         self.inodes[ino] = inode
 
-    def _keep_before(self, ino: int) -> None:
+    def _keep_before(self, ino: Ino) -> None:
         if self.charges and ino not in self.before:
             self.before[ino] = self.cache.inodes.get(ino) or read_inode(self.cache.region, ino)
 
-    def free_inode(self, ino: int, inode: Inode) -> None:
+    def free_inode(self, ino: Ino, inode: Inode) -> None:
         """Empty the slot, and free it at the commit."""
         self._keep_before(ino)
         self.cache.pieces.pop(ino, None)
         self.cache.inodes.pop(ino, None)
-        self.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=0, xattrs=0, inline=b"")
+        self.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=NO_PAGE, xattrs=NO_PAGE, inline=b"")
         self.freed_inodes.append(ino)
 
-    def pin(self, ino: int, count: int) -> None:
+    def pin(self, ino: Ino, count: int) -> None:
         """Count ``count`` more (or less) pins of a file.  Raises CorruptError."""
         inode = self.cache.inode(ino)
         if inode.flags & GUARDED or inode.iommu + count < 0:
@@ -72,11 +72,11 @@ class Transaction:
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def free_blocks(self, block: int, count: int) -> None:
+    def free_blocks(self, block: BlockNo, count: int) -> None:
         """Free data blocks at the commit."""
         self.freed_blocks.append((block, count))
 
-    def free_pages(self, page: int, count: int = 1) -> None:
+    def free_pages(self, page: PageNo, count: int = 1) -> None:
         """Free pages of a slab at the commit."""
         self.freed_pages.append((page, count))
 

@@ -18,7 +18,9 @@ from pkernfs.format import (
     XATTR_INLINE,
     XATTR_SIZE_MAX,
     ExtentValue,
+    Ino,
     Inode,
+    PageNo,
     XattrHead,
     checksum,
     name_key,
@@ -47,7 +49,7 @@ class Attribute(NamedTuple):
 class Xattrs:
     """The extended attributes of inode ``ino``.  ``finish`` gives the changed inode."""
 
-    def __init__(self, volume: Volume, ino: int, inode: Inode) -> None:
+    def __init__(self, volume: Volume, ino: Ino, inode: Inode) -> None:
         self.volume = volume
         self.ino = ino
         self.inode = inode
@@ -82,7 +84,9 @@ class Xattrs:
             raise self._bad(f"a value of {attribute.head.size} bytes in {runs}")
         for run in runs:
             for page in range(run.page, run.page + run.length):
-                self.volume.space.check_page_kind(page, PAGE_XATTR, f"an attribute of inode {self.ino}", self.ino)
+                self.volume.space.check_page_kind(
+                    PageNo(page), PAGE_XATTR, f"an attribute of inode {self.ino}", self.ino
+                )
         return runs
 
     def find(self, name: bytes) -> Attribute | None:

@@ -33,6 +33,7 @@ from pkernfs.format import (
     STORE,
     SUPERBLOCK,
     WORDS,
+    BlockNo,
     Ino,
     Inode,
     PageNo,
@@ -73,7 +74,7 @@ def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
         return facts | {"structure": "free"}
     if kind == BLOCK_DATA:
         return facts | _owned(fs, offset, "data")
-    slab = fs.volume.space.slab(block)
+    slab = fs.volume.space.slab(BlockNo(block))
     index = page % PAGES_PER_BLOCK
     structure = PAGE_KINDS[slab.kinds[index]]
     facts["page_kind"] = structure
@@ -169,7 +170,7 @@ def _tree_of(fs: Filesystem, ino: Ino, inode: Inode, page: PageNo) -> str:
     """Which of an inode's trees has a node."""
     if inode.xattrs and page in Tree(fs.volume, ino, inode.xattrs).all_pages():
         return "attributes"
-    if inode.flags & GUARDED and inode.iommu and page in Tree(fs.volume, ino, inode.iommu).all_pages():
+    if inode.flags & GUARDED and inode.iommu and page in Tree(fs.volume, ino, PageNo(inode.iommu)).all_pages():
         return "records"
     return "directory" if stat.S_ISDIR(inode.mode) else "extents"
 

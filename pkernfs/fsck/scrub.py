@@ -22,7 +22,9 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     SUPERBLOCK,
     TABLE_MAGIC,
+    BlockNo,
     Ino,
+    PageNo,
 )
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
@@ -151,13 +153,13 @@ class _Step:
         end = (block + 1) * PAGES_PER_BLOCK
         self.structures += not first
         try:
-            slab = Slab.decode(self.region.read(block * PAGES_PER_BLOCK * PAGE, PAGE), block)
+            slab = Slab.decode(self.region.read(block * PAGES_PER_BLOCK * PAGE, PAGE), BlockNo(block))
         except CorruptError as error:
             if not first:
                 self.damaged(error)
             return end
         for index in range(first, PAGES_PER_BLOCK):
-            page = block * PAGES_PER_BLOCK + index
+            page = PageNo(block * PAGES_PER_BLOCK + index)
             if self.structures >= STEP:
                 return page
             if slab.kinds[index] == PAGE_NODE:
@@ -167,11 +169,11 @@ class _Step:
                     self.inode(Ino(page * INODES_PER_PAGE + slot))
         return end
 
-    def node(self, page: int) -> None:
+    def node(self, page: PageNo) -> None:
         """A tree node, whoever its owner is."""
         self.structures += 1
         raw = self.region.read(page * PAGE, PAGE)
-        owner = PAGE_HEADER_LAYOUT.unpack(raw).owner
+        owner = Ino(PAGE_HEADER_LAYOUT.unpack(raw).owner)
         try:
             Node.decode(raw, page, owner)
         except CorruptError as error:

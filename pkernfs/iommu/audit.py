@@ -17,10 +17,12 @@ from pkernfs.format import (
     PAGE_FREE,
     PAGES_PER_BLOCK,
     Attachment,
+    PageNo,
     Requester,
     TablePage,
 )
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.space import block_of
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
@@ -199,7 +201,7 @@ class Audit:
 def owner(volume: Volume, physical: int) -> str:
     """Whether memory is in use, and for what; "": it is not."""
     offset = physical - volume.sb.phys_base
-    block, page = divmod(offset // PAGE, PAGES_PER_BLOCK)
+    block, page = block_of(PageNo(offset // PAGE))
     if not 0 <= offset < volume.sb.blocks * BLOCK:
         return ""
     kind = volume.space.table[block]

@@ -16,6 +16,7 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     Attachment,
     DomainId,
+    Ino,
     Requester,
 )
 from pkernfs.fs.filesystem import Filesystem
@@ -30,7 +31,7 @@ from pkernfs.iommu.records import Records
 from pkernfs.iommu.replies import commit, replayed
 
 
-def attach(fs: Filesystem, ino: int, requester: Requester, *, persistent: bool = False, key: int = 0) -> None:
+def attach(fs: Filesystem, ino: Ino, requester: Requester, *, persistent: bool = False, key: int = 0) -> None:
     """Attach a device to a domain; or claim it, when it is deferred since the last mount, or declare it persistent."""
     volume = fs.volume
     Domain(volume, ino).check_named()

@@ -28,13 +28,13 @@ def domains(volume: Volume) -> Iterator[tuple[str | None, Ino]]:
             yield None, ino
 
 
-def name_of(volume: Volume, ino: int) -> bytes | None:
+def name_of(volume: Volume, ino: Ino) -> bytes | None:
     """The name of a domain; None: it has none (any more).  Reads no more of the directory than up to it."""
     directory = Directory(volume, IOMMU_INO, volume.inode(IOMMU_INO))
     return next((entry.name for entry in directory.scan() if entry.ino == ino), None)
 
 
-def called(volume: Volume, ino: int) -> str:
+def called(volume: Volume, ino: Ino) -> str:
     """What a domain is called in messages."""
     name = name_of(volume, ino)
     return f"inode {ino}" if name is None else os.fsdecode(name)

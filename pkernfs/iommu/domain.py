@@ -22,6 +22,7 @@ from pkernfs.format import (
     TABLES_VTD,
     DomainId,
     DomainRecord,
+    Ino,
     Iova,
     TablePage,
 )
@@ -45,7 +46,7 @@ UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, roo
 class Domain:
     """One domain: its records, and its tables.  Changes end with ``save``."""
 
-    def __init__(self, volume: Volume, ino: int) -> None:
+    def __init__(self, volume: Volume, ino: Ino) -> None:
         if not volume.inode(ino).flags & FLAG_IOMMU_DOMAIN_PGTABLES:
             raise FsError(errno.EINVAL, f"inode {ino}: expected a domain, a file in iommu/")
         self.volume = volume
@@ -158,15 +159,15 @@ def new_id(volume: Volume, roots: Records) -> DomainId:
 # -- making and removing them -----------------------------------------------------------------------------------------
 
 
-def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, key: int = 0) -> int:
+def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, key: int = 0) -> Ino:
     """A new domain with its first 2 MiB; its inode."""
     if form not in BY_NAME or not 3 <= levels <= 5:
         raise FsError(errno.EINVAL, f"expected the format vtd or amd and 3 to 5 levels, found {form!r} and {levels!r}")
     again = replayed(fs, key)
     if again is not None:
-        return again
+        return Ino(again)
 
-    def init_inode(tx: Transaction, ino: int) -> None:
+    def init_inode(tx: Transaction, ino: Ino) -> None:
         domain = Domain(fs.volume, ino)
         domain.record = domain.record._replace(tables=BY_NAME[form].number, levels=levels)
         roots = Records(fs.volume, ROOT_PGTABLES_INO)
@@ -177,7 +178,7 @@ def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, 
     return fs.create(IOMMU_INO, name, stat.S_IFREG | 0o600, caller, init_inode=init_inode)
 
 
-def destroy(fs: Filesystem, ino: int, key: int = 0) -> bytes | None:
+def destroy(fs: Filesystem, ino: Ino, key: int = 0) -> bytes | None:
     """Remove a domain that no device is attached to, and all its mappings; its name, None when that was done before."""
     if replayed(fs, key) is not None:
         return None

@@ -23,10 +23,11 @@ from pkernfs.format import (
     PAGE,
     ROOT_PGTABLES_INO,
     DomainId,
+    FilePage,
     Ino,
     Inode,
 )
-from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.filemap import FIRST, FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.lookups import Lookups
@@ -103,10 +104,10 @@ class PageTableGuard(Guard):
 
         The store is not part of ``tx``: the block is free until that commits.
         """
-        page, _ = FileMap(self.volume, ino, inode).find(0)
+        page, _ = FileMap(self.volume, ino, inode).find(FIRST)
         self.volume.region.store(page * PAGE, (1).to_bytes(8, "little"))
 
-    def may_cut(self, ino: Ino, inode: Inode, end: int) -> None:
+    def may_cut(self, ino: Ino, inode: Inode, end: FilePage) -> None:
         """Raise FsError(EBUSY) when a mapping names a page of the file from page ``end`` on."""
         for pin in pins_of(self.volume, ino):
             if pin.mapping.start + pin.mapping.length > end:

@@ -10,7 +10,19 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, GUARDED, MAPPING, MAX_PHYSICAL, PAGE, PAGES_PER_BLOCK, Iova, IovaPage, Mapping
+from pkernfs.format import (
+    ACCESS_NAMES,
+    GUARDED,
+    MAPPING,
+    MAX_PHYSICAL,
+    PAGE,
+    PAGES_PER_BLOCK,
+    FilePage,
+    Ino,
+    Iova,
+    IovaPage,
+    Mapping,
+)
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
@@ -50,9 +62,9 @@ class Mapped(NamedTuple):
 
 def map_file(
     fs: Filesystem,
-    ino: int,
+    ino: Ino,
     iova: int,
-    file_ino: int,
+    file_ino: Ino,
     offset: int = 0,
     length: int = 0,
     access: str = "rw",
@@ -86,7 +98,7 @@ def map_file(
             raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {rule}")
     if volume.sb.phys_base + volume.region.size > MAX_PHYSICAL:
         raise FsError(errno.EINVAL, "physical addresses beyond 52 bits: no table can hold them")
-    mapping = Mapping(file_ino, offset // PAGE, length // PAGE, ACCESS[access])
+    mapping = Mapping(file_ino, FilePage(offset // PAGE), length // PAGE, ACCESS[access])
     again = replayed(fs, key)
     if again is not None:
         return Mapped(iova, length, again)
@@ -101,7 +113,7 @@ def map_file(
     def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
         filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
-        filemap.allocate(tx, mapping.start, mapping.start + mapping.length)
+        filemap.allocate(tx, mapping.start, FilePage(mapping.start + mapping.length))
         tx.put_inode(file_ino, filemap.finish())
         tx.pin(file_ino, 1)
         _make_room(tx, domain, roots)
@@ -142,7 +154,7 @@ def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
         raise domain.pages.bad(text)
 
 
-def unmap(fs: Filesystem, ino: int, iova: int, length: int, key: int = 0) -> int:
+def unmap(fs: Filesystem, ino: Ino, iova: int, length: int, key: int = 0) -> int:
     """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
     volume = fs.volume
     domain = Domain(volume, ino)
@@ -165,7 +177,7 @@ def unmap(fs: Filesystem, ino: int, iova: int, length: int, key: int = 0) -> int
     return unmapped
 
 
-def _make_splits_possible(tx: Transaction, fs: Filesystem, ino: int) -> int:
+def _make_splits_possible(tx: Transaction, fs: Filesystem, ino: Ino) -> int:
     """Have the pages that splitting leaves at both ends takes, so that the first and the last part do not fail."""
     domain = Domain(fs.volume, ino)
     if not domain.pages.has_free(2 * domain.record.levels):
@@ -174,11 +186,11 @@ def _make_splits_possible(tx: Transaction, fs: Filesystem, ino: int) -> int:
     return 0
 
 
-def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, key: int) -> int:
+def _unmap_part(fs: Filesystem, ino: Ino, pages: range, before: int, key: int) -> int:
     """Take pages of IOVAs from a domain, in one transaction; how many bytes were mapped, added to ``before``."""
     volume = fs.volume
     first, end = pages.start, pages.stop
-    files: set[int] = set()
+    files: set[Ino] = set()
 
     def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
@@ -193,7 +205,7 @@ def _unmap_part(fs: Filesystem, ino: int, pages: range, before: int, key: int) -
             if left:
                 domain.records.put(tx, at, MAPPING.pack(mapping._replace(length=left)))
             if right:
-                rest = mapping._replace(start=mapping.start + mapping.length - right, length=right)
+                rest = mapping._replace(start=FilePage(mapping.start + mapping.length - right), length=right)
                 domain.records.put(tx, end, MAPPING.pack(rest))
             tx.pin(mapping.ino, bool(left) + bool(right) - 1)
             files.add(mapping.ino)

@@ -9,8 +9,19 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import BITMAP_PAGES, INODE_SIZE, PAGE, PAGES_PER_BLOCK, Extent, Inode, PhysAddr, TablePage
-from pkernfs.fs.damage import corrupt_inode
+from pkernfs.format import (
+    BITMAP_PAGES,
+    INODE_SIZE,
+    PAGE,
+    PAGES_PER_BLOCK,
+    Extent,
+    FilePage,
+    Ino,
+    Inode,
+    PhysAddr,
+    TablePage,
+)
+from pkernfs.fs.damage import NO_PAGE, corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
@@ -25,7 +36,7 @@ class TablePages:
     Changes end with ``finish``.
     """
 
-    def __init__(self, volume: Volume, ino: int) -> None:
+    def __init__(self, volume: Volume, ino: Ino) -> None:
         self.volume = volume
         self.region = volume.region
         self.base = volume.sb.phys_base
@@ -64,7 +75,7 @@ class TablePages:
     def offset(self, page: TablePage) -> int:
         """The region offset of a page.  Raises CorruptError when the file has no memory there."""
         index = bisect_right(self.starts, page) - 1
-        extent = self.extents[index] if index >= 0 else Extent(0, 0, 0)
+        extent = self.extents[index] if index >= 0 else Extent(FilePage(0), NO_PAGE, 0)
         if not extent.start <= page < extent.start + extent.length:
             raise self.bad(f"page {page} has no memory")
         return (extent.page + page - extent.start) * PAGE
@@ -136,7 +147,7 @@ class TablePages:
         if self.volume.space.free_blocks < blocks:
             awaiting = f"; {self.awaiting} pages await pkernfs iommu invalidations --ack" if self.awaiting else ""
             raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{awaiting}")
-        self.filemap.allocate(tx, first, end)
+        self.filemap.allocate(tx, FilePage(first), FilePage(end))
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
         for page in range(-(-first // BITMAP_PAGES) * BITMAP_PAGES, end, BITMAP_PAGES):
@@ -222,7 +233,7 @@ class TablePages:
                 del self.bitmaps[number]
             pages -= PAGES_PER_BLOCK
         if pages * PAGE < self.inode.size:
-            self.filemap.remove(tx, pages, self.inode.size // PAGE)
+            self.filemap.remove(tx, FilePage(pages), FilePage(self.inode.size // PAGE))
             self.inode = self.inode._replace(size=pages * PAGE)
             self._locate()
             self.free_runs, self.run = None, NO_RUN

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pkernfs.format import PAGE, Iova, Mapping
+from pkernfs.format import PAGE, Ino, Iova, Mapping
 from pkernfs.fs.guard import pins
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.directory import domains
@@ -21,7 +21,7 @@ class Pin(NamedTuple):
     mapping: Mapping
 
 
-def pins_of(volume: Volume, ino: int) -> Iterator[Pin]:
+def pins_of(volume: Volume, ino: Ino) -> Iterator[Pin]:
     """The mappings that name file ``ino``, by domain and IOVA.  Raises CorruptError.
 
     There is no index from a file to its mappings: all domains are read, up to the last pin.  That is for messages and

@@ -23,6 +23,7 @@ from pkernfs.format import (
     Inode,
     IovaPage,
     Mapping,
+    PageNo,
     Requester,
 )
 from pkernfs.fs.btree import Tree
@@ -43,11 +44,11 @@ class Records(Tree):
     Raises FsError(EINVAL) for other inodes.
     """
 
-    def __init__(self, volume: Volume, ino: int) -> None:
+    def __init__(self, volume: Volume, ino: Ino) -> None:
         inode = volume.inode(ino)
         if not inode.flags & GUARDED:
             raise FsError(errno.EINVAL, f"inode {ino} holds no page tables")
-        super().__init__(volume, ino, inode.iommu)
+        super().__init__(volume, ino, PageNo(inode.iommu))
 
     def _bad_record(self, key: int, found: str) -> CorruptError:
         return corrupt_inode(self.owner, found, f"record {key:#x} of inode {self.owner}")
@@ -108,12 +109,12 @@ class Records(Tree):
         return inode
 
 
-def has_mappings(volume: Volume, ino: int) -> bool:
+def has_mappings(volume: Volume, ino: Ino) -> bool:
     """Whether the records of a domain, or of root-pgtables, begin with a mapping."""
     return any(True for _ in Records(volume, ino).scan(FIRST_MAPPING, LAST_MAPPING))
 
 
-def drop_mappings(tx: Transaction, volume: Volume, ino: int, most: int) -> list[Ino]:
+def drop_mappings(tx: Transaction, volume: Volume, ino: Ino, most: int) -> list[Ino]:
     """Drop the first ``most`` mappings of a domain, and their pins.
 
     The files that have no pins any more.  Raises CorruptError.
@@ -131,7 +132,7 @@ def drop_mappings(tx: Transaction, volume: Volume, ino: int, most: int) -> list[
     return unpinned
 
 
-def drop_records(tx: Transaction, volume: Volume, ino: int) -> None:
+def drop_records(tx: Transaction, volume: Volume, ino: Ino) -> None:
     """Drop the few records of a domain beside its mappings, which are gone."""
     records = Records(volume, ino)
     for key, _ in list(records.scan()):
@@ -139,6 +140,6 @@ def drop_records(tx: Transaction, volume: Volume, ino: int) -> None:
     records.finish(tx)
 
 
-def is_attached(roots: Records, ino: int) -> bool:
+def is_attached(roots: Records, ino: Ino) -> bool:
     """Whether a device is attached to domain ``ino``.  ``roots``: the records of root-pgtables."""
     return any(attachment.domain == ino for _, attachment in roots.attachments())

@@ -6,6 +6,7 @@ import errno
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.contexts import Contexts
@@ -26,7 +27,7 @@ class Replaced(NamedTuple):
     compared: int  #: ranges that both translate to the same memory
 
 
-def replace(fs: Filesystem, ino: int, leaf: int = 0, *, rebuild: bool = False, key: int = 0) -> Replaced:
+def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, key: int = 0) -> Replaced:
     """Build the tables of a domain anew beside the old ones, compare every translation, and point each device to
     them with one store.  ``leaf``: the largest level of leaves that are made from now on; 0: as before.
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.format import PAGE, GiB, Iova, IovaPage, Mapping, PhysAddr, TablePage
+from pkernfs.format import PAGE, FilePage, GiB, Iova, IovaPage, Mapping, PhysAddr, TablePage
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.volume import Volume
@@ -105,7 +105,7 @@ def pieces_of(volume: Volume, iova: Iova, mapping: Mapping, filemap: FileMap | N
         run = min(run, end - at)
         # Extents are in one piece of the file each; two of them can go on in memory.
         yield Piece(iova, PhysAddr(volume.sb.phys_base + page * PAGE), run * PAGE, mapping.access)
-        at, iova = at + run, Iova(iova + run * PAGE)
+        at, iova = FilePage(at + run), Iova(iova + run * PAGE)
 
 
 def _portions(piece: Piece) -> Iterator[Piece]:

@@ -17,6 +17,7 @@ from pkernfs.format import (
     PERSISTENT,
     ROOT_PGTABLES_INO,
     Attachment,
+    Ino,
     Requester,
     TablePage,
 )
@@ -65,7 +66,7 @@ def invalidations(fs: Filesystem, freed: int = 0) -> api.Invalidations:
     return api.Invalidations(invalidations=pending_facts(fs), token=token, freed=freed)
 
 
-def domain_facts(fs: Filesystem, ino: int, name: str) -> api.Domain:
+def domain_facts(fs: Filesystem, ino: Ino, name: str) -> api.Domain:
     """One domain, with its mappings and devices."""
     domain = Domain(fs.volume, ino)
     record = domain.record

@@ -6,7 +6,7 @@ import errno
 
 from pkernfs import api
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, IovaPage, Requester
+from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, Ino, IovaPage, Requester
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
@@ -16,7 +16,7 @@ from pkernfs.iommu.formats import ADDRESS, DEVICES, LEAF_NAMES, span
 from pkernfs.iommu.records import Records
 
 
-def walk(fs: Filesystem, requester: Requester | None, ino: int | None, iova: int) -> api.Walk:
+def walk(fs: Filesystem, requester: Requester | None, ino: Ino | None, iova: int) -> api.Walk:
     """What the tables make of an IOVA of a device (or of domain ``ino``), step by step, as hardware does it.
 
     What the file there is called is not looked up: see ``names``.

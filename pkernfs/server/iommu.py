@@ -52,7 +52,7 @@ def _map(fs: Filesystem, request: api.IommuMap) -> api.Mapped:
         fs,
         ino,
         request.iova,
-        request.file_ino,
+        Ino(request.file_ino),
         request.offset,
         request.length,
         request.access,
@@ -160,7 +160,7 @@ def _name(fs: Filesystem, request: api.WorkerRequest[Any]) -> bytes | None:
     if isinstance(request, api.IommuCreate):
         return _file_name(request.name)
     if isinstance(request, api.IommuDestroy):
-        return name_of(fs.volume, request.ino)
+        return name_of(fs.volume, Ino(request.ino))
     return None
 
 

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable
 from typing import Final
 
-from pkernfs.format import BLOCK, DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, MiB, TiB, geometry
+from pkernfs.format import BLOCK, DOMAIN, DOMAIN_KEY, PAGE, ROOT_INO, GiB, Ino, MiB, TiB, geometry
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -51,7 +51,7 @@ class SparseRegion(Region):
         """Nothing was ever stored in blocks that are handed out here."""
 
 
-def filesystem(size: int, kind: type[SparseRegion] = SparseRegion) -> tuple[Filesystem, int]:
+def filesystem(size: int, kind: type[SparseRegion] = SparseRegion) -> tuple[Filesystem, Ino]:
     """A filesystem with one file of ``size`` bytes, which begins at 1 GiB; its inode."""
     region = kind(size + 4 * GiB)
     mkfs(region, phys_base=GiB - geometry(region.size // BLOCK).first_block * BLOCK)
@@ -61,7 +61,7 @@ def filesystem(size: int, kind: type[SparseRegion] = SparseRegion) -> tuple[File
     return fs, ino
 
 
-def new_domain(fs: Filesystem, leaf: int) -> int:
+def new_domain(fs: Filesystem, leaf: int) -> Ino:
     """A domain with leaves of up to level ``leaf``."""
     ino = domain.create(fs, f"dom-{leaf}".encode(), "vtd", 4, Caller(0, 0))
     replace.replace(fs, ino, leaf)
@@ -113,7 +113,7 @@ def measure_terabyte(report: Report) -> None:
         took = seconds(lambda fs=fs, ino=ino, guest=guest: mapping.map_file(fs, ino, TiB, guest))  # type: ignore[misc]
         report.add("map 1 TiB", "ms", LEAVES[leaf], 1e3 * took)
 
-        def check(fs: Filesystem = fs, ino: int = ino, guest: int = guest) -> None:
+        def check(fs: Filesystem = fs, ino: Ino = ino, guest: Ino = guest) -> None:
             mapping.map_file(fs, ino, TiB, guest, live_update=True)
 
         report.add("find 1 TiB there again", "ms", LEAVES[leaf], 1e3 * seconds(check))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs import format as f
+from pkernfs.format import Ino
 from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
@@ -18,7 +19,7 @@ from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
 def patch_node(fs: Filesystem, page: int, change: Callable[[Node], object]) -> None:
     """Change a node and give it a right checksum."""
     header = f.PAGE_HEADER_LAYOUT.unpack(fs.region.view, page * f.PAGE)
-    node = Node.decode(fs.region.read(page * f.PAGE, f.PAGE), page, header.owner)
+    node = Node.decode(fs.region.read(page * f.PAGE, f.PAGE), f.PageNo(page), f.Ino(header.owner))
     change(node)
     fs.region.store(node.offset, node.encode())
 
@@ -26,7 +27,7 @@ def patch_node(fs: Filesystem, page: int, change: Callable[[Node], object]) -> N
 def patch_slab(fs: Filesystem, page: int, change: Callable[[Slab, int], object]) -> None:
     """Change what the slab's header says of a page."""
     block, index = divmod(page, f.PAGES_PER_BLOCK)
-    slab = Slab.decode(fs.region.read(block * f.BLOCK, f.PAGE), block)
+    slab = Slab.decode(fs.region.read(block * f.BLOCK, f.PAGE), f.BlockNo(block))
     change(slab, index)
     fs.region.store(slab.offset, slab.encode())
 
@@ -35,7 +36,7 @@ def set_kind(fs: Filesystem, page: int, kind: int) -> None:
     patch_slab(fs, page, lambda slab, index: slab.kinds.__setitem__(index, kind))
 
 
-def set_slots(fs: Filesystem, ino: int, in_use: bool) -> None:
+def set_slots(fs: Filesystem, ino: Ino, in_use: bool) -> None:
     def change(slab: Slab, index: int) -> None:
         bit = 1 << ino % 16
         slab.slots[index] = slab.slots[index] | bit if in_use else slab.slots[index] & ~bit
@@ -64,7 +65,7 @@ def inode_of(fs: Filesystem, path: bytes) -> Any:
     return read_inode(fs.region, fs.resolve(path))
 
 
-def patch_extent(fs: Filesystem, path: bytes, n: int = 0, **fields: int) -> None:
+def patch_extent(fs: Filesystem, path: bytes, n: int = 0, **fields: Any) -> None:
     """Change an extent in the inode."""
     ino = fs.resolve(path)
     inline = bytearray(read_inode(fs.region, ino).inline)
@@ -90,7 +91,7 @@ def replace_value(fs: Filesystem, page: int, tail: bytes, change: Callable[[byte
     patch_node(fs, page, apply)
 
 
-def patch_dirent(fs: Filesystem, name: bytes, **fields: int) -> None:
+def patch_dirent(fs: Filesystem, name: bytes, **fields: Any) -> None:
     replace_value(
         fs,
         inode_of(fs, b"").root,
@@ -161,7 +162,7 @@ def sparse_tree(fs: Filesystem) -> int:
 
 
 def child(fs: Filesystem, root: int, n: int = 0) -> int:
-    return Node.decode(fs.region.read(root * f.PAGE, f.PAGE), root, fs.resolve(b"sparse")).children[n]
+    return Node.decode(fs.region.read(root * f.PAGE, f.PAGE), f.PageNo(root), fs.resolve(b"sparse")).children[n]
 
 
 def wrong_separator(fs: Filesystem) -> None:
@@ -183,10 +184,10 @@ def wrong_level(fs: Filesystem) -> None:
 def tree_loop(fs: Filesystem) -> None:
     """A node that is its own child; what the child had is not looked for."""
     root = sparse_tree(fs)
-    patch_node(fs, root, lambda node: node.children.__setitem__(1, root))
+    patch_node(fs, root, lambda node: node.children.__setitem__(1, f.PageNo(root)))
 
 
-def orphan_files(fs: Filesystem, count: int = 2) -> list[int]:
+def orphan_files(fs: Filesystem, count: int = 2) -> list[Ino]:
     found = []
     for n in range(count):
         found.append(mkfile(fs, b"gone%d" % n, b"x"))
@@ -226,7 +227,7 @@ def xattr_page(fs: Filesystem, path: bytes = b"d") -> int:
 
 def external_page(fs: Filesystem) -> int:
     """The first page of the large attribute of /d."""
-    node = Node.decode(fs.region.read(xattr_page(fs) * f.PAGE, f.PAGE), xattr_page(fs), fs.resolve(b"d"))
+    node = Node.decode(fs.region.read(xattr_page(fs) * f.PAGE, f.PAGE), f.PageNo(xattr_page(fs)), fs.resolve(b"d"))
     (value,) = [value for value in node.values if b"user.large" in value]
     return f.EXTENT_VALUE.unpack(value, 16 + 10).page
 
@@ -245,7 +246,7 @@ def leak_blocks(fs: Filesystem) -> None:
 
 def empty_slab(fs: Filesystem) -> None:
     block = fs.volume.space.table.find(0)
-    fs.region.store(block * f.BLOCK, Slab.empty(block).encode())
+    fs.region.store(block * f.BLOCK, Slab.empty(f.BlockNo(block)).encode())
     set_block(fs, block, f.BLOCK_SLAB)
 
 
@@ -285,12 +286,12 @@ def set_mode(fs: Filesystem, path: bytes, kind: int) -> None:
     set_kind(fs, page, f.PAGE_FREE)
 
 
-def free_slot(fs: Filesystem) -> int:
+def free_slot(fs: Filesystem) -> Ino:
     """A free slot in a page of inodes."""
     ino = fs.create(ROOT, b"slot", stat.S_IFREG, ME)
     fs.unlink(ROOT, b"slot")
-    assert fs.volume.space.slab(ino // 16 // 512).kinds[ino // 16 % 512] == f.PAGE_INODES
-    return int(ino)
+    assert fs.volume.space.slab(f.BlockNo(ino // 16 // 512)).kinds[ino // 16 % 512] == f.PAGE_INODES
+    return ino
 
 
 def use_empty_slot(fs: Filesystem) -> None:
@@ -301,11 +302,11 @@ def fill_free_slot(fs: Filesystem) -> None:
     patch_inode(fs, free_slot(fs), mode=stat.S_IFREG)
 
 
-def made(fs: Filesystem, kind: int, target: bytes = b"") -> int:
-    return int(fs.create(ROOT, b"made", kind | 0o644, ME, target=target))
+def made(fs: Filesystem, kind: int, target: bytes = b"") -> Ino:
+    return fs.create(ROOT, b"made", kind | 0o644, ME, target=target)
 
 
-def second_name_of_nothing(fs: Filesystem, ino: int | None = None) -> None:
+def second_name_of_nothing(fs: Filesystem, ino: Ino | None = None) -> None:
     ino = free_slot(fs) if ino is None else ino
     second_name(fs, b"big", b"nothing")
     patch_dirent(fs, b"nothing", ino=ino)
@@ -365,20 +366,20 @@ def other_owner(fs: Filesystem) -> None:
     page = inode_of(fs, b"sparse").root
 
     def change(node: Node) -> None:
-        node.owner += 1
+        node.owner = f.Ino(node.owner + 1)
 
     patch_node(fs, page, change)
 
 
 def free_page(fs: Filesystem, *, zero: bool = False) -> int:
     block = slab_of(fs)
-    page = block * 512 + fs.volume.space.slab(block).kinds.find(0)
+    page = block * 512 + fs.volume.space.slab(f.BlockNo(block)).kinds.find(0)
     if zero:
         fs.region.zero(page * f.PAGE, f.PAGE)
     return page
 
 
-def quotas(fs: Filesystem) -> int:
+def quotas(fs: Filesystem) -> f.Ino:
     """Directories with quotas, one in another, and a file that is open only; the outer directory."""
     q = mkdir(fs, b"q")
     inner = mkdir(fs, b"inner", mkdir(fs, b"e", q))
@@ -418,7 +419,7 @@ def patch_project(fs: Filesystem, path: bytes, project: int | bytes) -> None:
 def external_twice(value: bytes) -> bytes:
     """A value that is as long as a run of pages, and is neither inside nor outside of the tree."""
     head = f.XATTR_HEAD.unpack(value)._replace(external=2, size=f.PAGE)
-    return f.XATTR_HEAD.pack(head) + value[16:26] + f.EXTENT_VALUE.pack(f.ExtentValue(1, 1))
+    return f.XATTR_HEAD.pack(head) + value[16:26] + f.EXTENT_VALUE.pack(f.ExtentValue(f.PageNo(1), 1))
 
 
 #: What has a checksum -> what is noted when that is damaged, and where it stands once it is made: offset in bytes.
@@ -475,8 +476,8 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "project-of-an-orphan": ("project", lambda fs: patch_project(fs, b"", 7)),
     "project-of-the-root": ("project", lambda fs: patch_inode(fs, ROOT, project=9)),
     # inodes
-    "reserved-inode-type": ("reserved-inode", lambda fs: patch_inode(fs, 4, flags=f.FLAG_FILE)),
-    "reserved-inode-made": ("reserved-inode", lambda fs: patch_inode(fs, 9, mode=stat.S_IFREG)),
+    "reserved-inode-type": ("reserved-inode", lambda fs: patch_inode(fs, Ino(4), flags=f.FLAG_FILE)),
+    "reserved-inode-made": ("reserved-inode", lambda fs: patch_inode(fs, Ino(9), mode=stat.S_IFREG)),
     "orphans-with-content": ("reserved-inode", lambda fs: patch_inode(fs, f.ORPHANS_INO, size=5)),
     "list-of-orphans-of-another-type": (
         "reserved-inode",

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from pkernfs import format as f
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu.records import Records
 from tests.core.support import attach, map_file, mkdomain, mkfile, patch_inode
 
 
-def domain(fs: Filesystem) -> int:
+def domain(fs: Filesystem) -> Ino:
     """A domain that maps three pages of a file of its own at page 0x100, with records of every kind there are."""
     ino = mkdomain(fs)
     file = mkfile(fs, b"ram", b"R" * 5 * f.PAGE)
@@ -26,7 +27,7 @@ def domain(fs: Filesystem) -> int:
     return ino
 
 
-def put(fs: Filesystem, ino: int, key: int, value: bytes) -> None:
+def put(fs: Filesystem, ino: Ino, key: int, value: bytes) -> None:
     """Put any record, and leave pins alone."""
     with fs.volume.transaction() as tx:
         records = Records(fs.volume, ino)
@@ -34,16 +35,16 @@ def put(fs: Filesystem, ino: int, key: int, value: bytes) -> None:
         records.finish(tx)
 
 
-def put_mapping(fs: Filesystem, key: int = 0x200, **fields: int) -> None:
+def put_mapping(fs: Filesystem, key: int = 0x200, **fields: Any) -> None:
     """One more mapping of /ram, with other fields; pinned where it names a file."""
     ino = domain(fs)
-    mapping = f.Mapping(fs.resolve(b"ram"), 0, 1, f.READ)._replace(**fields)
+    mapping = f.Mapping(fs.resolve(b"ram"), f.FilePage(0), 1, f.READ)._replace(**fields)
     put(fs, ino, key, f.MAPPING.pack(mapping))
     if mapping.ino == fs.resolve(b"ram"):
         patch_inode(fs, mapping.ino, iommu=2)
 
 
-def bad_record(ino: int | None = None, key: int = 0x200, value: bytes = b"") -> Callable[[Filesystem], object]:
+def bad_record(ino: Ino | None = None, key: int = 0x200, value: bytes = b"") -> Callable[[Filesystem], object]:
     """Put a record that cannot be into page tables; None: into the domain."""
 
     def plant(fs: Filesystem) -> None:
@@ -53,7 +54,7 @@ def bad_record(ino: int | None = None, key: int = 0x200, value: bytes = b"") -> 
     return plant
 
 
-def bad_domain(**fields: int) -> Callable[[Filesystem], object]:
+def bad_domain(**fields: Any) -> Callable[[Filesystem], object]:
     fine = f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)
     return bad_record(key=f.DOMAIN_KEY, value=f.DOMAIN.pack(fine._replace(**fields)))
 
@@ -91,7 +92,7 @@ def tables_with_a_hole(fs: Filesystem) -> None:
     """Two blocks, of which the first is not mapped at the start of the file."""
     ino = domain(fs)
     extent = f.EXTENT.unpack(fs.getattr(ino).inline)
-    inline = f.EXTENT.pack(extent._replace(start=f.PAGES_PER_BLOCK))
+    inline = f.EXTENT.pack(extent._replace(start=f.FilePage(f.PAGES_PER_BLOCK)))
     patch_inode(fs, ino, size=2 * f.BLOCK, inline=inline + bytes(f.INLINE_SIZE - len(inline)))
     put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 0, 0)))
 
@@ -178,6 +179,6 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "iommu-pins-of-a-link": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"link"), iommu=1)),
     "iommu-attachment-to-nothing": (
         "iommu-attachment",
-        bad_record(f.ROOT_PGTABLES_INO, f.ATTACHMENT_KEY + 9, f.ATTACHMENT.pack(f.Attachment(77, 1, 0))),
+        bad_record(f.ROOT_PGTABLES_INO, f.ATTACHMENT_KEY + 9, f.ATTACHMENT.pack(f.Attachment(f.Ino(77), 1, 0))),
     ),
 }

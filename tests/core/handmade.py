@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pkernfs import format as f
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import encode_page
@@ -31,14 +32,14 @@ from tests.core.support import ROOT, SEED, patch_inode
 
 Plant = Callable[[Filesystem], object]
 FILE = {b"g", b"d/f"}  #: one file with two names
-FAR = (1 << 63) - 1
+FAR = f.Ino((1 << 63) - 1)
 #: The last name in the root, in the order of the cookies.
 LAST = max((b"d", b"g", b"empty", b"big", b"sparse", b"link", b"iommu"), key=lambda name: f.name_key(SEED, name))
 
 # -- planting ---------------------------------------------------------------------------------------------------------
 
 
-def add_name(fs: Filesystem, parent: bytes, name: bytes, ino: int, kind: int) -> None:
+def add_name(fs: Filesystem, parent: bytes, name: bytes, ino: Ino, kind: int) -> None:
     """A name more, by the filesystem's own means."""
     place = fs.resolve(parent)
     directory = fs.names.directory(place)
@@ -84,7 +85,7 @@ def node_header(fs: Filesystem, page: int, keys: int, level: int) -> None:
 
 def child_is_parent(fs: Filesystem) -> None:
     root = sparse_tree(fs)
-    patch_node(fs, root, lambda node: node.children.__setitem__(0, root))
+    patch_node(fs, root, lambda node: node.children.__setitem__(0, f.PageNo(root)))
 
 
 def every_child_is_the_first(fs: Filesystem) -> None:
@@ -111,7 +112,7 @@ def below_its_bounds(fs: Filesystem) -> None:
 
 
 def xattr_run(fs: Filesystem, page: int, length: int) -> None:
-    patch_xattr(fs, b"user.large", lambda v: v[:-16] + f.EXTENT_VALUE.pack(f.ExtentValue(page, length)))
+    patch_xattr(fs, b"user.large", lambda v: v[:-16] + f.EXTENT_VALUE.pack(f.ExtentValue(f.PageNo(page), length)))
 
 
 def xattr_head(fs: Filesystem, **fields: int) -> None:
@@ -173,7 +174,7 @@ CASES: dict[str, Case] = {
     "name-of-the-list-of-orphans": Case(
         lambda fs: add_name(fs, b"d", b"orphans", f.ORPHANS_INO, stat.S_IFREG), {b"d", b"d/orphans"}
     ),
-    "name-of-a-free-slot": Case(lambda fs: add_name(fs, b"d", b"free", 9, stat.S_IFREG), {b"d", b"d/free"}),
+    "name-of-a-free-slot": Case(lambda fs: add_name(fs, b"d", b"free", f.Ino(9), stat.S_IFREG), {b"d", b"d/free"}),
     "name-far-outside": Case(lambda fs: add_name(fs, b"d", b"far", FAR, stat.S_IFREG), {b"d", b"d/far"}),
     "name-of-another-type": Case(lambda fs: patch_dirent(fs, b"big", mode=stat.S_IFDIR), {b"big"}),
     "name-twice": Case(name_twice),

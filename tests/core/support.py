@@ -24,6 +24,8 @@ from pkernfs.format import (
     ROOT_PGTABLES_INO,
     WRITE,
     Attachment,
+    FilePage,
+    Ino,
     Inode,
     Mapping,
 )
@@ -90,7 +92,7 @@ def fails(number: int) -> AbstractContextManager[object]:
     return pytest.raises(FsError, check=lambda error: error.errno == number)
 
 
-def mkfile(fs: Filesystem, name: bytes, data: bytes = b"", parent: int = ROOT, mode: int = 0o644) -> int:
+def mkfile(fs: Filesystem, name: bytes, data: bytes = b"", parent: Ino = ROOT, mode: int = 0o644) -> Ino:
     """A regular file with content."""
     ino = fs.create(parent, name, stat.S_IFREG | mode, ME)
     if data:
@@ -98,7 +100,7 @@ def mkfile(fs: Filesystem, name: bytes, data: bytes = b"", parent: int = ROOT, m
     return ino
 
 
-def mkdomain(fs: Filesystem, name: bytes = b"dom-0", size: int = 2 * MiB) -> int:
+def mkdomain(fs: Filesystem, name: bytes = b"dom-0", size: int = 2 * MiB) -> Ino:
     """A domain, with its first block."""
     ino = mkfile(fs, name, parent=IOMMU_INO)
     if size:
@@ -106,16 +108,16 @@ def mkdomain(fs: Filesystem, name: bytes = b"dom-0", size: int = 2 * MiB) -> int
     return ino
 
 
-def map_file(fs: Filesystem, domain: int, iova: int, ino: int, start: int = 0, length: int = 1) -> None:
+def map_file(fs: Filesystem, domain: Ino, iova: int, ino: Ino, start: int = 0, length: int = 1) -> None:
     """A mapping, in pages, as the API of the IOMMU records it: without tables."""
     with fs.volume.transaction() as tx:
         records = Records(fs.volume, domain)
-        records.put(tx, iova, MAPPING.pack(Mapping(ino, start, length, READ | WRITE)))
+        records.put(tx, iova, MAPPING.pack(Mapping(ino, FilePage(start), length, READ | WRITE)))
         records.finish(tx)
         tx.pin(ino, 1)
 
 
-def unmap(fs: Filesystem, domain: int, iova: int) -> None:
+def unmap(fs: Filesystem, domain: Ino, iova: int) -> None:
     """Take a mapping away, which begins at page ``iova``, as the API of the IOMMU does."""
     with fs.volume.transaction() as tx:
         records = Records(fs.volume, domain)
@@ -127,7 +129,7 @@ def unmap(fs: Filesystem, domain: int, iova: int) -> None:
     fs.reclaimer.reap(ino)
 
 
-def attach(fs: Filesystem, requester: int, domain: int, number: int = 1) -> None:
+def attach(fs: Filesystem, requester: int, domain: Ino, number: int = 1) -> None:
     """Attach a device, without tables."""
     with fs.volume.transaction() as tx:
         records = Records(fs.volume, ROOT_PGTABLES_INO)
@@ -143,12 +145,12 @@ def detach(fs: Filesystem, requester: int) -> None:
         records.finish(tx)
 
 
-def mkdir(fs: Filesystem, name: bytes, parent: int = ROOT) -> int:
+def mkdir(fs: Filesystem, name: bytes, parent: Ino = ROOT) -> Ino:
     """A directory."""
     return fs.create(parent, name, stat.S_IFDIR | 0o755, ME)
 
 
-def content(fs: Filesystem, ino: int) -> bytes:
+def content(fs: Filesystem, ino: Ino) -> bytes:
     """All bytes of a file."""
     return bytes(fs.read(ino, 0, fs.getattr(ino).size))
 
@@ -167,7 +169,7 @@ class Shape(NamedTuple):
     xattrs: tuple[tuple[bytes, bytes], ...]
 
 
-def shape(fs: Filesystem, ino: int) -> Shape:
+def shape(fs: Filesystem, ino: Ino) -> Shape:
     """One inode as plain data."""
     inode = fs.getattr(ino)
     data = b""
@@ -183,7 +185,7 @@ def tree(fs: Filesystem) -> dict[bytes, Shape]:
     """Every path with what stands there, the root as b"", and the number of orphans as the size of b"//orphans"."""
     fs.times.policy = "noatime"
     found = {}
-    todo = [(b"", int(ROOT))]
+    todo = [(b"", ROOT)]
     while todo:
         path, ino = todo.pop()
         found[path] = shape(fs, ino)
@@ -220,7 +222,7 @@ def unchanged(fs: Filesystem, number: int, operation: Callable[[], object]) -> N
     assert_sound(fs)
 
 
-def full(fs: Filesystem, leave: int = 0) -> list[int]:
+def full(fs: Filesystem, leave: int = 0) -> list[Ino]:
     """Fill the region with files to the last page, but for ``leave`` pages; the inodes of the files."""
     small = [mkfile(fs, b"fill-small%d" % n, b"\xaa" * 4096) for n in range(leave + 8)]
     made = []
@@ -243,7 +245,7 @@ def full(fs: Filesystem, leave: int = 0) -> list[int]:
     return [*made, *small[leave:]]
 
 
-def remove_all(fs: Filesystem, ino: int) -> None:
+def remove_all(fs: Filesystem, ino: Ino) -> None:
     """Remove all that is in a directory and can be."""
     for entry in list(fs.readdir(ino)):
         if stat.S_ISDIR(entry.mode):
@@ -262,7 +264,7 @@ def digest(path: str) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def patch_inode(fs: Filesystem, ino: int, **fields: Any) -> Inode:
+def patch_inode(fs: Filesystem, ino: Ino, **fields: Any) -> Inode:
     """Store an inode with other fields, and a right checksum."""
     inode = read_inode(fs.region, ino)._replace(**fields)
     fs.region.store(ino * INODE_SIZE, encode_inode(ino, inode))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pkernfs.format import BLOCK, INODE_MTIME_AT, INODE_SIZE, PAGE, XATTR_INLINE, XATTR_SIZE_MAX
+from pkernfs.format import BLOCK, INODE_MTIME_AT, INODE_SIZE, PAGE, XATTR_INLINE, XATTR_SIZE_MAX, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.times import I64_MAX
@@ -95,7 +95,7 @@ def test_only_files_have_a_size_to_set(fs: Filesystem) -> None:
     unchanged(fs, errno.EISDIR, lambda: fs.setattr(ROOT, SetAttr(size=0)))
     unchanged(fs, errno.EINVAL, lambda: fs.setattr(fifo, SetAttr(size=0)))
     unchanged(fs, errno.EINVAL, lambda: fs.setattr(link, SetAttr(size=0)))
-    unchanged(fs, errno.ESTALE, lambda: fs.setattr(999_999, SetAttr(size=0)))
+    unchanged(fs, errno.ESTALE, lambda: fs.setattr(Ino(999_999), SetAttr(size=0)))
 
 
 def test_words_survive_a_transaction_on_the_same_inode(fs: Filesystem) -> None:
@@ -143,7 +143,7 @@ def test_errors_of_attributes(fs: Filesystem) -> None:
     unchanged(fs, errno.ERANGE, lambda: fs.setxattr(ino, b"n" * 256, b""))
     unchanged(fs, errno.ERANGE, lambda: fs.setxattr(ino, b"", b""))
     unchanged(fs, errno.E2BIG, lambda: fs.setxattr(ino, b"user.b", bytes(XATTR_SIZE_MAX + 1)))
-    unchanged(fs, errno.ESTALE, lambda: fs.setxattr(999_999, b"user.a", b""))
+    unchanged(fs, errno.ESTALE, lambda: fs.setxattr(Ino(999_999), b"user.a", b""))
 
 
 def test_many_attributes(fs: Filesystem) -> None:

@@ -8,14 +8,26 @@ from contextlib import suppress
 import pytest
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import BLOCK, KEY_SLOTS, NODE_MAGIC, PAGE, PAGE_BODY, PAGE_FREE, PAGE_HEADER_LAYOUT, PAGE_NODE
+from pkernfs.format import (
+    BLOCK,
+    KEY_SLOTS,
+    NODE_MAGIC,
+    PAGE,
+    PAGE_BODY,
+    PAGE_FREE,
+    PAGE_HEADER_LAYOUT,
+    PAGE_NODE,
+    BlockNo,
+    Ino,
+    PageNo,
+)
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import INNER_MAX, MAX_LEVEL, Node
 from pkernfs.fs.pages import encode_page
 from tests.core.support import fails, full, new_fs
 
-OWNER = 77
+OWNER = Ino(77)
 
 
 class Twin:
@@ -23,7 +35,7 @@ class Twin:
 
     def __init__(self, fs: Filesystem) -> None:
         self.fs = fs
-        self.tree = Tree(fs.volume, OWNER, 0)
+        self.tree = Tree(fs.volume, OWNER, PageNo(0))
         self.items: dict[int, bytes] = {}
 
     def put(self, key: int, value: bytes) -> None:
@@ -61,7 +73,7 @@ def check_nodes(tree: Tree) -> None:
     todo: list[tuple[int, int, int]] = [(tree.root, 0, 1 << 64)] if tree.root else []
     while todo:
         page, low, high = todo.pop()
-        node = Node.decode(tree.volume.region.read(page * PAGE, PAGE), page, OWNER)
+        node = Node.decode(tree.volume.region.read(page * PAGE, PAGE), PageNo(page), OWNER)
         keys = node.keys[1:] if node.level else node.keys
         assert all(low <= key < high for key in keys)
         if node.level:
@@ -225,25 +237,25 @@ HOSTILE = {
 def test_nodes_that_cannot_be(count: int, level: int, body: bytes) -> None:
     raw = encode_page(NODE_MAGIC, 9 * PAGE, OWNER, count, level, body[:PAGE_BODY])
     with pytest.raises(CorruptError, match=f"a tree node of inode {OWNER} at region offset 0x9000 is damaged"):
-        Node.decode(raw, 9, OWNER)
+        Node.decode(raw, PageNo(9), OWNER)
 
 
 @pytest.mark.parametrize("field", ["magic", "checksum", "offset", "owner"])
 def test_headers_that_do_not_fit(field: str) -> None:
     raw = bytearray(encode_page(NODE_MAGIC, 9 * PAGE, OWNER, 1, 0, leaf_body([5], [0])))
-    assert list(Node.decode(bytes(raw), 9, OWNER).keys) == [5]
+    assert list(Node.decode(bytes(raw), PageNo(9), OWNER).keys) == [5]
     raw[PAGE_HEADER_LAYOUT.offsets[field]] ^= 1
     with pytest.raises(CorruptError):
-        Node.decode(bytes(raw), 9, OWNER)
+        Node.decode(bytes(raw), PageNo(9), OWNER)
 
 
 def test_a_node_is_what_it_was_encoded_from() -> None:
     for level in (0, 1, 12):
-        node = Node(9, OWNER, level, fresh=True)
+        node = Node(PageNo(9), OWNER, level, fresh=True)
         node.keys = list(range(100))
         node.values = [] if level else [bytes([n]) * (n % 30) for n in range(100)]
-        node.children = list(range(1000, 1100)) if level else []
-        again = Node.decode(node.encode(), 9, OWNER)
+        node.children = list(map(PageNo, range(1000, 1100))) if level else []
+        again = Node.decode(node.encode(), PageNo(9), OWNER)
         assert (list(again.keys), again.values, again.children, again.level) == (
             node.keys,
             node.values,
@@ -258,13 +270,13 @@ def plant(twin: Twin, children: list[int], level: int = 1) -> None:
         twin.put(1, b"")
     node = Node(twin.tree.root, OWNER, level, fresh=True)
     node.keys = [10 * n for n in range(len(children))]
-    node.children = children
+    node.children = list(map(PageNo, children))
     twin.fs.region.store(node.offset, node.encode())
     twin.fs.volume.nodes.clear()
 
 
 @pytest.mark.parametrize("child", [0, 1, 5, BLOCK // PAGE * 31, 1 << 40, (1 << 64) - 1])
-def test_children_that_are_no_pages(twin: Twin, child: int) -> None:
+def test_children_that_are_no_pages(twin: Twin, child: Ino) -> None:
     plant(twin, [child, child])
     for operation in (
         lambda _: twin.tree.get(5),
@@ -288,7 +300,7 @@ def test_a_loop_ends(twin: Twin) -> None:
 def test_a_page_of_another_kind(twin: Twin) -> None:
     twin.put(1, b"")
     block, index = divmod(twin.tree.root, BLOCK // PAGE)
-    slab = twin.fs.volume.space.slab(block)
+    slab = twin.fs.volume.space.slab(BlockNo(block))
     assert slab.kinds[index] == PAGE_NODE
     slab.kinds[index] = PAGE_FREE
     twin.fs.volume.nodes.clear()
@@ -302,5 +314,5 @@ def test_the_node_of_another_inode(twin: Twin) -> None:
         if clear:
             twin.fs.volume.nodes.clear()
         with pytest.raises(CorruptError):
-            Tree(twin.fs.volume, OWNER + 1, twin.tree.root).get(1)
+            Tree(twin.fs.volume, Ino(OWNER + 1), twin.tree.root).get(1)
         assert Tree(twin.fs.volume, OWNER, twin.tree.root).get(1) == b""

@@ -203,7 +203,7 @@ def is_metadata(fs: Filesystem, page: int) -> bool:
     block, index = divmod(page, 512)
     kind = fs.volume.space.table[block]
     if kind == f.BLOCK_SLAB:
-        return fs.volume.space.slab(block).kinds[index] in (f.PAGE_HEADER, f.PAGE_NODE, f.PAGE_INODES)
+        return fs.volume.space.slab(f.BlockNo(block)).kinds[index] in (f.PAGE_HEADER, f.PAGE_NODE, f.PAGE_INODES)
     return kind == f.BLOCK_META and any(fs.region.read(page * f.PAGE, f.PAGE))
 
 

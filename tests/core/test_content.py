@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, BLOCK_DATA, MAX_FILE_SIZE, PAGE, PAGES_PER_BLOCK
+from pkernfs.format import BLOCK, BLOCK_DATA, MAX_FILE_SIZE, PAGE, PAGES_PER_BLOCK, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.region import MemoryRegion
@@ -59,7 +59,7 @@ def data_of(size: int, seed: int = 1) -> bytes:
     return pattern(size, seed)[:size]
 
 
-def is_contiguous(fs: Filesystem, ino: int) -> bool:
+def is_contiguous(fs: Filesystem, ino: Ino) -> bool:
     return len(fs.content.extents(ino)) <= 1
 
 
@@ -274,7 +274,7 @@ def test_one_block_more_than_there_is(fs: Filesystem) -> None:
     unchanged(fs, errno.ENOSPC, lambda: fs.setattr(ino, SetAttr(size=1 << 45)))
 
 
-OPERATIONS: dict[str, Callable[[Filesystem, int, int], object]] = {
+OPERATIONS: dict[str, Callable[[Filesystem, Ino, Ino], object]] = {
     "create-symlink": lambda fs, ino, d: fs.create(d, b"l", stat.S_IFLNK, ME, target=b"t" * 500),
     "write": lambda fs, ino, d: fs.write(ino, 10 * PAGE, b"x"),
     "grow-a-little": lambda fs, ino, d: fs.setattr(ino, SetAttr(size=2 * PAGE)),

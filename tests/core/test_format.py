@@ -10,6 +10,7 @@ import pytest
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError
+from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -138,7 +139,7 @@ def test_a_misplaced_inode_is_found(fs: Filesystem) -> None:
     region = MemoryRegion(image=fs.region.view)
     region.store((ino + 1) * f.INODE_SIZE, region.read(ino * f.INODE_SIZE, f.INODE_SIZE))
     with pytest.raises(CorruptError, match="checksum"):
-        read_inode(region, ino + 1)
+        read_inode(region, Ino(ino + 1))
     # The words in front may change at any time; nothing else may.
     raw = bytearray(encode_inode(ino, inode))
     for at in range(f.INODE_SIZE):

@@ -182,7 +182,9 @@ def test_pages_that_one_file_has_twice_are_not_freed_twice(victim: Filesystem) -
     """Counting them twice would let a slab go that is in use."""
     ino = mkfile(victim, b"twice", b"x" * f.PAGE)
     first = victim.content.extents(ino)[0]
-    patch_inode(victim, ino, size=3 * f.PAGE, inline=f.EXTENT.pack(first) + f.EXTENT.pack(first._replace(start=2)))
+    patch_inode(
+        victim, ino, size=3 * f.PAGE, inline=f.EXTENT.pack(first) + f.EXTENT.pack(first._replace(start=f.FilePage(2)))
+    )
     fs = open_fs(victim.region)
     assert attempt(fs, fs.unlink, ROOT, b"twice") == errno.EUCLEAN
     assert fs.resolve(b"twice") == ino
@@ -207,7 +209,7 @@ def test_a_damaged_slab_is_not_allocated_from() -> None:
     fs = new_fs(20)
     cast(fs)
     safe = mkfile(fs, b"safe", b"safe")
-    while fs.volume.space.slab(safe // 16 // 512).free:
+    while fs.volume.space.slab(f.BlockNo(safe // 16 // 512)).free:
         mkfile(fs, b"filler%d" % fs.statfs().free, b"x" * 200_000)
     other = mkfile(fs, b"other", b"other", mkdir(fs, b"otherdir"))
     slab = fs.content.extents(other)[0].page // 512

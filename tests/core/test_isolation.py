@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, PAGE
+from pkernfs.format import BLOCK, PAGE, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -28,78 +28,78 @@ def secret(size: int) -> bytes:
     return PATTERN * (size // len(PATTERN))
 
 
-def large_attributes(fs: Filesystem) -> int:
+def large_attributes(fs: Filesystem) -> Ino:
     ino = mkfile(fs, b"old")
     for n in range(5):
         fs.setxattr(ino, b"user.%d" % n, secret(50_000))
     return ino
 
 
-def small_attributes(fs: Filesystem) -> int:
+def small_attributes(fs: Filesystem) -> Ino:
     ino = mkfile(fs, b"old")
     for n in range(30):
         fs.setxattr(ino, b"user.%d" % n, secret(480))
     return ino
 
 
-def sparse(fs: Filesystem) -> int:
+def sparse(fs: Filesystem) -> Ino:
     ino = mkfile(fs, b"old")
     for n in range(50):
         fs.write(ino, 3 * n * PAGE, secret(PAGE))
     return ino
 
 
-def names(fs: Filesystem) -> int:
+def names(fs: Filesystem) -> Ino:
     ino = mkdir(fs, b"old")
     for n in range(60):
         mkfile(fs, secret(192) + b"%d" % n, parent=ino)
     return ino
 
 
-def remove_names(fs: Filesystem, ino: int) -> None:
+def remove_names(fs: Filesystem, ino: Ino) -> None:
     for entry in list(fs.readdir(ino)):
         fs.unlink(ino, entry.name)
     fs.rmdir(ROOT, b"old")
 
 
-def unlink(fs: Filesystem, _ino: int) -> None:
+def unlink(fs: Filesystem, _ino: Ino) -> None:
     fs.unlink(ROOT, b"old")
 
 
-def unlink_open(fs: Filesystem, ino: int) -> None:
+def unlink_open(fs: Filesystem, ino: Ino) -> None:
     fs.lookups.add(ino)
     fs.unlink(ROOT, b"old")
 
 
-def cut_and_unlink(fs: Filesystem, ino: int) -> None:
+def cut_and_unlink(fs: Filesystem, ino: Ino) -> None:
     """A block becomes pages."""
     fs.setattr(ino, SetAttr(size=50 * PAGE))
     fs.unlink(ROOT, b"old")
 
 
-def grow_and_unlink(fs: Filesystem, ino: int) -> None:
+def grow_and_unlink(fs: Filesystem, ino: Ino) -> None:
     """Pages become a block."""
     fs.write(ino, fs.getattr(ino).size, b"x" * MiB)
     fs.unlink(ROOT, b"old")
 
 
-def replace_attributes(fs: Filesystem, ino: int) -> None:
+def replace_attributes(fs: Filesystem, ino: Ino) -> None:
     for name in fs.listxattr(ino):
         fs.setxattr(ino, name, b"")
 
 
-def remove_attributes(fs: Filesystem, ino: int) -> None:
+def remove_attributes(fs: Filesystem, ino: Ino) -> None:
     for name in fs.listxattr(ino):
         fs.removexattr(ino, name)
 
 
-def rename_over(fs: Filesystem, _ino: int) -> None:
+def rename_over(fs: Filesystem, _ino: Ino) -> None:
     mkfile(fs, b"another")
     fs.rename(ROOT, b"another", ROOT, b"old")
 
 
-Make = Callable[[Filesystem], int]
-Free = Callable[[Filesystem, int], object]
+Make = Callable[[Filesystem], Ino]
+Free = Callable[[Filesystem, Ino], object]
 
 #: How the pattern comes into the region, and how its memory is freed.
 WAYS: dict[str, tuple[Make, Free]] = {
@@ -124,11 +124,11 @@ WAYS: dict[str, tuple[Make, Free]] = {
 }
 
 
-def take(fs: Filesystem, top: int) -> None:
+def take(fs: Filesystem, top: Ino) -> None:
     """Take all memory there is, in every way."""
     n = 0
 
-    def new() -> int:
+    def new() -> Ino:
         nonlocal n
         n += 1
         return mkfile(fs, b"new%d" % n, parent=top)
@@ -161,7 +161,7 @@ def take(fs: Filesystem, top: int) -> None:
                 failed += 1
 
 
-def look(fs: Filesystem, top: int) -> None:
+def look(fs: Filesystem, top: Ino) -> None:
     """The pattern is in nothing that belongs to the new files: content, attributes, and the memory itself."""
     for entry in list(fs.readdir(top)):
         inode = fs.getattr(entry.ino)

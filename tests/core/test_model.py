@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from pkernfs.errors import FsError
+from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
@@ -24,7 +25,7 @@ LIMIT = 6 * MiB
 class Node:
     """A file or directory of the model."""
 
-    def __init__(self, ino: int, mode: int) -> None:
+    def __init__(self, ino: Ino, mode: int) -> None:
         self.ino = ino
         self.mode = mode
         self.nlink = 2 if stat.S_ISDIR(mode) else 1

@@ -17,6 +17,7 @@ from pkernfs.format import (
     ORPHANS_INO,
     ROOT_PGTABLES_INO,
     SYMLINK_MAX,
+    Ino,
     name_key,
 )
 from pkernfs.fs import directory as directory_module
@@ -52,7 +53,7 @@ TYPES = {
 }
 
 
-def names(fs: Filesystem, ino: int = ROOT) -> set[bytes]:
+def names(fs: Filesystem, ino: Ino = ROOT) -> set[bytes]:
     return {entry.name for entry in fs.readdir(ino)}
 
 
@@ -143,7 +144,7 @@ def test_free_and_impossible_inodes_are_stale(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f")
     for number in (0, 5, FIRST_FREE_SLOT - 1, FIRST_FREE_SLOT, ino + 1, 1 << 40, (1 << 64) - 1):
         with fails(errno.ESTALE):
-            fs.getattr(number)
+            fs.getattr(Ino(number))
 
 
 def test_lookup(fs: Filesystem) -> None:
@@ -214,7 +215,7 @@ def test_errors_of_link_and_unlink(fs: Filesystem) -> None:
     d = mkdir(fs, b"d")
     ino = mkfile(fs, b"f")
     unchanged(fs, errno.EPERM, lambda: fs.link(d, ROOT, b"x"))
-    unchanged(fs, errno.ESTALE, lambda: fs.link(ino + 1000, ROOT, b"x"))
+    unchanged(fs, errno.ESTALE, lambda: fs.link(Ino(ino + 1000), ROOT, b"x"))
     unchanged(fs, errno.ENOENT, lambda: fs.unlink(ROOT, b"x"))
     unchanged(fs, errno.EISDIR, lambda: fs.unlink(ROOT, b"d"))
     unchanged(fs, errno.ENOENT, lambda: fs.rmdir(ROOT, b"x"))

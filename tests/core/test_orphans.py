@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import ORPHANS_INO, PAGE
+from pkernfs.format import ORPHANS_INO, PAGE, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.lookups import Lookups, lookups_size
@@ -30,7 +30,7 @@ from tests.core.support import (
 )
 
 
-def sparse(fs: Filesystem, name: bytes, extents: int) -> int:
+def sparse(fs: Filesystem, name: bytes, extents: int) -> Ino:
     """A file with many extents."""
     ino = mkfile(fs, name)
     for n in range(extents):
@@ -113,7 +113,7 @@ def test_forgetting_what_has_a_name_changes_nothing(fs: Filesystem) -> None:
     fs.reclaimer.forget(ino, 1)
     fs.reclaimer.forget(ino, 10)
     fs.reclaimer.forget(ROOT, 1)
-    fs.reclaimer.forget(999_999, 1)
+    fs.reclaimer.forget(Ino(999_999), 1)
     assert tree(fs) == before
 
 
@@ -154,7 +154,7 @@ def test_close_frees_orphans_and_notes_the_end(fs: Filesystem) -> None:
 
 
 @pytest.mark.parametrize("extents", [STEP - 1, STEP, STEP + 1, 5 * STEP])
-def test_files_with_many_extents_are_freed_in_steps(fs: Filesystem, extents: int) -> None:
+def test_files_with_many_extents_are_freed_in_steps(fs: Filesystem, extents: Ino) -> None:
     space = fs.statfs()
     ino = sparse(fs, b"f", extents)
     fs.setattr(ino, SetAttr(size=3 * PAGE))
@@ -415,15 +415,15 @@ def test_references_of_the_request_before_stand() -> None:
     first, second, third = 300, 301, 302
     one = Lookups(MiB, memory)
     one.begin(first, replayed=False)
-    one.add(20)
+    one.add(Ino(20))
     two = Lookups(MiB, memory)
     two.begin(second, replayed=False)
-    two.add(21)
+    two.add(Ino(21))
     three = Lookups(MiB, memory)
     three.begin(second, replayed=True)
-    three.add(21)
+    three.add(Ino(21))
     four = Lookups(MiB, memory)
     four.begin(second, replayed=True)
-    four.add(21)
+    four.add(Ino(21))
     four.begin(third, replayed=False)
-    assert (four[20], four[21]) == (1, 1)
+    assert (four[Ino(20)], four[Ino(21)]) == (1, 1)

@@ -19,6 +19,7 @@ from pkernfs.format import (
     IOMMU_INO,
     PAGE,
     ROOT_PGTABLES_INO,
+    Ino,
 )
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.facts import file_facts
@@ -53,7 +54,7 @@ def fs() -> Filesystem:
     return new_fs(32)
 
 
-def resize(fs: Filesystem, ino: int, size: int) -> None:
+def resize(fs: Filesystem, ino: Ino, size: int) -> None:
     fs.setattr(ino, SetAttr(size=size))
 
 
@@ -189,7 +190,7 @@ def test_only_the_api_changes_tables(fs: Filesystem) -> None:
 # -- pins -------------------------------------------------------------------------------------------------------------
 
 
-def mapped(fs: Filesystem, pages: int = 10) -> tuple[int, int]:
+def mapped(fs: Filesystem, pages: int = 10) -> tuple[Ino, Ino]:
     """A domain, and a file whose pages 2 to 4 it maps at page 0x100."""
     domain = mkdomain(fs)
     file = mkfile(fs, b"ram", b"R" * pages * PAGE)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import INODE_SIZE, PAGE, Quota
+from pkernfs.format import INODE_SIZE, PAGE, Ino, Quota
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.charge import quota_of, with_quota
 from pkernfs.fs.filesystem import Filesystem
@@ -40,14 +40,14 @@ from tests.core.support import (
 )
 
 
-def used(fs: Filesystem, ino: int) -> int:
+def used(fs: Filesystem, ino: Ino) -> int:
     """What the quota of ``ino`` says."""
     quota = fs.quotas.get(ino)
     assert quota.ino == ino
     return quota.used
 
 
-def counted(fs: Filesystem, top: int) -> int:
+def counted(fs: Filesystem, top: Ino) -> int:
     """The same, counted from the names, each file once; what is open only is left out."""
     seen = {top}
     todo = [top]
@@ -59,10 +59,10 @@ def counted(fs: Filesystem, top: int) -> int:
     return sum(INODE_SIZE + PAGE * fs.getattr(ino).pages for ino in seen)
 
 
-def quotas(fs: Filesystem) -> list[int]:
+def quotas(fs: Filesystem) -> list[Ino]:
     """All directories with a quota."""
     found = []
-    todo = [int(ROOT)]
+    todo = [ROOT]
     while todo:
         ino = todo.pop()
         if fs.getattr(ino).project == ino:
@@ -82,7 +82,7 @@ def d(fs: Filesystem) -> int:
 # -- what counts ------------------------------------------------------------------------------------------------------
 
 
-def test_everything_below_counts(fs: Filesystem, d: int) -> None:
+def test_everything_below_counts(fs: Filesystem, d: Ino) -> None:
     e = mkdir(fs, b"e", d)
     ino = mkfile(fs, b"f", b"x" * 10_000, e)
     fs.setxattr(ino, b"user.a", b"v" * 9000)
@@ -92,10 +92,10 @@ def test_everything_below_counts(fs: Filesystem, d: int) -> None:
         mkfile(fs, b"empty%d" % n, parent=e)
     assert used(fs, d) == counted(fs, d) > 200 * INODE_SIZE + 6 * PAGE
     assert fs.quotas.get(e) == fs.quotas.get(ino) == fs.quotas.get(d)
-    assert fs.quotas.get(ROOT) == Use(0, 0, 0)
+    assert fs.quotas.get(ROOT) == Use(Ino(0), 0, 0)
 
 
-def test_removing_gives_all_back(fs: Filesystem, d: int) -> None:
+def test_removing_gives_all_back(fs: Filesystem, d: Ino) -> None:
     e = mkdir(fs, b"e", d)
     for n in range(50):
         mkfile(fs, b"f%d" % n, b"x" * 1000 * n, e)
@@ -105,7 +105,7 @@ def test_removing_gives_all_back(fs: Filesystem, d: int) -> None:
     assert used(fs, d) == INODE_SIZE
 
 
-def test_an_open_file_counts_until_it_is_closed(fs: Filesystem, d: int) -> None:
+def test_an_open_file_counts_until_it_is_closed(fs: Filesystem, d: Ino) -> None:
     ino = mkfile(fs, b"f", b"x" * MiB, d)
     fs.lookups.add(ino)
     before = used(fs, d)
@@ -118,7 +118,7 @@ def test_an_open_file_counts_until_it_is_closed(fs: Filesystem, d: int) -> None:
     assert used(fs, d) == INODE_SIZE
 
 
-def test_a_quota_stays_over_a_mount(fs: Filesystem, d: int) -> None:
+def test_a_quota_stays_over_a_mount(fs: Filesystem, d: Ino) -> None:
     mkfile(fs, b"f", b"x" * MiB, d)
     before = fs.quotas.get(d)
     again = open_fs(MemoryRegion(image=fs.region.view))
@@ -130,7 +130,7 @@ def test_a_quota_stays_over_a_mount(fs: Filesystem, d: int) -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_take_more_is_refused(fs: Filesystem, d: int) -> None:
+def test_every_way_to_take_more_is_refused(fs: Filesystem, d: Ino) -> None:
     ino = mkfile(fs, b"f", b"x" * PAGE, d)
     fs.setxattr(ino, b"user.a", b"v" * 9000)
     e = mkdir(fs, b"e", d)
@@ -175,14 +175,14 @@ def test_a_file_can_be_written_to_the_last_page(fs: Filesystem, limit: int, step
     assert used(fs, d) == counted(fs, d)
 
 
-def test_a_full_region_is_enospc_and_not_edquot(fs: Filesystem, d: int) -> None:
+def test_a_full_region_is_enospc_and_not_edquot(fs: Filesystem, d: Ino) -> None:
     fs.quotas.set(d, 1 << 40)
     full(fs)
     with fails(errno.ENOSPC):
         fs.write(mkfile(fs, b"f", parent=d), 0, b"x")
 
 
-def test_deleting_works_beyond_the_limit(fs: Filesystem, d: int) -> None:
+def test_deleting_works_beyond_the_limit(fs: Filesystem, d: Ino) -> None:
     ino = mkfile(fs, b"f", b"x" * (3 * MiB), d)
     for n in range(300):
         mkfile(fs, b"empty%d" % n, parent=d)
@@ -200,7 +200,7 @@ def test_deleting_works_beyond_the_limit(fs: Filesystem, d: int) -> None:
 # -- from one quota to another ----------------------------------------------------------------------------------------
 
 
-def test_nothing_moves_from_one_quota_to_another(fs: Filesystem, d: int) -> None:
+def test_nothing_moves_from_one_quota_to_another(fs: Filesystem, d: Ino) -> None:
     e = mkdir(fs, b"e")
     fs.quotas.set(e, 4 * MiB)
     mkdir(fs, b"sub", d)
@@ -221,7 +221,7 @@ def test_nothing_moves_from_one_quota_to_another(fs: Filesystem, d: int) -> None
         unchanged(fs, errno.EXDEV, operation)
 
 
-def test_a_directory_with_a_quota_moves_with_it(fs: Filesystem, d: int) -> None:
+def test_a_directory_with_a_quota_moves_with_it(fs: Filesystem, d: Ino) -> None:
     mkfile(fs, b"f", b"x" * 5000, d)
     before = fs.quotas.get(d)
     fs.rename(ROOT, b"d", mkdir(fs, b"e"), b"new")
@@ -231,7 +231,7 @@ def test_a_directory_with_a_quota_moves_with_it(fs: Filesystem, d: int) -> None:
     assert fs.quotas.get(inner).ino == d
 
 
-def test_a_removed_directory_leaves_nothing_behind(fs: Filesystem, d: int) -> None:
+def test_a_removed_directory_leaves_nothing_behind(fs: Filesystem, d: Ino) -> None:
     """Not even when a file that counted for it is still open: that counts for what is above."""
     fs.quotas.set(ROOT, 40 * MiB)
     ino = mkfile(fs, b"f", b"x" * MiB, d)
@@ -257,7 +257,7 @@ def test_renamed_over(fs: Filesystem) -> None:
 # -- quotas within quotas ---------------------------------------------------------------------------------------------
 
 
-def test_a_quota_holds_within_those_above(fs: Filesystem, d: int) -> None:
+def test_a_quota_holds_within_those_above(fs: Filesystem, d: Ino) -> None:
     e = mkdir(fs, b"e", mkdir(fs, b"between", d))
     fs.quotas.set(e, 3 * MiB)
     ino = mkfile(fs, b"f", b"x" * (2 * MiB), e)
@@ -272,7 +272,7 @@ def test_a_quota_holds_within_those_above(fs: Filesystem, d: int) -> None:
     assert used(fs, d) == counted(fs, d)
 
 
-def test_a_quota_above_others(fs: Filesystem, d: int) -> None:
+def test_a_quota_above_others(fs: Filesystem, d: Ino) -> None:
     mkfile(fs, b"f", b"x" * MiB, d)
     mkfile(fs, b"f", b"x" * 77)
     fs.quotas.set(ROOT, 32 * MiB)
@@ -284,14 +284,14 @@ def test_a_quota_above_others(fs: Filesystem, d: int) -> None:
     assert used(fs, ROOT) == counted(fs, ROOT)
     assert fs.quotas.get(d).ino == ROOT
     fs.rename(d, b"g", ROOT, b"g")
-    assert fs.quotas.set(ROOT, 0) == Use(0, 0, 0)
+    assert fs.quotas.set(ROOT, 0) == Use(Ino(0), 0, 0)
     assert quotas(fs) == []
 
 
 # -- setting and taking away ------------------------------------------------------------------------------------------
 
 
-def populated(fs: Filesystem) -> int:
+def populated(fs: Filesystem) -> Ino:
     """A directory with some of everything, whose quota is set and taken away below."""
     d = mkdir(fs, b"d")
     e = mkdir(fs, b"e", d)
@@ -313,7 +313,7 @@ def test_setting_and_taking_away_a_quota_of_what_is_there(fs: Filesystem) -> Non
     assert fs.quotas.set(d, 5 * MiB) == Use(d, 5 * MiB, counted(fs, d))
     fs.quotas.set(d, 0)
     assert quotas(fs) == [fs.resolve(b"d/e/inner")]
-    assert fs.quotas.set(d, 0) == Use(0, 0, 0)
+    assert fs.quotas.set(d, 0) == Use(Ino(0), 0, 0)
     fs.rename(fs.resolve(b"d/e"), b"f3", ROOT, b"f3")
     assert tree(fs)[b"/d/e/f4"] == before[b"/d/e/f4"]
 
@@ -449,7 +449,7 @@ def test_quotas_above_themselves(loop: str) -> None:
 # -- files without a name ---------------------------------------------------------------------------------------------
 
 
-def open_orphans(fs: Filesystem, d: int, count: int) -> list[int]:
+def open_orphans(fs: Filesystem, d: Ino, count: int) -> list[Ino]:
     """Files that were removed from ``d`` and are still open."""
     found = []
     for n in range(count):
@@ -459,7 +459,7 @@ def open_orphans(fs: Filesystem, d: int, count: int) -> list[int]:
     return found
 
 
-def test_taking_away_a_quota_of_open_files(fs: Filesystem, d: int) -> None:
+def test_taking_away_a_quota_of_open_files(fs: Filesystem, d: Ino) -> None:
     """They count above from then on."""
     fs.quotas.set(ROOT, 50 * MiB)
     (ino,) = open_orphans(fs, d, 1)
@@ -472,7 +472,7 @@ def test_taking_away_a_quota_of_open_files(fs: Filesystem, d: int) -> None:
 
 
 @pytest.mark.parametrize("how", ["rmdir", "rename"])
-def test_removing_a_directory_with_many_open_files(fs: Filesystem, d: int, how: str) -> None:
+def test_removing_a_directory_with_many_open_files(fs: Filesystem, d: Ino, how: str) -> None:
     """More than one transaction can mark."""
     inos = open_orphans(fs, d, 9000)
     if how == "rmdir":
@@ -486,7 +486,7 @@ def test_removing_a_directory_with_many_open_files(fs: Filesystem, d: int, how: 
 
 
 @pytest.mark.parametrize("used_now", [0, 1 << 63])
-def test_a_wrong_count_is_noted_and_refuses_nothing(fs: Filesystem, d: int, used_now: int) -> None:
+def test_a_wrong_count_is_noted_and_refuses_nothing(fs: Filesystem, d: Ino, used_now: int) -> None:
     ino = mkfile(fs, b"f", b"x" * 50_000, d)
     inode = fs.getattr(d)
     patch_inode(fs, d, inline=with_quota(inode, quota_of(inode)._replace(used=used_now)).inline)
@@ -497,7 +497,7 @@ def test_a_wrong_count_is_noted_and_refuses_nothing(fs: Filesystem, d: int, used
     fs.volume.inodes.clear()
 
 
-def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
+def test_a_quota_whose_directory_names_another(fs: Filesystem, d: Ino) -> None:
     """The directory is damaged, and its quota is not lost."""
     e = mkdir(fs, b"e", d)
     mkfile(fs, b"f", b"x", e)
@@ -513,7 +513,7 @@ def test_a_quota_whose_directory_names_another(fs: Filesystem, d: int) -> None:
     fs.volume.inodes.clear()
 
 
-def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
+def test_a_file_under_two_quotas(fs: Filesystem, d: Ino) -> None:
     """Which only damage makes: it counts for one of them."""
     ino = mkfile(fs, b"f", b"x", d)
     with fs.volume.transaction() as tx:
@@ -530,7 +530,7 @@ def test_a_file_under_two_quotas(fs: Filesystem, d: int) -> None:
         assert fs.getattr(ino).project == d
 
 
-def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: int) -> None:
+def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: Ino) -> None:
     """As only damage makes it: it goes with its quota."""
     fs.lookups.add(d)
     fs.rmdir(ROOT, b"d")
@@ -540,7 +540,7 @@ def test_a_removed_directory_that_has_a_quota(fs: Filesystem, d: int) -> None:
     assert check(fs.volume) == []
 
 
-def test_below_a_directory_that_was_found_damaged(fs: Filesystem, d: int) -> None:
+def test_below_a_directory_that_was_found_damaged(fs: Filesystem, d: Ino) -> None:
     """Its quota is not counted on, and still holds; what is below it is not damaged."""
     e = mkdir(fs, b"e", d)
     ino = mkfile(fs, b"f", b"x" * MiB, e)

@@ -13,6 +13,7 @@ import pytest
 from pkernfs import format as f
 from pkernfs.cli.fsck import main
 from pkernfs.errors import CorruptError, FormatError
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.pages import encode_inode
 from pkernfs.fs.slab import Slab
@@ -107,7 +108,7 @@ def look(region: Region) -> dict[bytes, Shape | None]:
     fs = Filesystem(Volume(region), PageTableGuard)
     fs.times.policy = "noatime"
     found: dict[bytes, Shape | None] = {}
-    todo = [(b"", int(ROOT))]
+    todo = [(b"", ROOT)]
     while todo:
         path, ino = todo.pop()
         try:
@@ -271,7 +272,7 @@ STARTS = {what: (2 * f.PAGE, place) for what, (_, place) in CHECKSUMS.items()} |
 
 
 @pytest.mark.parametrize(("length", "place"), STARTS.values(), ids=STARTS)
-def test_a_region_whose_start_is_gone(victim: Filesystem, length: int, place: Callable[[Filesystem], int]) -> None:
+def test_a_region_whose_start_is_gone(victim: Filesystem, length: int, place: Callable[[Filesystem], Ino]) -> None:
     """Superblock, reserved inodes and block table: slabs are known by their headers, names by their leaves.
 
     A checksum elsewhere is damaged, too.
@@ -290,10 +291,10 @@ def test_a_slab_in_the_data_of_a_file_is_none(victim: Filesystem) -> None:
     """Where the block table is gone, a file that is named has its blocks, whatever stands in them."""
     ino = victim.resolve(b"big")
     block = page_of(victim, b"big") // f.PAGES_PER_BLOCK
-    forged = Slab.empty(block)
+    forged = Slab.empty(f.BlockNo(block))
     forged.kinds[1], forged.slots[1] = f.PAGE_INODES, 1
     own = (block * f.PAGES_PER_BLOCK + 1) * f.INODES_PER_PAGE
-    inode = encode_inode(own, f.Inode(mode=stat.S_IFREG | 0o4755, nlink=1, flags=f.FLAG_FILE))
+    inode = encode_inode(f.Ino(own), f.Inode(mode=stat.S_IFREG | 0o4755, nlink=1, flags=f.FLAG_FILE))
     victim.write(ino, 0, forged.encode() + inode)
     before = shapes(victim.region)
     victim.region.store(0, bytes(2 * f.PAGE))
@@ -433,7 +434,7 @@ def test_a_page_of_inodes_that_the_slab_has_as_data(victim: Filesystem) -> None:
 
 
 @pytest.mark.parametrize("ino", [f.ROOT_INO, f.ORPHANS_INO, f.IOMMU_INO, f.ROOT_PGTABLES_INO])
-def test_reserved_inodes_are_made_anew(victim: Filesystem, ino: int) -> None:
+def test_reserved_inodes_are_made_anew(victim: Filesystem, ino: Ino) -> None:
     before = sound(victim.region.view)
     flip(victim, ino * 256 + 37)
     mended(victim.region)

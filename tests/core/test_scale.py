@@ -178,7 +178,7 @@ raise SystemExit(status)
 def test_deep_directories() -> None:
     """Names are nested without a limit; nothing here recurses."""
     fs = new_fs(64)
-    ino = int(ROOT)
+    ino = ROOT
     for _ in range(3000):
         ino = mkdir(fs, b"d", ino)
     mkfile(fs, b"f", b"x", ino)

@@ -18,7 +18,7 @@ from tests.core.support import ME, ROOT, MiB, full, mkdir, mkfile
 SPARE = 12  #: directories beside the cast, each with room for names
 
 
-def splits(fs: Filesystem, directory: int, name: bytes) -> bool:
+def splits(fs: Filesystem, directory: Ino, name: bytes) -> bool:
     """Whether one more name makes the tree of the directory larger."""
     before = fs.getattr(directory).pages
     mkfile(fs, name, parent=directory)
@@ -194,7 +194,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def unlink_open(fs: Filesystem, parent: int, name: bytes) -> None:
+def unlink_open(fs: Filesystem, parent: Ino, name: bytes) -> None:
     """Remove a file that is open, and close it."""
     ino = fs.lookup(parent, name)
     fs.lookups.add(ino)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pkernfs.cli.main import run as pkernfs
-from pkernfs.format import BLOCK, PAGE, MiB
+from pkernfs.format import BLOCK, PAGE, Ino, MiB
 from tests.iommu import units, walker
 from tests.iommu.machine import Device, Machine
 from tests.iommu.walker import READ, WRITE, Fault, Memory, Translation
@@ -27,7 +27,7 @@ ZERO = bytes(BLOCK)
 class Extent(NamedTuple):
     """A run of a file's bytes."""
 
-    file: int
+    file: Ino
     region: int
     physical: int
     length: int

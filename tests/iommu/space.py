@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pkernfs.format import GiB, KiB, MiB
+from pkernfs.format import GiB, Ino, KiB, MiB
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -23,13 +23,13 @@ def make(size: int = 64 * MiB) -> Filesystem:
     return open_fs(region)
 
 
-def guest(fs: Filesystem, name: bytes = b"guest", size: int = 8 * MiB) -> int:
+def guest(fs: Filesystem, name: bytes = b"guest", size: int = 8 * MiB) -> Ino:
     """A file of whole blocks, in one piece."""
     ino = mkfile(fs, name)
     fs.setattr(ino, SetAttr(size=size))
     return ino
 
 
-def new(fs: Filesystem, name: bytes = b"dom-0", form: str = "vtd", levels: int = 4) -> int:
+def new(fs: Filesystem, name: bytes = b"dom-0", form: str = "vtd", levels: int = 4) -> Ino:
     """A domain."""
     return domain.create(fs, name, form, levels, ME)

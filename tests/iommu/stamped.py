@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import struct
 
-from pkernfs.format import PAGE, MiB
+from pkernfs.format import PAGE, Ino, MiB
 from pkernfs.fs.filesystem import Filesystem
 from tests.core.support import ME, ROOT, mkfile
 from tests.iommu.walker import Memory, Range, Translation
 
 
-def stamp(ino: int, page: int) -> int:
+def stamp(ino: Ino, page: int) -> int:
     """What the first 8 bytes of a file's page are."""
     return ino << 32 | page
 
 
-def stamped_file(fs: Filesystem, name: bytes, size: int) -> int:
+def stamped_file(fs: Filesystem, name: bytes, size: int) -> Ino:
     """A file of ``size`` bytes, a multiple of 4 KiB; its inode."""
     ino = mkfile(fs, name)
     for start in range(0, size, MiB):
@@ -24,7 +24,7 @@ def stamped_file(fs: Filesystem, name: bytes, size: int) -> int:
     return ino
 
 
-def scattered_files(fs: Filesystem, names: tuple[bytes, bytes], pages: int) -> tuple[int, int]:
+def scattered_files(fs: Filesystem, names: tuple[bytes, bytes], pages: int) -> tuple[Ino, Ino]:
     """Two files whose pages lie between each other's."""
     inos = [fs.create(ROOT, name, 0o100600, ME) for name in names]
     for page in range(pages):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pkernfs.format import GiB, KiB, MiB
+from pkernfs.format import GiB, Ino, KiB, MiB
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
@@ -31,7 +31,7 @@ NO_ENTRY = {VtdReason.ROOT_NOT_PRESENT, VtdReason.CONTEXT_NOT_PRESENT, AmdReason
 Run = Callable[[Filesystem], object]
 
 
-def dom(fs: Filesystem, name: bytes = b"dom-0") -> int:
+def dom(fs: Filesystem, name: bytes = b"dom-0") -> Ino:
     return fs.resolve(b"iommu/" + name)
 
 

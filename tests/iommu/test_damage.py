@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from pkernfs.errors import CorruptError
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.restore import restore
@@ -34,7 +35,7 @@ def first_word(fs: Filesystem, path: bytes) -> int:
     return fs.content.extents(fs.resolve(path))[0].page * 4096
 
 
-def spoil_records(fs: Filesystem, ino: int) -> None:
+def spoil_records(fs: Filesystem, ino: Ino) -> None:
     """Change a byte in the tree of records."""
     at = fs.getattr(ino).iommu * 4096 + 96
     fs.region.store_word(at, ~fs.region.word(at) & 0xFFFFFFFFFFFFFFFF)
@@ -51,7 +52,7 @@ def spoil_records(fs: Filesystem, ino: int) -> None:
     ],
 )
 def test_a_wrong_bitmap_gives_no_table_away(
-    path: bytes, change: Callable[[Filesystem, int, int], object], word: int
+    path: bytes, change: Callable[[Filesystem, Ino, Ino], object], word: int
 ) -> None:
     fs = used()
     fs.region.store_word(first_word(fs, path), word)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import FsError
-from pkernfs.format import PAGE, GiB, MiB, Requester
+from pkernfs.format import PAGE, ROOT_INO, GiB, Ino, MiB, Requester
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace
@@ -62,7 +62,7 @@ class World:
         root = devices.root_table(self.fs, form, 0)
         self.walker: Any = (walker.Vtd if form == "vtd" else walker.Amd)(self.memory, root)
         self.pages: dict[int, tuple[int, int]] = {}
-        self.pierced: list[tuple[int, int, int, int, str]] = []  #: arguments of ``enter``
+        self.pierced: list[tuple[int, Ino, int, int, str]] = []  #: arguments of ``enter``
         # IOVAs are close together, so that mappings meet, at the beginning, about the middle and at the very end.
         window = 64 * MiB // PAGE
         last = 1 << 9 * levels
@@ -87,7 +87,7 @@ class World:
             offset &= -512
         self.enter(first, ino, offset, count, self.random.choice(("rw", "rw", "ro", "wo")))
 
-    def enter(self, first: int, ino: int, offset: int, count: int, access: str) -> None:
+    def enter(self, first: int, ino: Ino, offset: int, count: int, access: str) -> None:
         """Map, or see that it is refused."""
         new = {first + n: (stamp(ino, offset + n), RIGHTS[access]) for n in range(count)}
         taken = not self.pages.keys().isdisjoint(new)
@@ -110,7 +110,7 @@ class World:
             count += 1
         self.leave(first, count)
         name = next(name for name, rights in RIGHTS.items() if rights == access)
-        self.pierced.append((first, mark >> 32, mark & 0xFFFFFFFF, count, name))
+        self.pierced.append((first, Ino(mark >> 32), mark & 0xFFFFFFFF, count, name))
 
     def heal(self) -> None:
         """Map again what was pierced last."""
@@ -324,7 +324,7 @@ def test_leaves_of_1_gib(form: str) -> None:
     ino = domain.create(fs, b"dom-0", form, 4, ME)
     devices.attach(fs, ino, DEVICE)
     hardware: Any = (walker.Vtd if form == "vtd" else walker.Amd)(memory, devices.root_table(fs, form, 0))
-    file = fs.create(1, b"ram", 0o100600, ME)
+    file = fs.create(ROOT_INO, b"ram", 0o100600, ME)
     fs.setattr(file, SetAttr(size=2 * GiB + 512 * MiB))
     (extent,) = fs.content.extents(file)
     start = BASE + extent.page * PAGE

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pkernfs.errors import FsError
+from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
@@ -79,7 +80,7 @@ def test_map_refuses_what_is_no_guest_memory() -> None:
     assert "page tables" in refused(fs, errno.EPERM, lambda: mapping.map_file(fs, dom, 0, tables))
     assert "regular file" in refused(fs, errno.EINVAL, lambda: mapping.map_file(fs, dom, 0, directory))
     assert "domain" in refused(fs, errno.EINVAL, lambda: mapping.map_file(fs, file, 0, directory))
-    refused(fs, errno.ESTALE, lambda: mapping.map_file(fs, dom, 0, directory + 1000))
+    refused(fs, errno.ESTALE, lambda: mapping.map_file(fs, dom, 0, Ino(directory + 1000)))
 
 
 def test_hypertransport_is_reserved_for_amd_only() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pkernfs.format import PAGE, TiB
+from pkernfs.format import PAGE, Ino, TiB
 from pkernfs.iommu import domain, mapping, replace, views
 from pkernfs.iommu.guard import open_filesystem
 from tests.bench.iommu import SparseRegion, filesystem
@@ -30,7 +30,7 @@ class CountingRegion(SparseRegion):
 
 
 @pytest.mark.parametrize(("leaf", "tables"), [(3, 3), (2, 1027)], ids=["1GiB", "2MiB"])
-def test_a_tebibyte_costs_its_tables(leaf: int, tables: int) -> None:
+def test_a_tebibyte_costs_its_tables(leaf: int, tables: Ino) -> None:
     """Mapping it, finding it there after a restart, and taking it away."""
     fs, guest = filesystem(TiB, CountingRegion)
     region = fs.region

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pkernfs.format import BLOCK, EXTENT_VALUE, PAGE
+from pkernfs.format import BLOCK, EXTENT_VALUE, PAGE, Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.iommu.guard import open_filesystem
@@ -104,7 +104,7 @@ def scrub(target: Path) -> dict[str, Any]:
 
 def attribute_value(fs: Filesystem, ino: int) -> int:
     """The offset of the attribute's value."""
-    (attribute,) = Xattrs(fs.volume, ino, fs.getattr(ino)).all()
+    (attribute,) = Xattrs(fs.volume, Ino(ino), fs.getattr(Ino(ino))).all()
     return EXTENT_VALUE.unpack(attribute.payload).page * PAGE
 
 

@@ -16,6 +16,7 @@ from uuid import UUID
 import pytest
 
 from pkernfs.errors import FsError
+from pkernfs.format import ROOT_INO, Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
@@ -24,7 +25,7 @@ from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, RecordingRegion
 from tests.core.support import attach, detach, map_file
-from tests.reader.on_region import PAGE, ROOT, crc32c
+from tests.reader.on_region import PAGE, crc32c
 from tests.reader.reader import Entry, Reader
 from tests.reader.space import Corrupt
 
@@ -38,7 +39,7 @@ OWNER = Caller(1000, 100)
 class Wanted:
     """What the test put in under one path."""
 
-    ino: int
+    ino: Ino
     mode: int
     caller: Caller
     rdev: int = 0
@@ -56,7 +57,7 @@ class Twin:
         self.fs = open_filesystem(self.region)
         iommu, tables = self.fs.resolve(b"/iommu"), self.fs.resolve(b"/iommu/root-pgtables")
         self.files = {
-            b"/": Wanted(ROOT, stat.S_IFDIR | 0o755, Caller(0, 0)),
+            b"/": Wanted(ROOT_INO, stat.S_IFDIR | 0o755, Caller(0, 0)),
             b"/iommu": Wanted(iommu, stat.S_IFDIR | 0o755, Caller(0, 0)),
             b"/iommu/root-pgtables": Wanted(tables, stat.S_IFREG | 0o600, Caller(0, 0)),
         }
@@ -71,7 +72,7 @@ class Twin:
         rdev: int = 0,
         content: bytes = b"",
         target: bytes = b"",
-    ) -> int:
+    ) -> Ino:
         """Create a file."""
         parent, _, name = path.rpartition(b"/")
         ino = self.fs.create(self.files[parent or b"/"].ino, name, mode, caller, rdev=rdev, target=target)
@@ -286,31 +287,32 @@ def test_content_as_put_in(twin: Twin, tree: dict[bytes, Entry], reader: Reader)
 def test_attributes_as_the_api_says(twin: Twin, tree: dict[bytes, Entry], reader: Reader) -> None:
     for path, entry in tree.items():
         assert twin.fs.resolve(path) == entry.ino
-        said, found = twin.fs.getattr(entry.ino), reader.inode(entry.ino)
+        said, found = twin.fs.getattr(Ino(entry.ino)), reader.inode(entry.ino)
         for name in set(found._fields) - {"checksum"}:
             assert getattr(found, name) == getattr(said, name), (path, name)
         assert tuple(said[:4]) == (entry.size, entry.atime, entry.mtime, entry.ctime), path
-        assert sorted(twin.fs.listxattr(entry.ino)) == sorted(entry.xattrs), path
+        assert sorted(twin.fs.listxattr(Ino(entry.ino))) == sorted(entry.xattrs), path
         for key, value in entry.xattrs.items():
-            assert twin.fs.getxattr(entry.ino, key) == value, (path, key)
+            assert twin.fs.getxattr(Ino(entry.ino), key) == value, (path, key)
 
 
 def test_content_as_the_api_says(twin: Twin, tree: dict[bytes, Entry]) -> None:
     for path, entry in tree.items():
         if stat.S_ISREG(entry.mode):
             extents = [
-                (start * PAGE, page * PAGE, count * PAGE) for start, page, count in twin.fs.content.extents(entry.ino)
+                (start * PAGE, page * PAGE, count * PAGE)
+                for start, page, count in twin.fs.content.extents(Ino(entry.ino))
             ]
             assert extents == entry.extents, path
-            assert hashlib.sha256(twin.fs.read(entry.ino, 0, entry.size)).hexdigest() == entry.digest, path
+            assert hashlib.sha256(twin.fs.read(Ino(entry.ino), 0, entry.size)).hexdigest() == entry.digest, path
         elif stat.S_ISLNK(entry.mode):
-            assert twin.fs.readlink(entry.ino) == entry.target, path
+            assert twin.fs.readlink(Ino(entry.ino)) == entry.target, path
 
 
 def test_readdir_has_the_order_of_the_tree(twin: Twin, tree: dict[bytes, Entry], reader: Reader) -> None:
     for path, entry in tree.items():
         if stat.S_ISDIR(entry.mode):
-            said = [(each.name, each.ino, each.mode) for each in twin.fs.readdir(entry.ino)]
+            said = [(each.name, each.ino, each.mode) for each in twin.fs.readdir(Ino(entry.ino))]
             assert said == reader.directory(entry.ino), path
 
 
@@ -337,13 +339,13 @@ def test_orphans(twin: Twin, reader: Reader) -> None:
 
 def test_pins(twin: Twin, tree: dict[bytes, Entry], reader: Reader) -> None:
     domain = tree[b"/iommu/dom-0"]
-    records = Records(twin.fs.volume, domain.ino).mappings()
+    records = Records(twin.fs.volume, Ino(domain.ino)).mappings()
     wanted = [(key * PAGE, m.ino, m.start * PAGE, m.length * PAGE, m.access) for key, m in records]
     assert domain.mappings == wanted
     assert len(wanted) == 301
     pins = reader.pinned()
     assert sorted(pins.values()) == [1, 150, 150]
-    assert pins == {ino: twin.fs.getattr(ino).iommu for ino in pins}
+    assert pins == {ino: twin.fs.getattr(Ino(ino)).iommu for ino in pins}
     assert reader.attachments() == {0x10028: domain.ino}
 
 
@@ -374,7 +376,7 @@ def test_nothing_is_left_when_all_is_removed(twin: Twin) -> None:
             remove = fs.rmdir if stat.S_ISDIR(twin.files[path].mode) else fs.unlink
             remove(fs.resolve(parent or b"/"), name)
     for name in twin.files[b"/"].xattrs:
-        fs.removexattr(ROOT, name)
+        fs.removexattr(ROOT_INO, name)
     empty = Twin(96 * MiB)
     reader = Reader(region.view)
     assert reader.tree().keys() == empty.files.keys()
@@ -383,7 +385,7 @@ def test_nothing_is_left_when_all_is_removed(twin: Twin) -> None:
     fs.close()
 
 
-def fill(fs: Filesystem, ino: int) -> int:
+def fill(fs: Filesystem, ino: Ino) -> int:
     """Write to a file until a write raises ENOSPC; how many bytes it took."""
     offset = 0
     with pytest.raises(FsError, check=lambda error: error.errno == errno.ENOSPC):  # noqa: PT012
@@ -406,14 +408,14 @@ def test_free_pages_of_a_full_region() -> None:
     assert sum(count for _, _, count in reader.extents(ino)) == 6 * MiB // PAGE  # a block belongs to one file, whole
 
 
-def unlink_open(fs: Filesystem, directory: int, file: int) -> None:
+def unlink_open(fs: Filesystem, directory: Ino, file: Ino) -> None:
     """Make an orphan."""
     fs.lookups.add(file)
     fs.unlink(directory, b"file")
 
 
 # Operations of one transaction each, on a directory and its file of six pieces, and a file of a whole block.
-TRANSACTIONS: dict[str, Callable[[Filesystem, int, int], object]] = {
+TRANSACTIONS: dict[str, Callable[[Filesystem, Ino, Ino], object]] = {
     "create": lambda fs, d, f: fs.create(d, b"new", stat.S_IFREG | 0o600, OWNER),
     "mkdir": lambda fs, d, f: fs.create(d, b"new", stat.S_IFDIR | 0o700, OWNER),
     "symlink": lambda fs, d, f: fs.create(d, b"new", stat.S_IFLNK | 0o777, OWNER, target=b"t" * 3000),
@@ -421,10 +423,10 @@ TRANSACTIONS: dict[str, Callable[[Filesystem, int, int], object]] = {
     "unlink": lambda fs, d, f: fs.unlink(d, b"file"),
     "unlink-open": unlink_open,
     "rmdir": lambda fs, d, f: fs.rmdir(d, b"empty"),
-    "rename": lambda fs, d, f: fs.rename(d, b"file", ROOT, b"moved"),
-    "rename-over": lambda fs, d, f: fs.rename(ROOT, b"other", d, b"file"),
-    "rename-over-block": lambda fs, d, f: fs.rename(d, b"file", ROOT, b"other"),
-    "rename-directory": lambda fs, d, f: fs.rename(ROOT, b"dir", ROOT, b"moved"),
+    "rename": lambda fs, d, f: fs.rename(d, b"file", ROOT_INO, b"moved"),
+    "rename-over": lambda fs, d, f: fs.rename(ROOT_INO, b"other", d, b"file"),
+    "rename-over-block": lambda fs, d, f: fs.rename(d, b"file", ROOT_INO, b"other"),
+    "rename-directory": lambda fs, d, f: fs.rename(ROOT_INO, b"dir", ROOT_INO, b"moved"),
     "chown": lambda fs, d, f: fs.setattr(f, SetAttr(uid=7, gid=8)),
     "truncate": lambda fs, d, f: fs.setattr(f, SetAttr(size=1)),
     "grow": lambda fs, d, f: fs.setattr(f, SetAttr(size=3 * MiB)),
@@ -432,7 +434,7 @@ TRANSACTIONS: dict[str, Callable[[Filesystem, int, int], object]] = {
     "replace-xattr": lambda fs, d, f: fs.setxattr(f, b"user.old", noise(5000, 2)),
     "removexattr": lambda fs, d, f: fs.removexattr(f, b"user.old"),
     "truncate-block": lambda fs, d, f: fs.setattr(fs.resolve(b"/other"), SetAttr(size=5)),
-    "unlink-block": lambda fs, d, f: fs.unlink(ROOT, b"other"),
+    "unlink-block": lambda fs, d, f: fs.unlink(ROOT_INO, b"other"),
     "append": lambda fs, d, f: fs.write(f, 100_000, noise(5000)),
     "append-block": lambda fs, d, f: fs.write(f, 2 * MiB, noise(2 * MiB)),
 }
@@ -454,13 +456,13 @@ def test_the_seal_is_the_moment(name: str) -> None:
     region = RecordingRegion(16 * MiB)
     mkfs(region, hash_seed=SEED)
     fs = open_filesystem(region)
-    directory = fs.create(ROOT, b"dir", stat.S_IFDIR | 0o755, OWNER)
+    directory = fs.create(ROOT_INO, b"dir", stat.S_IFDIR | 0o755, OWNER)
     file = fs.create(directory, b"file", stat.S_IFREG | 0o644, OWNER)
     for piece in range(6):
         fs.write(file, piece * 3 * PAGE, noise(5, piece))
     fs.setxattr(file, b"user.old", noise(5000))
     fs.create(directory, b"empty", stat.S_IFDIR | 0o755, OWNER)
-    fs.write(fs.create(ROOT, b"other", stat.S_IFREG | 0o644, OWNER), 0, noise(2 * MiB))
+    fs.write(fs.create(ROOT_INO, b"other", stat.S_IFREG | 0o644, OWNER), 0, noise(2 * MiB))
     image, before = bytearray(region.view), state(region.view)
     region.log.clear()
     TRANSACTIONS[name](fs, directory, file)

@@ -10,6 +10,7 @@ from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.iommu.arguments import existing
 from pkernfs.cli.text import printable
 from pkernfs.errors import UsageError
+from pkernfs.format import Ino
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -106,7 +107,7 @@ class Offline(Source):
         """The memory of a file.  Raises PkernfsError."""
         from pkernfs.fs.facts import file_facts
 
-        return self._use(lambda fs: file_facts(fs, ino))
+        return self._use(lambda fs: file_facts(fs, Ino(ino)))
 
 
 def source(word: str, *, domain: bool = False) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, Ino, Inode
+from pkernfs.format import EXTENT, EXTENT_VALUE, INLINE_EXTENTS, Extent, ExtentValue, FilePage, Ino, Inode
 from pkernfs.fs.pages import has_extents
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import is_extent, items
@@ -69,4 +69,4 @@ def _all_extents(check: Check, structure: Structure, inode: Inode) -> Iterator[E
             check.note(Code.EXTENT_VALUE, f"{what}: expected 16 bytes, found an extent of {len(value)}")
             structure.dropped.append("an extent that cannot be read")
         else:
-            yield Extent(key, *EXTENT_VALUE.unpack(value))
+            yield Extent(FilePage(key), *EXTENT_VALUE.unpack(value))

@@ -40,6 +40,7 @@ from pkernfs.format import (
     WRITE,
     Attachment,
     DomainRecord,
+    FilePage,
     Ino,
     Inode,
     IovaPage,
@@ -133,7 +134,7 @@ def tables(check: Check, ino: Ino, inode: Inode) -> None:
         return
     filemap = FileMap(check.volume, ino, inode)
     for at in range(0, pages, BITMAP_PAGES):
-        page, _ = filemap.find(at)
+        page, _ = filemap.find(FilePage(at))
         if not check.region.view[page * PAGE] & 1:
             text = f"page {at} of page tables {ino:#x}: expected it in use, found it free"
             check.note(Code.IOMMU_BITMAP, text, offset=page * PAGE, data=FreeBitmap(ino, PageNo(page)))

@@ -15,7 +15,6 @@ from pkernfs.format import (
     BLOCK_KINDS,
     BLOCK_SLAB,
     FIRST_FREE_SLOT,
-    INODES_PER_PAGE,
     MAX_FILE_SIZE,
     NODE_MAGIC,
     PAGE,
@@ -28,20 +27,16 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     BlockNo,
     Extent,
+    FilePage,
     Ino,
     PageNo,
 )
 from pkernfs.fs.slab import Slab
+from pkernfs.fs.space import block_of, page_of_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import DamagedHeader, Data, Findings, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
-
-
-def in_block(page: int) -> tuple[BlockNo, int]:
-    """The block that a page of the region is in, and which of its pages it is."""
-    block, index = divmod(page, PAGES_PER_BLOCK)
-    return BlockNo(block), index
 
 
 class Memory:
@@ -70,7 +65,7 @@ class Memory:
 
     def owner_of(self, page: PageNo) -> Ino:
         """The inode that owns a page, of a slab or of a data block; 0: none."""
-        block, index = in_block(page)
+        block, index = block_of(page)
         return Ino(self.pages[block][index] if block in self.pages else self.blocks[block])
 
     def load_slabs(self) -> None:
@@ -87,8 +82,8 @@ class Memory:
         """Whether an inode may be read from the slot; all slots of a damaged slab may."""
         if ino < FIRST_FREE_SLOT:
             return ino in RESERVED
-        page, slot = divmod(ino, INODES_PER_PAGE)
-        block, index = in_block(page)
+        page, slot = page_of_inode(ino)
+        block, index = block_of(page)
         if block not in self.pages:
             return False
         slab = self.slabs.get(block)
@@ -102,7 +97,7 @@ class Memory:
 
     def in_slab(self, page: PageNo, what: str) -> bool:
         """Whether the page is one of a slab; noted when it is not."""
-        block, _ = in_block(page)
+        block, _ = block_of(page)
         if block in self.pages:
             return True
         where, data = "beyond the region", None
@@ -119,7 +114,7 @@ class Memory:
         for at in map(PageNo, range(page, page + count)):
             if not self.in_slab(at, what):
                 break
-            block, index = in_block(at)
+            block, index = block_of(at)
             owners = self.pages[block]
             slab = self.slabs.get(block)
             tally.pages += 1
@@ -163,7 +158,7 @@ class Memory:
             return []
         good: list[Extent] = []
         while left:
-            block, index = in_block(page)
+            block, index = block_of(page)
             step = min(left, PAGES_PER_BLOCK - index)
             runs = [(PageNo(page), step)]
             # A sound slab has its header in the first page: none is data as a whole.
@@ -177,8 +172,8 @@ class Memory:
                 if good and good[-1].page + good[-1].length == at:
                     good[-1] = good[-1]._replace(length=good[-1].length + count)
                 else:
-                    good.append(Extent(start + at - page, at, count))
-            start, page, left = start + step, page + step, left - step
+                    good.append(Extent(FilePage(start + at - page), at, count))
+            start, page, left = FilePage(start + step), PageNo(page + step), left - step
         return good
 
     def _claim_block(self, block: BlockNo, start: int, index: int, step: int, what: str) -> bool:
@@ -215,7 +210,7 @@ class Memory:
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.total_pages:
             return False
         while count:
-            block, index = in_block(page)
+            block, index = block_of(page)
             step = min(count, PAGES_PER_BLOCK - index)
             if block in self.pages:
                 slab = self.slabs.get(block)

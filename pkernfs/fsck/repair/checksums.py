@@ -30,6 +30,7 @@ from pkernfs.format import (
     PageNo,
     name_key,
 )
+from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import has_extents, raw_inode
@@ -61,7 +62,7 @@ class _Judge:
         extents = [EXTENT.unpack(inode.inline, at * EXTENT.size) for at in range(INLINE_EXTENTS)]
         items = [(e.start, EXTENT_VALUE.pack(ExtentValue(e.page, e.length))) for e in extents if e.length]
         kept = [item for item in items if self.is_right_extent(ino, *item)]
-        return inode._replace(root=0 if kept else inode.root, inline=inline_extents(kept))
+        return inode._replace(root=NO_PAGE if kept else inode.root, inline=inline_extents(kept))
 
     def node(self, page: PageNo, structure: Structure) -> Node | None:
         """The node with the items that are right by themselves; None when it cannot be kept."""

@@ -18,11 +18,14 @@ from pkernfs.format import (
     KEY_SLOTS,
     XATTR_HEAD,
     Extent,
+    FilePage,
     Ino,
     Inode,
+    PageNo,
     name_key,
 )
 from pkernfs.fs.btree import Tree
+from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.transaction import Transaction
@@ -38,8 +41,8 @@ class NewTree(Tree):
     Those are stored through the journal, so that a crash leaves the old tree or the new one.
     """
 
-    def __init__(self, volume: Volume, owner: Ino, old: Sequence[int]) -> None:
-        super().__init__(volume, owner, 0)
+    def __init__(self, volume: Volume, owner: Ino, old: Sequence[PageNo]) -> None:
+        super().__init__(volume, owner, NO_PAGE)
         self.old = list(old[:BATCH])
 
     def new_node(self, tx: Transaction, level: int) -> Node:
@@ -92,7 +95,7 @@ def _made_anew(volume: Volume, tx: Transaction, inode: Inode, structure: Structu
 
 def inline_extents(items: Iterable[tuple[int, bytes]]) -> bytes:
     """The extents inside the inode.  Cutting one can make more than fit: those at the end go."""
-    extents = [Extent(start, *EXTENT_VALUE.unpack(value)) for start, value in items]
+    extents = [Extent(FilePage(start), *EXTENT_VALUE.unpack(value)) for start, value in items]
     raw = b"".join(map(EXTENT.pack, extents[:INLINE_EXTENTS]))
     return raw + bytes(INLINE_SIZE - len(raw))
 

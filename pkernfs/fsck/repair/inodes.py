@@ -18,6 +18,7 @@ from pkernfs.format import (
     Inode,
     PageNo,
 )
+from pkernfs.fs.damage import NO_INO, NO_PAGE
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import new_inode, raw_inode, read_inode
 from pkernfs.fs.volume import Volume
@@ -66,10 +67,10 @@ def _reserved(volume: Volume, ino: Ino) -> Inode:
     now = volume.clock()
     permissions = 0o600 if ino == ROOT_PGTABLES_INO else 0o755
     pages = map(PageNo, (raw.root, raw.xattrs, raw.iommu))
-    trees = [page if is_root_of(volume, page, ino) else volume.total_pages for page in pages]
-    root, xattrs = trees[:2] if is_dir else (0, 0)
+    trees = [page if is_root_of(volume, page, ino) else PageNo(volume.total_pages) for page in pages]
+    root, xattrs = trees[:2] if is_dir else (NO_PAGE, NO_PAGE)
     records = trees[2] if ino == ROOT_PGTABLES_INO else 0
-    listed = ORPHANS_INO if ino == ORPHANS_INO else 0
+    listed = ORPHANS_INO if ino == ORPHANS_INO else NO_INO
     try:
         owner = read_inode(volume.region, ROOT_INO)
     except CorruptError:
@@ -134,12 +135,12 @@ def orphans(work: Work) -> None:
     unlisted = {data.ino for _, data in work.found(Unlisted)}
     members = sorted((reached.listed | reached.says_listed | unlisted) - {int(ORPHANS_INO)})
     members = [ino for ino in members if ino >= FIRST_FREE_SLOT and _usable(volume, ino)]
-    ring = [int(ORPHANS_INO), *members, int(ORPHANS_INO)]
+    ring = [ORPHANS_INO, *members, ORPHANS_INO]
     links = list(zip(ring[1:-1], ring[2:], ring, strict=False))
     # Reserved inodes are never on the list.
-    links += [(ino, 0, 0) for ino in reached.listed | reached.says_listed if ino < FIRST_FREE_SLOT]
+    links += [(ino, NO_INO, NO_INO) for ino in reached.listed | reached.says_listed if ino < FIRST_FREE_SLOT]
     links = [link for link in links if link[0] != ORPHANS_INO]
-    links.append((int(ORPHANS_INO), ring[1], ring[-2]))
+    links.append((ORPHANS_INO, ring[1], ring[-2]))
     # The head at last: until then the list is as broken as it was.
     for batch in batches(links):
         with volume.transaction() as tx:

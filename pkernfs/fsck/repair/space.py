@@ -28,8 +28,8 @@ from pkernfs.format import (
 )
 from pkernfs.fs.pages import check_page, raw_inode, read_inode
 from pkernfs.fs.slab import Slab
+from pkernfs.fs.space import block_of
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.check.memory import in_block
 from pkernfs.fsck.check.rules import plausible
 from pkernfs.fsck.check.state import page_of
 from pkernfs.fsck.findings import DamagedHeader, Leak, NamedSlot, NoInodes, UsedAs, UsedAsData, UsedAsSlab
@@ -128,7 +128,7 @@ def page_kinds(work: Work) -> None:
     memory, region = work.memory, work.volume.region
     wanted: dict[BlockNo, dict[int, tuple[Code, int]]] = {}
     for code, (page, used_as) in work.found(UsedAs):
-        block, index = in_block(page)
+        block, index = block_of(page)
         slab = memory.slabs[block]
         kind = slab.kinds[index]
         is_other = kind == PAGE_HEADER or (kind == PAGE_INODES and slab.slots[index])
@@ -157,7 +157,7 @@ def slots(work: Work) -> None:
     used: dict[BlockNo, dict[Ino, Code]] = {}
     for code, (ino, mode) in work.found(NamedSlot):
         page, _ = page_of(ino)
-        block, index = in_block(page)
+        block, index = block_of(page)
         slab = memory.slabs.get(block)
         if slab is None or not index or memory.pages[block][index] or not is_inode(volume, ino):
             continue
@@ -182,7 +182,7 @@ def slots(work: Work) -> None:
     for pages in batches(work.found(NoInodes)):
         with volume.transaction() as tx:
             for code, (page,) in pages:
-                block, index = in_block(page)
+                block, index = block_of(page)
                 slab = volume.space.slab(block)
                 tx.change(slab)
                 slab.slots[index] = 0
@@ -195,9 +195,10 @@ def leaks(work: Work) -> None:
     leaked = list(work.found(Leak))
     for pages in batches(data for code, data in leaked if code == Code.LEAKED_PAGE):
         with volume.transaction() as tx:
-            for page, count in pages:
+            for first, count in pages:
+                page = PageNo(first)
                 tx.free_pages(page, count)
-                block, index = in_block(page)
+                block, index = block_of(page)
                 slab = volume.space.slab(block)
                 tx.change(slab)
                 slab.slots[index : index + count] = array("H", bytes(2 * count))
@@ -208,6 +209,6 @@ def leaks(work: Work) -> None:
             for first, count in blocks:
                 # A slab may be free already, with the last of its pages.
                 if volume.space.table[first]:
-                    tx.free_blocks(first, count)
+                    tx.free_blocks(BlockNo(first), count)
                     text = f"blocks {first}+{count} had no owner: freed"
                     work.note(Code.LEAKED_BLOCK, text, offset=first * BLOCK)

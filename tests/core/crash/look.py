@@ -5,7 +5,7 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Mapping
+from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Ino, Mapping
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.iommu.records import Records
@@ -18,7 +18,7 @@ ZEROS = bytes(1 << 20)
 class Facts(NamedTuple):
     """One inode, but for its content."""
 
-    ino: int
+    ino: Ino
     mode: int
     nlink: int
     uid: int
@@ -45,7 +45,7 @@ def look(fs: Filesystem) -> State:
     """All that can be seen."""
     fs.times.policy = "noatime"
     state = State({}, {}, {}, fs.statfs())
-    todo = [(b"", int(ROOT))]
+    todo = [(b"", ROOT)]
     while todo:
         path, ino = todo.pop()
         inode = fs.getattr(ino)
@@ -63,12 +63,12 @@ def look(fs: Filesystem) -> State:
     return state
 
 
-def _pins(fs: Filesystem, ino: int) -> int | tuple[tuple[int, Mapping], ...]:
+def _pins(fs: Filesystem, ino: Ino) -> int | tuple[tuple[int, Mapping], ...]:
     inode = fs.getattr(ino)
     return tuple(Records(fs.volume, ino).mappings()) if inode.flags & GUARDED else inode.iommu
 
 
-def pages(fs: Filesystem, ino: int) -> dict[int, bytes]:
+def pages(fs: Filesystem, ino: Ino) -> dict[int, bytes]:
     """The pages of a file that are not all zeros, by their number; read as a user would, where memory is mapped."""
     found = {}
     for extent in fs.content.extents(ino):

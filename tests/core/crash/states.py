@@ -13,6 +13,7 @@ from pkernfs.format import (
     PAGE_FREE,
     PAGES_PER_BLOCK,
     Extent,
+    Ino,
 )
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
@@ -39,7 +40,7 @@ def everything(fs: Filesystem) -> None:
     fs.setxattr(fs.resolve(b"empty"), b"user.only", b"v")
 
 
-def scattered(fs: Filesystem, name: bytes, count: int, step: int) -> int:
+def scattered(fs: Filesystem, name: bytes, count: int, step: int) -> Ino:
     """A file of ``count`` pages that are not side by side."""
     ino = mkfile(fs, name)
     for n in range(count):
@@ -249,7 +250,7 @@ def spoil(fs: Filesystem) -> None:
 def ends(fs: Filesystem) -> list[tuple[Extent, int]]:
     """The extents of files that reach beyond the end, and from which byte of theirs on."""
     found = []
-    todo = [int(ROOT)]
+    todo = [ROOT]
     while todo:
         ino = todo.pop()
         inode = fs.getattr(ino)

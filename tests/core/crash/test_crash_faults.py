@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from pkernfs import format as on_region
-from pkernfs.format import BLOCK_FREE, PAGES_PER_BLOCK
+from pkernfs.format import BLOCK_FREE, BlockNo, Ino, PageNo
 from pkernfs.fs import journal
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.content import Content
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.orphans import Orphans
+from pkernfs.fs.space import block_of
 from pkernfs.fs.transaction import Transaction
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash import proof
@@ -164,7 +165,7 @@ def no_barrier_before_size(patch: pytest.MonkeyPatch) -> None:
 def size_before_content(patch: pytest.MonkeyPatch) -> None:
     real = Content.write
 
-    def write(self: Content, ino: int, offset: int, data: bytes, **more: Any) -> int:
+    def write(self: Content, ino: Ino, offset: int, data: bytes, **more: Any) -> int:
         self._written(ino, self.volume.inode(ino), offset + len(data), self.volume.clock(), self.volume.clock())
         return real(self, ino, offset, data, **more)
 
@@ -185,7 +186,7 @@ def table_in_place(patch: pytest.MonkeyPatch) -> None:
     """The allocation table is stored when it changes, and not by the journal."""
     real = Allocator._set_kind
 
-    def set_kind(self: Allocator, tx: Transaction, block: int, count: int, kind: int) -> None:
+    def set_kind(self: Allocator, tx: Transaction, block: BlockNo, count: int, kind: int) -> None:
         real(self, tx, block, count, kind)
         for page in self.space.pages:
             self.region.store(page.offset, page.encode())
@@ -197,10 +198,10 @@ def slabs_in_place(patch: pytest.MonkeyPatch) -> None:
     """The header of a slab is stored when a page of it is allocated."""
     real = Allocator.alloc_pages
 
-    def alloc_pages(self: Allocator, tx: Transaction, count: int, kind: int) -> list[tuple[int, int]]:
+    def alloc_pages(self: Allocator, tx: Transaction, count: int, kind: int) -> list[tuple[PageNo, int]]:
         runs = real(self, tx, count, kind)
         for page, _ in runs:
-            slab = self.space.slab(page // PAGES_PER_BLOCK)
+            slab = self.space.slab(block_of(page)[0])
             if not slab.fresh:
                 self.region.store(slab.offset, slab.encode())
         return runs
@@ -211,8 +212,8 @@ def slabs_in_place(patch: pytest.MonkeyPatch) -> None:
 def pages_free_at_once(patch: pytest.MonkeyPatch) -> None:
     """What a transaction frees it allocates again itself, before it is sealed."""
 
-    def free_pages(self: Transaction, page: int, count: int = 1) -> None:
-        block, index = divmod(page, PAGES_PER_BLOCK)
+    def free_pages(self: Transaction, page: PageNo, count: int = 1) -> None:
+        block, index = block_of(page)
         slab = self.cache.space.slab(block)
         self.change(slab)
         slab.kinds[index : index + count] = bytes(count)
@@ -223,7 +224,7 @@ def pages_free_at_once(patch: pytest.MonkeyPatch) -> None:
 
 
 def blocks_free_at_once(patch: pytest.MonkeyPatch) -> None:
-    def free_blocks(self: Transaction, block: int, count: int) -> None:
+    def free_blocks(self: Transaction, block: BlockNo, count: int) -> None:
         Allocator(self.cache.space)._set_kind(self, block, count, BLOCK_FREE)
         self.cache.region.discard(block << 21, count << 21)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pkernfs import format as f
+from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import has_records
 from pkernfs.fs.node import BODY_AT, Node
@@ -34,7 +35,7 @@ class Catalogue(NamedTuple):
 
     fields: dict[str, dict[str, list[Field]]]
     pages: list[int]  #: page numbers of structures of all kinds
-    inos: list[int]
+    inos: list[Ino]
 
 
 @functools.cache
@@ -89,7 +90,7 @@ class _Walk:
     def __init__(self, fs: Filesystem) -> None:
         self.fs = fs
         self.pages: dict[int, int] = {}  #: kinds of the pages of slabs, and PAGE_DATA for the first ones of data blocks
-        self.inos: list[int] = []
+        self.inos: list[Ino] = []
 
     def fields(self) -> Iterator[Field]:
         sb = self.fs.volume.sb
@@ -99,7 +100,7 @@ class _Walk:
         for block in range(sb.blocks + 1):
             yield Field("block table", "kind", f.PAGE + BODY_AT + block, 1, "page", f.PAGE)
         for ino in range(1, f.FIRST_FREE_SLOT):
-            yield from self.inode(ino, "reserved inode" if ino <= f.ROOT_PGTABLES_INO else "free inode")
+            yield from self.inode(f.Ino(ino), "reserved inode" if ino <= f.ROOT_PGTABLES_INO else "free inode")
         for block, kind in enumerate(self.fs.volume.space.table):
             if kind == f.BLOCK_DATA:
                 self.pages[block * f.PAGES_PER_BLOCK] = f.PAGE_DATA
@@ -109,7 +110,7 @@ class _Walk:
     def slab(self, block: int) -> Iterator[Field]:
         offset = block * f.BLOCK
         yield from _record("slab header", f.PAGE_HEADER_LAYOUT, offset, "page", offset)
-        slab = self.fs.volume.space.slab(block)
+        slab = self.fs.volume.space.slab(f.BlockNo(block))
         free = 0
         for index, kind in enumerate(slab.kinds):
             page = block * f.PAGES_PER_BLOCK + index
@@ -123,9 +124,9 @@ class _Walk:
             if kind == f.PAGE_INODES:
                 for slot in range(f.INODES_PER_PAGE):
                     used = slab.slots[index] >> slot & 1
-                    yield from self.inode(page * f.INODES_PER_PAGE + slot, "inode" if used else "free inode")
+                    yield from self.inode(f.Ino(page * f.INODES_PER_PAGE + slot), "inode" if used else "free inode")
 
-    def inode(self, ino: int, structure: str) -> Iterator[Field]:
+    def inode(self, ino: Ino, structure: str) -> Iterator[Field]:
         offset = ino * f.INODE_SIZE
         inode = read_inode(self.fs.region, ino)
         self.inos.append(ino)
@@ -148,9 +149,9 @@ class _Walk:
         if has_records(inode):
             yield from self.tree(inode.iommu, ino, "records")
 
-    def tree(self, page: int, owner: int, kind: str) -> Iterator[Field]:
+    def tree(self, page: int, owner: Ino, kind: str) -> Iterator[Field]:
         at = page * f.PAGE
-        node = Node.decode(self.fs.region.read(at, f.PAGE), page, owner)
+        node = Node.decode(self.fs.region.read(at, f.PAGE), f.PageNo(page), owner)
         structure = f"{kind} node"
         yield from _record(structure, f.PAGE_HEADER_LAYOUT, at, "page", at)
         n = len(node.keys)

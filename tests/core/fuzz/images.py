@@ -37,7 +37,7 @@ def one_of_each(fs: Filesystem) -> None:
 
 def deep(fs: Filesystem) -> None:
     """Directories below one another, and one with so many names that its tree has inner nodes."""
-    place: int = ROOT
+    place = ROOT
     for n in range(12):
         place = mkdir(fs, b"d%d" % n, place)
         mkfile(fs, b"f", b"%d" % n, place)

@@ -46,7 +46,7 @@ def reseal(region: Region, field: Field) -> None:
         raw = region.read(at, f.PAGE)
         _put(region, at + 4, f.checksum(raw[:4] + bytes(4) + raw[8:]), 4)
     elif field.seal == "inode":
-        raw = encode_inode(at // f.INODE_SIZE, f.INODE.unpack(region.view, at))
+        raw = encode_inode(f.Ino(at // f.INODE_SIZE), f.INODE.unpack(region.view, at))
         region.view[at : at + f.INODE_SIZE] = raw
     elif field.seal == "superblock":
         _put(region, at + f.SUPERBLOCK.offsets["checksum"], superblock_checksum(region.read(at, f.SUPERBLOCK.size)), 4)

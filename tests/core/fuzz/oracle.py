@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pkernfs import format as f
 from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.format import Ino
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.filemap import FileMap
@@ -161,7 +162,7 @@ def where(error: BaseException) -> str:
 class Before:
     """Who had what before an operation, read from the region without the code under test where that is possible."""
 
-    def __init__(self, fs: Filesystem, inos: set[int]) -> None:
+    def __init__(self, fs: Filesystem, inos: set[Ino]) -> None:
         """``inos``: the inodes that the operation is about."""
         region = self.region = fs.region
         sb = self.sb = fs.volume.sb
@@ -183,16 +184,16 @@ class Before:
         for ino in inos:
             self.owned |= _content(fs, ino)
 
-    def _raw(self, ino: int) -> f.Inode:
+    def _raw(self, ino: Ino) -> f.Inode:
         return f.INODE.unpack(self.region.view, ino * f.INODE_SIZE)
 
-    def _projects(self, ino: int) -> set[int]:
+    def _projects(self, ino: Ino) -> set[int]:
         """The directories with a quota that an inode counts against."""
         found: set[int] = set()
         while 0 < ino < len(self.region.view) // f.INODE_SIZE and self._raw(ino).project not in found:
             project = self._raw(ino).project
             found.add(project)
-            ino = self._raw(project).parent if 0 < project < len(self.region.view) // f.INODE_SIZE else 0
+            ino = self._raw(project).parent if 0 < project < len(self.region.view) // f.INODE_SIZE else f.Ino(0)
         return found
 
     def note_nodes(self) -> None:
@@ -250,7 +251,7 @@ class Before:
         return ""
 
 
-def _content(fs: Filesystem, ino: int) -> set[int]:
+def _content(fs: Filesystem, ino: Ino) -> set[int]:
     """The pages of an inode's content and of its attributes' values, as far as they can be read."""
     pages: set[int] = set()
     try:

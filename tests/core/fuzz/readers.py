@@ -19,6 +19,7 @@ from pkernfs.cli import explain as cli_explain
 from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.directory import Entry
 from pkernfs.fs.facts import file_facts, region_facts
@@ -40,9 +41,9 @@ MOST = 60  #: objects that are looked at
 class Place(NamedTuple):
     """A name that was found."""
 
-    parent: int
+    parent: Ino
     name: bytes
-    ino: int
+    ino: Ino
     mode: int
 
 
@@ -126,14 +127,14 @@ class Use:
         self.look(fs.orphans.inos)
         return places
 
-    def entries(self, ino: int) -> list[Entry]:
+    def entries(self, ino: Ino) -> list[Entry]:
         """All of a directory, in the order of its cookies, each once."""
         found = list(self.fs.readdir(ino))
         if any(a.key >= b.key or b.key >> 63 for a, b in itertools.pairwise(found)):
             raise Violation(f"cookies of directory {ino} that do not ascend")
         return found
 
-    def content(self, ino: int, inode: f.Inode) -> None:
+    def content(self, ino: Ino, inode: f.Inode) -> None:
         """The bytes of files and links."""
         fs = self.fs
         if stat.S_ISLNK(inode.mode):
@@ -148,7 +149,7 @@ class Use:
 
     # -- changing -------------------------------------------------------------------------------------------------
 
-    def alter(self, what: str, inos: set[int], call: Callable[[], Any]) -> Any:
+    def alter(self, what: str, inos: set[Ino], call: Callable[[], Any]) -> Any:
         """A call that changes ``inos``; what it stores is judged.  None: it failed."""
         frozen = inos & self.fs.volume.damage.inodes
         before = Before(self.fs, inos)
@@ -191,11 +192,11 @@ class Use:
             inos |= self.mapped(inos)
             self.alter("remove", inos, functools.partial(remove, place.parent, place.name))
 
-    def named(self, parent: int, name: bytes) -> int:
+    def named(self, parent: Ino, name: bytes) -> Ino:
         """What a name stands for now; 0: for nothing that can be had."""
-        return self.look(self.fs.lookup, parent, name, ino=parent) or 0
+        return self.look(self.fs.lookup, parent, name, ino=parent) or Ino(0)
 
-    def mapped(self, inos: set[int]) -> set[int]:
+    def mapped(self, inos: set[Ino]) -> set[Ino]:
         """The files that are mapped by the domains among inodes, which drop their pins when they go."""
         found = set()
         with suppress(PkernfsError):
@@ -211,13 +212,13 @@ class Use:
         judged(self.fs.close)
 
 
-ANY: dict[str, Callable[[Filesystem, int], Any]] = {
+ANY: dict[str, Callable[[Filesystem, Ino], Any]] = {
     "chmod": lambda fs, ino: fs.setattr(ino, SetAttr(mode=0o4711, uid=3, mtime=5)),
     "setxattr": lambda fs, ino: fs.setxattr(ino, b"user.new", b"v" * 300),
     "large-setxattr": lambda fs, ino: fs.setxattr(ino, b"user.value3", b"v" * 9000),
     "removexattr": lambda fs, ino: fs.removexattr(ino, b"user.value4"),
 }
-OF_FILES: dict[str, Callable[[Filesystem, int], Any]] = {
+OF_FILES: dict[str, Callable[[Filesystem, Ino], Any]] = {
     "overwrite": lambda fs, ino: fs.write(ino, 0, b"written"),
     "append": lambda fs, ino: fs.write(ino, fs.getattr(ino).size, b"w" * 5000),
     "write-far": lambda fs, ino: fs.write(ino, 3_000_000, b"w" * 100),
@@ -227,7 +228,7 @@ OF_FILES: dict[str, Callable[[Filesystem, int], Any]] = {
     "direct": lambda fs, ino: fs.attributes.set_region_mapped(ino, True),
     "link": lambda fs, ino: fs.link(ino, ino, b"not a directory"),
 }
-OF_DIRECTORIES: dict[str, Callable[[Filesystem, int], Any]] = {
+OF_DIRECTORIES: dict[str, Callable[[Filesystem, Ino], Any]] = {
     "create": lambda fs, ino: fs.create(ino, b"new", stat.S_IFREG | 0o644, ME),
     "mkdir": lambda fs, ino: fs.create(ino, b"newdir", stat.S_IFDIR | 0o755, ME),
     "symlink": lambda fs, ino: fs.create(ino, b"newlink", stat.S_IFLNK | 0o777, ME, target=b"t" * 400),
