@@ -54,7 +54,7 @@ def parser() -> Parser:
     made.add_argument("-n", action="store_true", help="ignored: there is no mtab")
     made.add_argument("-s", action="store_true", help="ignored: tolerate unknown options")
     made.add_argument("-v", "--verbose", action="store_true", help="say what is done")
-    made.add_argument("-t", dest="type", metavar="TYPE", help="ignored: the type that mount(8) was given")
+    made.add_argument("-t", dest="type", help="ignored: the type that mount(8) was given")
     return made
 
 
@@ -86,7 +86,7 @@ def run(argv: Sequence[str] | None) -> int:
         return 0
     mountpoint = check_mountpoint(arguments.directory)
 
-    def tell(replayed: int, warning: str) -> None:
+    def report(replayed: int, warning: str) -> None:
         if replayed:
             print(f"pkernfs: {region}: replayed the journal: {replayed} records", file=sys.stderr)
         if warning:
@@ -96,7 +96,7 @@ def run(argv: Sequence[str] | None) -> int:
 
     if arguments.foreground:
         start_logging(options)
-        mount(region, mountpoint, options, tell)
+        mount(region, mountpoint, options, report)
         return 0
     from pkernfs.server.daemon import daemonize
 
@@ -107,7 +107,7 @@ def run(argv: Sequence[str] | None) -> int:
         start_logging(options)
 
         def ready(replayed: int, warning: str) -> None:
-            tell(replayed, warning)
+            report(replayed, warning)
             daemon.ready()
 
         mount(region, mountpoint, options, ready)

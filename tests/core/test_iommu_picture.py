@@ -124,7 +124,7 @@ def test_svg_stays_on_its_page(some: Space) -> None:
             assert 0 <= float(element.get("y", 0)) + float(element.get("height", 0)) <= height
 
 
-def test_blocks_lead_to_their_memory(some: Space) -> None:
+def test_blocks_translate_to_their_memory(some: Space) -> None:
     assert [len(block.mappings) for block in some.blocks] == [1] * len(MAPPINGS)
     places = {band.block.start: some.where(band) for band in some.bands}
     assert [(run.physical, run.length) for run in places[MiB]] == [
@@ -217,7 +217,7 @@ def test_a_full_address_space() -> None:
     assert " free" not in svg(space(full, extents, 36))
 
 
-def test_words() -> None:
+def test_gaps_and_short_names() -> None:
     empty = space(domain([], {}), extents, 36)
     assert empty.gap(0xFED00000, 0xFEE00000) == "1 MiB free"
     assert empty.gap(0xFEE00000, 0xFEF00000) == "0 B free, 1 MiB reserved"

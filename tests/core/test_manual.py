@@ -73,16 +73,16 @@ def test_each_command_has_a_page() -> None:
 def test_every_option_is_in_the_page(page: Page, manual: Path) -> None:
     """With what stands for its value and its help; the verbs too, those that are not listed as well."""
     text = plain((manual / f"man/man{page.section}/{page.name}.{page.section}").read_text())
-    words = " ".join(text.split())
+    read = " ".join(text.split())
     for parser in parsers(page.parser()):
-        assert parser.prog in words
+        assert parser.prog in read
         for action in parser.arguments():
             if parser.prog.count(" ") > page.name.count("-") and "--help" in action.option_strings:
                 continue  # once a page
             for option in action.option_strings:
                 assert re.search(rf"^{re.escape(option)}\b|, {re.escape(option)}\b", text, re.MULTILINE), option
             assert action.help, f"{parser.prog}: {action.dest} is not explained"
-            assert " ".join((action.help % {"prog": parser.prog}).split()) in words, action.dest
+            assert " ".join((action.help % {"prog": parser.prog}).split()) in read, action.dest
 
 
 def test_every_verb_is_in_a_page(manual: Path) -> None:
@@ -100,10 +100,17 @@ def test_every_mount_option_is_in_the_page(manual: Path) -> None:
     for forms, meaning in described.items():
         assert forms in lines
         assert meaning in " ".join(text.split()) or " ".join(meaning.split()) in " ".join(text.split())
-    words = [form for forms in described for form in forms.split(", ")]
-    assert len(words) == len(set(words))
-    assert {form.partition("=")[0] for form in words if "=" in form} == {"uid", "gid", "mode", "log", "hang", "metrics"}
-    options.parse_options([word for word in words if "=" not in word])
+    arguments = [form for forms in described for form in forms.split(", ")]
+    assert len(arguments) == len(set(arguments))
+    assert {form.partition("=")[0] for form in arguments if "=" in form} == {
+        "uid",
+        "gid",
+        "mode",
+        "log",
+        "hang",
+        "metrics",
+    }
+    options.parse_options([word for word in arguments if "=" not in word])
 
 
 @EACH_PAGE
@@ -127,13 +134,13 @@ def test_the_format_is_in_its_page(manual: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["groff", "-ww", "-t", "-man", "-Tutf8", "-z"], ["mandoc", "-Tlint"]], ids=lambda w: w[0]
+    "arguments", [["groff", "-ww", "-t", "-man", "-Tutf8", "-z"], ["mandoc", "-Tlint"]], ids=lambda w: w[0]
 )
-def test_no_warnings(words: list[str], manual: Path) -> None:
-    if shutil.which(words[0]) is None:
-        pytest.skip(f"no {words[0]}: apt-get install {words[0]}")
+def test_no_warnings(arguments: list[str], manual: Path) -> None:
+    if shutil.which(arguments[0]) is None:
+        pytest.skip(f"no {arguments[0]}: apt-get install {arguments[0]}")
     for path in sorted(manual.glob("man/*/*")):
-        done = subprocess.run([*words, path], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([*arguments, path], capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout + done.stderr, done.returncode) == ("", 0)
 
 
@@ -154,7 +161,7 @@ def test_text_to_roff() -> None:
     ]
 
 
-def offers(manual: Path, *words: str) -> list[str]:
+def offers(manual: Path, *arguments: str) -> list[str]:
     """What bash completes the last word to."""
     script = r"""
         set -u; . "$1/bash-completion/completions/$2"; shift
@@ -164,7 +171,7 @@ def offers(manual: Path, *words: str) -> list[str]:
         printf '%s\n' "${COMPREPLY[@]}"
     """
     done = subprocess.run(
-        ["bash", "-c", script, "bash", manual, *words],
+        ["bash", "-c", script, "bash", manual, *arguments],
         cwd=manual,
         capture_output=True,
         text=True,

@@ -27,28 +27,28 @@ PAGE = 4096
 EACH_VERB = pytest.mark.parametrize("verb", VERBS)
 
 
-def iommu(*words: str | Path) -> Result:
+def iommu(*arguments: str | Path) -> Result:
     """The command's result."""
-    return run("pkernfs", "iommu", *words)
+    return run("pkernfs", "iommu", *arguments)
 
 
-def says(*words: str | Path) -> str:
+def says(*arguments: str | Path) -> str:
     """What a command prints that works."""
-    done = iommu(*words)
+    done = iommu(*arguments)
     assert done.returncode == 0, done
     assert done.stderr == ""
     return done.stdout
 
 
-def told(*words: str | Path) -> dict[str, Any]:
+def told(*arguments: str | Path) -> dict[str, Any]:
     """The same with --json."""
-    found: dict[str, Any] = json.loads(says(*words, "--json"))
+    found: dict[str, Any] = json.loads(says(*arguments, "--json"))
     return found
 
 
-def fails(status: int, *words: str | Path) -> str:
+def fails(status: int, *arguments: str | Path) -> str:
     """The one line of a command that does not work."""
-    done = iommu(*words)
+    done = iommu(*arguments)
     assert done.returncode == status, done
     assert done.stdout == ""
     return done.line
@@ -87,10 +87,10 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @EACH_VERB
-@pytest.mark.parametrize("words", [[], ["--nonsense", "x", "y", "z"]], ids=["none", "wrong"])
-def test_wrong_usage(verb: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--nonsense", "x", "y", "z"]], ids=["none", "wrong"])
+def test_wrong_usage(verb: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        pkernfs(["iommu", verb, *words])
+        pkernfs(["iommu", verb, *arguments])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"see pkernfs iommu {verb} --help")
@@ -101,10 +101,10 @@ def test_wrong_verb() -> None:
     assert "invalid choice" in fails(2, "frobnicate")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["map", "--help"], ["map-picture", "--help"]], ids=" ".join)
-def test_help_loads_nothing_heavy(words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["map", "--help"], ["map-picture", "--help"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
-    result = run(sys.executable, find_program("pkernfs"), "iommu", *words, env=environment)
+    result = run(sys.executable, find_program("pkernfs"), "iommu", *arguments, env=environment)
     loaded = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert result.returncode == 0, result
     assert "argparse" in loaded
@@ -114,9 +114,9 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
 @pytest.mark.parametrize("device", ["00:20.0", "00:05.8", "00:05", "g0:05.0", "10000:00:05.0", "100:05.0x", ""])
 def test_wrong_device(device: str) -> None:
     """Before anything else is looked at."""
-    for words in (["attach", "/nowhere/iommu/dom-0", device], ["detach", "/nowhere", device]):
+    for arguments in (["attach", "/nowhere/iommu/dom-0", device], ["detach", "/nowhere", device]):
         with pytest.raises(UsageError, match=r"\[SSSS:\]BB:DD\.F in hexadecimal, such as 00:05\.0"):
-            pkernfs(["iommu", *words])
+            pkernfs(["iommu", *arguments])
     with pytest.raises(UsageError, match=r"\[SSSS:\]BB:DD\.F in hexadecimal"):
         pkernfs(["iommu", "walk", "/nowhere", device, "0"])
 
@@ -240,8 +240,8 @@ def test_without_a_mount(site: Site, dom: Path) -> None:
     questions = [["list"], ["audit"], ["root"], ["walk", "00:05.0", "0x3000"], ["walk", "0x3000"], ["map-picture"]]
 
     def answers(place: str, inside: str) -> list[dict[str, Any]]:
-        where = [inside if words in (["walk", "0x3000"], ["map-picture"]) else place for words in questions]
-        return [told(words[0], place, *words[1:]) for words, place in zip(questions, where, strict=True)]
+        where = [inside if arguments in (["walk", "0x3000"], ["map-picture"]) else place for arguments in questions]
+        return [told(arguments[0], place, *arguments[1:]) for arguments, place in zip(questions, where, strict=True)]
 
     mounted = answers(str(site.mnt), str(dom))
     assert answers(str(site.region), f"{site.region}:/iommu/dom-0") == mounted
@@ -271,12 +271,12 @@ def test_map_picture(site: Site, dom: Path) -> None:
     assert [block["leaves"] for block in facts["blocks"]] == [[2 * MiB], [PAGE]]
 
 
-# -- what is asked of the server, and its answers that a mount does not give at will ---------------------------------
+# -- what the server gets, and replies that a mount does not give at will ---------------------------------------------
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What is asked of a server that answers as ``ANSWERS`` says."""
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What a server gets that replies as ``ANSWERS`` says."""
     questions: list[dict[str, Any]] = []
 
     def exchange(_address: bytes, line: bytes, _timeout: float | None) -> bytes:
@@ -287,7 +287,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return questions
 
 
-STALE = [
+PENDING = [
     {"kind": "context", "id": 7, "device": "0001:3b:00.1", "iova": None, "length": None},
     {"kind": "iotlb", "id": 7, "device": None, "iova": 0x3000, "length": 0x2000},
     {"kind": "iotlb", "id": 8, "device": None, "iova": None, "length": None},
@@ -307,18 +307,18 @@ DOMAIN = {
 ANSWERS: dict[str, dict[str, Any]] = {
     "iommu-map": {**{"iova": 0, "length": 4096, "ino": 20, "offset": 8192, "access": "wo", "entries": 0}, "stale": []},
     "iommu-audit": {"devices": 1, "domains": 1, "mappings": 2, "tables": 5, "bytes": 4096, "problems": [PROBLEM]},
-    "iommu-invalidations": {"stale": STALE, "token": 77, "freed": 0},
-    "iommu-list": {"phys_base": BASE, "domains": [DOMAIN], "roots": [ROOT], "damaged": [], "stale": STALE},
+    "iommu-invalidations": {"stale": PENDING, "token": 77, "freed": 0},
+    "iommu-list": {"phys_base": BASE, "domains": [DOMAIN], "roots": [ROOT], "damaged": [], "stale": PENDING},
 }
 
 
-def test_map_asks_as_the_protocol_has_it(site: Site, dom: Path, asked: list[dict[str, Any]]) -> None:
-    words = ["iommu", "map", str(dom), "0x1B000", str(site.mnt / "rom"), "--offset", "8K", "--wo", "--live-update"]
+def test_map_asks_as_the_protocol_has_it(site: Site, dom: Path, questions: list[dict[str, Any]]) -> None:
+    arguments = ["iommu", "map", str(dom), "0x1B000", str(site.mnt / "rom"), "--offset", "8K", "--wo", "--live-update"]
     for _ in range(2):
-        assert pkernfs(words) == 0
-    requests = [question.pop("key") for question in asked]
-    assert asked[0] == asked[1]
-    assert asked[0] == {
+        assert pkernfs(arguments) == 0
+    requests = [question.pop("key") for question in questions]
+    assert questions[0] == questions[1]
+    assert questions[0] == {
         "verb": "iommu-map",
         "version": 1,
         "ino": dom.stat().st_ino,
@@ -333,7 +333,7 @@ def test_map_asks_as_the_protocol_has_it(site: Site, dom: Path, asked: list[dict
     assert all(0 < request < 1 << 64 for request in requests)
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("questions")
 def test_audit_with_problems(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert pkernfs(["iommu", "audit", str(site.mnt)]) == 1
     assert capsys.readouterr().out.splitlines() == [
@@ -344,7 +344,7 @@ def test_audit_with_problems(site: Site, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out) == ANSWERS["iommu-audit"]
 
 
-@pytest.mark.usefixtures("asked")
+@pytest.mark.usefixtures("questions")
 def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert pkernfs(["iommu", "invalidations", str(site.mnt)]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -373,7 +373,7 @@ def test_what_a_driver_queues(site: Site, capsys: pytest.CaptureFixture[str]) ->
 )
 def test_acknowledge(
     site: Site,
-    asked: list[dict[str, Any]],
+    questions: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
     new: list[str],
     old: list[str],
@@ -381,11 +381,11 @@ def test_acknowledge(
 ) -> None:
     """The command's old name and options do the same for one release, and no help lists them."""
     printed = []
-    for words in (["invalidations", *new], ["iotlb-needed", *old]):
-        asked.clear()
-        assert pkernfs(["iommu", *words, str(site.mnt), "--json"]) == 0
+    for arguments in (["invalidations", *new], ["iotlb-needed", *old]):
+        questions.clear()
+        assert pkernfs(["iommu", *arguments, str(site.mnt), "--json"]) == 0
         printed.append(capsys.readouterr().out)
-        (question,) = asked
+        (question,) = questions
         assert question["acknowledge"] == sent
     assert printed[0] == printed[1]
     assert "iotlb-needed" not in says("--help")
@@ -403,7 +403,7 @@ def test_acknowledge(
     ],
 )
 def test_the_range_of_an_invalidation(iova: int, pages: int, amd: str) -> None:
-    """Covers what is stale, is aligned to its size, could not be half of it; AMD: the lowest zero tells the size."""
+    """Covers what is pending, is aligned to its size, could not be half of it; AMD: the lowest zero tells the size."""
     length = pages * PAGE
     address, order = covering(iova, length)
     size = PAGE << order

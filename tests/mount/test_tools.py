@@ -31,15 +31,15 @@ COMMANDS = [
 ]
 
 
-def fails(result: Result, status: int, *words: str) -> None:
+def fails(result: Result, status: int, *expected: str) -> None:
     """One line on standard error, nothing on standard output."""
     assert result.returncode == status, result
     assert result.stdout == ""
-    for word in words:
+    for word in expected:
         assert word in result.line
 
 
-def furnish(site: Site) -> None:
+def make_files(site: Site) -> None:
     """Some files."""
     top = site.mnt / "top"
     (top / "below").mkdir(parents=True)
@@ -61,21 +61,21 @@ def furnish(site: Site) -> None:
 # -- all commands ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_help(words: list[str]) -> None:
-    result = run(*words, "--help")
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_help(arguments: list[str]) -> None:
+    result = run(*arguments, "--help")
     assert result.returncode == 0, result
     assert result.stderr == ""
-    assert " ".join(words) in result.stdout
+    assert " ".join(arguments) in result.stdout
     assert len(result.stdout.splitlines()) > 8
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_wrong_usage(words: list[str]) -> None:
-    wrong = {"mount.pkernfs": 1, "fsck.pkernfs": 16}.get(words[0], 2)
-    fails(run(*words), wrong, "--help")
-    fails(run(*words, "--nonsense", "x", "y"), wrong, "--help")
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_wrong_usage(arguments: list[str]) -> None:
+    wrong = {"mount.pkernfs": 1, "fsck.pkernfs": 16}.get(arguments[0], 2)
+    fails(run(*arguments), wrong, "--help")
+    fails(run(*arguments, "--nonsense", "x", "y"), wrong, "--help")
 
 
 def test_version() -> None:
@@ -83,19 +83,21 @@ def test_version() -> None:
         assert re.fullmatch(rf"{re.escape(name)} \d+\.\d+\.\d+\n", run(name, "--version").stdout)
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, ["pkernfs", "ls", "REGION"], ["pkernfs", "info", "REGION"]], ids=" ".join)
-def test_commands_load_nothing_that_they_do_not_need(unmounted: Site, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [*COMMANDS, ["pkernfs", "ls", "REGION"], ["pkernfs", "info", "REGION"]], ids=" ".join
+)
+def test_commands_load_nothing_that_they_do_not_need(unmounted: Site, arguments: list[str]) -> None:
     """No server's library for any of them; --help does without the filesystem too."""
-    arguments = [str(unmounted.region) if word == "REGION" else word for word in words[1:]]
-    if "REGION" not in words:
-        arguments.append("--help")
+    given = [str(unmounted.region) if word == "REGION" else word for word in arguments[1:]]
+    if "REGION" not in arguments:
+        given.append("--help")
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
-    result = run(sys.executable, find_program(words[0]), *arguments, env=environment)
+    result = run(sys.executable, find_program(arguments[0]), *given, env=environment)
     assert result.returncode == 0, result
     loaded = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
     assert "argparse" in loaded
     heavy = {"trio", "pyfuse3", "rich", "qemu", "asyncio"}
-    if "REGION" not in words:
+    if "REGION" not in arguments:
         heavy |= {"pkernfs.fs", "pkernfs.fs.filesystem", "pkernfs.server"}
     assert not heavy & loaded
 
@@ -139,7 +141,7 @@ def test_mkfs(unmounted: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "complaint"),
+    ("arguments", "status", "complaint"),
     [
         (["--size", "3M", "new"], 2, "2 MiB"),
         (["--size", "4M", "new"], 2, "8 MiB"),
@@ -158,17 +160,17 @@ def test_mkfs(unmounted: Site) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mkfs_refuses(unmounted: Site, words: list[str], status: int, complaint: str) -> None:
+def test_mkfs_refuses(unmounted: Site, arguments: list[str], status: int, complaint: str) -> None:
     """And leaves what was there as it was."""
     (unmounted.shm / "data").write_bytes(b"precious" * 1000)
     before = {path: path.read_bytes() for path in sorted(unmounted.shm.iterdir())}
-    fails(run("mkfs.pkernfs", *words, cwd=unmounted.shm), status, "mkfs.pkernfs: ", complaint)
+    fails(run("mkfs.pkernfs", *arguments, cwd=unmounted.shm), status, "mkfs.pkernfs: ", complaint)
     assert {path: path.read_bytes() for path in sorted(unmounted.shm.iterdir())} == before
 
 
 def test_mkfs_of_a_mounted_region(site: Site) -> None:
-    for words in ((), ("--force",)):
-        fails(run("mkfs.pkernfs", *words, "--size", "64M", site.region), 1, "mkfs.pkernfs: ")
+    for arguments in ((), ("--force",)):
+        fails(run("mkfs.pkernfs", *arguments, "--size", "64M", site.region), 1, "mkfs.pkernfs: ")
     (site.mnt / "f").touch()
 
 
@@ -176,7 +178,7 @@ def test_mkfs_of_a_mounted_region(site: Site) -> None:
 
 
 def test_info_of_a_region_and_of_its_mount(site: Site) -> None:
-    furnish(site)
+    make_files(site)
     through_mount = json.loads(site.run_ok("pkernfs", "info", "--json", site.mnt))
     through_region = json.loads(site.run_ok("pkernfs", "info", "--json", site.region))
     assert through_mount == through_region
@@ -246,16 +248,16 @@ def test_info_errors(site: Site) -> None:
 # -- ls and cat -----------------------------------------------------------------------------------------------------
 
 
-def rows_of(site: Site, path: str = "", *words: str) -> dict[str, dict[str, object]]:
+def rows_of(site: Site, path: str = "", *arguments: str) -> dict[str, dict[str, object]]:
     """What `pkernfs ls --json` tells, by path."""
-    rows = json.loads(site.run_ok("pkernfs", "ls", "--json", *words, f"{site.region}:{path}"))
+    rows = json.loads(site.run_ok("pkernfs", "ls", "--json", *arguments, f"{site.region}:{path}"))
     return {f"{row['folder'].rstrip('/')}/{row['name']}": row for row in rows}
 
 
 @pytest.mark.parametrize("how", ["umount", "kill-and-replay"])
 def test_offline_listing_equals_the_mount(site: Site, how: str) -> None:
     """Also where the journal waits to be applied; no byte of the region changes."""
-    furnish(site)
+    make_files(site)
     if how == "kill-and-replay":
         os.mkdir(site.mnt / "last")
     wanted = {}
@@ -278,14 +280,14 @@ def test_offline_listing_equals_the_mount(site: Site, how: str) -> None:
     for path_, row in wanted.items():
         assert {name: found_rows[path_][name] for name in row} == row
     with (site.tmp / "out").open("wb") as out:
-        words = [find_program("pkernfs"), "cat", f"{site.region}:/top/file", f"{site.region}:top/sparse"]
-        subprocess.run(words, stdout=out, check=True, timeout=PATIENCE)
+        arguments = [find_program("pkernfs"), "cat", f"{site.region}:/top/file", f"{site.region}:top/sparse"]
+        subprocess.run(arguments, stdout=out, check=True, timeout=PATIENCE)
     assert (site.tmp / "out").read_bytes() == b"content\n" + content
     assert site.digest() == digest
 
 
 def test_ls(site: Site) -> None:
-    furnish(site)
+    make_files(site)
     site.umount()
     region = site.region
     assert site.run_ok("pkernfs", "ls", region).split() == ["iommu", "top"]
@@ -303,7 +305,7 @@ def test_ls(site: Site) -> None:
 
 
 def test_ls_of_a_mounted_region_says_so(site: Site) -> None:
-    furnish(site)
+    make_files(site)
     result = run("pkernfs", "ls", f"{site.region}:/top")
     assert result.returncode == 0
     assert "file" in result.stdout
@@ -311,7 +313,7 @@ def test_ls_of_a_mounted_region_says_so(site: Site) -> None:
 
 
 def test_ls_and_cat_errors(site: Site) -> None:
-    furnish(site)
+    make_files(site)
     site.umount()
     region = str(site.region)
     fails(run("pkernfs", "ls", "/missing"), 2, "/missing")
@@ -337,9 +339,9 @@ def test_region_path_with_colons(unmounted: Site) -> None:
 
 def options_of(text: str) -> dict[str, str]:
     """The parts of the option, from what the command printed."""
-    words = shlex.split(text)
-    assert words[0] == "-object"
-    kind, *rest = words[1].replace(",,", "\0").split(",")
+    arguments = shlex.split(text)
+    assert arguments[0] == "-object"
+    kind, *rest = arguments[1].replace(",,", "\0").split(",")
     assert kind == "memory-backend-file"
     return dict(part.replace("\0", ",").split("=", 1) for part in rest)
 

@@ -55,8 +55,8 @@ def synopsis(parser: Parser) -> Iterator[str]:
     """The usage as man(7) has it, without --help: one line for each form."""
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split()).replace("[-h] ", "")
     for form in re.split(rf"\s(?={re.escape(parser.prog)} )", usage):
-        words = form.removeprefix(parser.prog)
-        tokens = re.split(r"(--?[A-Za-z][a-z-]*|[A-Z][\w./]*)", words)
+        rest = form.removeprefix(parser.prog)
+        tokens = re.split(r"(--?[A-Za-z][a-z-]*|[A-Z][\w./]*)", rest)
         marked = [(roff.bold if token[0] == "-" else roff.italic)(token) for token in tokens[1::2]]
         plain = map(roff.escape, tokens[0::2])
         yield roff.bold(parser.prog) + "".join(part + mark for part, mark in zip(plain, [*marked, ""], strict=True))

@@ -8,7 +8,7 @@ from pkernfs.cli.manual.commands import PAGES
 from pkernfs.cli.parsers import Parser
 from pkernfs.options import DECLARED, KERNEL, Value
 
-_WORDS = " ".join(
+_FORMS = " ".join(
     word
     for field, option in DECLARED.items()
     for word in ([f"{field}="] if isinstance(option, Value) else option.values)
@@ -21,11 +21,11 @@ OPTIONS = {
         "bash": f"""\
 _pkernfs_mount_options() {{
   local last=${{1##*,}}
-  compgen -P "${{1%"$last"}}" -W "{_WORDS} {" ".join(KERNEL)}" -- "$last"
+  compgen -P "${{1%"$last"}}" -W "{_FORMS} {" ".join(KERNEL)}" -- "$last"
 }}""",
         "zsh": f"""\
 _pkernfs_mount_options() {{
-  _values -s , option {_WORDS.replace("=", "")} {" ".join(KERNEL)}
+  _values -s , option {_FORMS.replace("=", "")} {" ".join(KERNEL)}
 }}""",
     },
 }

@@ -212,11 +212,11 @@ def space(
 
 def _memory(mappings: list[Mapping], shown: dict[int, int], most: int) -> list[Memory]:
     """What is mapped of each file, the files in the order in which the address space comes to them."""
-    order: dict[int, int] = {}
+    first: dict[int, int] = {}
     for mapping in mappings:
-        order.setdefault(shown[mapping.ino], len(order))
+        first.setdefault(shown[mapping.ino], len(first))
     parts: list[Memory] = []
-    for mapping in sorted(mappings, key=lambda m: (order[shown[m.ino]], m.offset)):
+    for mapping in sorted(mappings, key=lambda m: (first[shown[m.ino]], m.offset)):
         ino, end = shown[mapping.ino], mapping.offset + mapping.length
         last = parts[-1] if parts else None
         if last is not None and last.ino == ino and (ino == OTHERS or mapping.offset < last.end):
