@@ -19,12 +19,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from pkernfs import api
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError
-from pkernfs.server.commands import Command, Commands
 from pkernfs.server.device import umount_command
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
@@ -37,6 +36,10 @@ from pkernfs.server.state import STORED, Descriptors, State
 from pkernfs.server.stats import BUGS, map_stats, requests
 from pkernfs.server.systemd import service
 from pkernfs.server.upgrade import Action, Decision, Upgrade
+
+if TYPE_CHECKING:
+    from pkernfs import api
+    from pkernfs.server.commands import Command
 
 log = logging.getLogger("pkernfs")
 
@@ -78,6 +81,9 @@ class Keeper:
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
+        # Here, where the mount is usable already: these load msgspec, which takes as long as a tenth of mounting.
+        from pkernfs.server.commands import Commands
+
         keep_resident()
         listener = socket.socket(fileno=os.dup(self.serving.fds.commands))
         self.commands = Commands(listener, self.status, self.wakeup.wake)
@@ -186,6 +192,8 @@ class Keeper:
     # -- commands -------------------------------------------------------------------------------------------------
 
     def _handle_commands(self) -> None:
+        from pkernfs import api
+
         while (command := self.commands.next()) is not None:
             try:
                 if isinstance(command.request, api.Upgrade):
@@ -273,6 +281,8 @@ class Keeper:
 
     def status(self) -> api.Status:
         """What `pkernfs status` shows."""
+        from pkernfs import api
+
         return api.Status(
             **self.state.status(),
             standby=self.standby.pid,

@@ -11,8 +11,6 @@ import os
 import socket
 import sys
 
-from pkernfs.api import HandOver
-from pkernfs.codec import decode_reply
 from pkernfs.server.child import Child, receive
 from pkernfs.server.device import Device
 from pkernfs.server.keeper import Keeper
@@ -34,6 +32,9 @@ def adopt(state: State, fds: list[int]) -> Keeper:
 
 def taken(connection: socket.socket, data: bytes, fds: list[int]) -> Keeper:
     """The keeper of what another one hands on: the first part of its reply was read.  Raises RefusedError."""
+    from pkernfs.api import HandOver
+    from pkernfs.codec import decode_reply
+
     while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
         data += more
     state = State.from_json(decode_reply(data, HandOver()))

@@ -8,13 +8,15 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pkernfs import api
 from pkernfs.errors import PkernfsError
 from pkernfs.server.child import Child
-from pkernfs.server.commands import Command
 from pkernfs.server.state import State
+
+if TYPE_CHECKING:
+    from pkernfs import api
+    from pkernfs.server.commands import Command
 
 log = logging.getLogger("pkernfs")
 
@@ -82,6 +84,8 @@ class Upgrade:
 
     def succeed(self, state: State) -> None:
         """Answer the client: the new version serves."""
+        from pkernfs import api
+
         log.info("upgrade: version %s serves in place of %s", state.version, self._previous)
         self.command.answer(
             api.Upgraded(before=self._previous, after=state.version, worker=state.worker, longest_stall=self._stall)

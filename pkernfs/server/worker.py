@@ -18,15 +18,17 @@ A worker ends with status 0 when the mount has ended and the region is closed, o
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import logging
 import mmap
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyfuse3
 import trio
@@ -44,20 +46,22 @@ from pkernfs.server import loop
 from pkernfs.server.bdi import tune
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import PROTOCOL, receive, send
-from pkernfs.server.control import ControlSocket
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
 from pkernfs.server.state import State
 from pkernfs.server.stats import map_stats
-from pkernfs.server.verbs import verbs
+
+if TYPE_CHECKING:
+    from pkernfs.server.control import ControlSocket
 
 log = logging.getLogger("pkernfs")
 
 #: Seconds from the end of the keeper to the start of another one.  Whoever kills everything kills the keeper first, and
 #: is not to meet a new one.
 GRACE = 1.0
+IDLE = 0.2  #: seconds without a message after which a worker is a standby
 
 
 def _invalidate_name(directory: int, name: bytes) -> None:
@@ -66,6 +70,15 @@ def _invalidate_name(directory: int, name: bytes) -> None:
         pyfuse3.invalidate_entry(pyfuse3.InodeT(directory), pyfuse3.FileNameT(name))
     with suppress(FileNotFoundError):
         pyfuse3.invalidate_inode(pyfuse3.InodeT(directory))
+
+
+def control_socket(operations: Operations, listener: int) -> ControlSocket:
+    """What answers the verbs of a mount."""
+    from pkernfs.server.control import ControlSocket
+    from pkernfs.server.verbs import verbs
+
+    known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
+    return ControlSocket(socket.socket(fileno=os.dup(listener)), known)
 
 
 def set_barriers(region: Region, options: MountOptions) -> None:
@@ -98,6 +111,8 @@ class Worker:
         keep_resident()
         up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks.fileno()}
         send(self.keeper, up)
+        if not select.select([self.keeper], [], [], IDLE)[0]:
+            importlib.import_module("pkernfs.server.verbs")  # a standby: a takeover is to find everything loaded
         while True:
             message, fds = receive(self.keeper)
             if not message:
@@ -141,8 +156,6 @@ class Worker:
         self.replaces_keeper = message["revive"]
         facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
         operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)
-        known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
-        listener = ControlSocket(socket.socket(fileno=os.dup(control)), known)
         loop.install(loop.PollingLowlevel(session, device, operations.replay))
         # The mount is the keeper's: libfuse gets a descriptor, and options that say nothing about mounting.
         pyfuse3.init(operations, f"/dev/fd/{session}", {"default_permissions"})
@@ -150,10 +163,8 @@ class Worker:
         async def run() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.handle_messages, operations.requests, nursery.cancel_scope)
-                nursery.start_soon(listener.serve)
+                nursery.start_soon(self.answer_verbs, operations, control)
                 nursery.start_soon(operations.housekeeping.run)
-                if self.first:
-                    nursery.start_soon(self.report_ready)
                 try:
                     await pyfuse3.main()
                 finally:
@@ -168,6 +179,14 @@ class Worker:
         logging.shutdown()
         # Threads may still wait for answers that the next worker gives.
         os._exit(0)
+
+    async def answer_verbs(self, operations: Operations, listener: int) -> None:
+        """Serve the control socket; in the first worker only when the mount is usable, and loaded in a thread, as that
+        takes as long as a twentieth of mounting."""
+        if self.first:
+            await self.report_ready()
+        socket_ = await trio.to_thread.run_sync(control_socket, operations, listener, abandon_on_cancel=True)
+        await socket_.serve()
 
     async def report_ready(self) -> None:
         """Tell that the mount is usable, once it is."""

@@ -9,10 +9,8 @@ import stat
 from collections.abc import Callable
 from typing import Any, Final
 
-from pkernfs.api import to_builtins
 from pkernfs.errors import FsError
 from pkernfs.format import Ino
-from pkernfs.fs.facts import file_facts
 from pkernfs.fs.filesystem import Filesystem
 
 FACTS: Final = b"user.pkernfs."
@@ -61,7 +59,14 @@ class Facts:
         facts = self.of_mount()
         if fact in facts:
             return str(facts[fact]).encode(errors="surrogateescape")
-        of_file = to_builtins(file_facts(self.fs, ino)) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
+        of_file = self._of_file(ino) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
         if fact not in of_file:
             raise FsError(errno.ENODATA, f"extended attribute {name!r}")
         return json.dumps(of_file[fact]).encode()
+
+    def _of_file(self, ino: Ino) -> dict[str, object]:
+        from pkernfs.api import to_builtins  # late, as the control protocol is (worker.py)
+        from pkernfs.fs.facts import file_facts
+
+        found: dict[str, object] = to_builtins(file_facts(self.fs, ino))
+        return found
