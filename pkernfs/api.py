@@ -1,4 +1,4 @@
-"""The control protocol of a mount: every request, every reply, and the one table of verbs.
+r"""The control protocol of a mount: every request, every reply, and the one table of verbs.
 
 Two sockets speak it, each with one JSON object a line each way (codec.py): the worker's answers about the region and
 its files, the keeper's about the mount, also while no worker serves.  By hand:
@@ -7,7 +7,7 @@ its files, the keeper's about the mount, also while no worker serves.  By hand:
     echo '{"verb": "info"}' | socat - UNIX:$W
         {"result": {"region": "/dev/shm/pkernfs.img", "kind": "file", ...}}
     echo '{"verb": "inof"}' | socat - UNIX:$W
-        {"error": "no verb \\"inof\\"", "errno": 95, "hint": "known are info, ...", "known": ["info", ...]}
+        {"error": "no verb \"inof\"", "errno": 95, "hint": "known are info, ...", "known": ["info", ...]}
 
 A request is an object with "verb" and the fields of its class below.  Whoever writes programs adds "version":
 API_VERSION, and is refused (EPROTONOSUPPORT) by a server that means something else by it; without it a request is

@@ -57,8 +57,10 @@ def file(path: str) -> api.FileInfo:
 
 
 def set_direct(path: str, on: bool = True) -> api.FileInfo:
-    """Mark a file as one that is mapped directly from the region: its memory stays where it is, and reads through the
-    mount see what is stored there."""
+    """Mark a file as one that is mapped directly from the region.
+
+    Its memory stays where it is, and reads through the mount see what is stored there.
+    """
     from pkernfs import api
 
     return ask(path, api.Direct(on=on))

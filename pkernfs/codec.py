@@ -25,8 +25,10 @@ R = TypeVar("R")
 
 
 class RefusedError(PkernfsError):
-    """An error that came, or goes, through a socket.  ``known``: what is known, if another verb, field or version was
-    found."""
+    """An error that came, or goes, through a socket.
+
+    ``known``: what is known, if another verb, field or version was found.
+    """
 
     def __init__(self, number: int, text: str, *, hint: str = "", known: list[str] | None = None) -> None:
         super().__init__(text, hint=hint)

@@ -317,8 +317,10 @@ DIRENT = layout(Dirent, size=16)
 
 
 class XattrHead(NamedTuple):
-    """An extended attribute; its name ("user.x", 1 to 255 bytes) follows, then the value or, when that is larger than
-    XATTR_INLINE, its pages (of kind PAGE_XATTR)."""
+    """An extended attribute; its name ("user.x", 1 to 255 bytes) follows, then the value.
+
+    When that is larger than XATTR_INLINE, its pages (of kind PAGE_XATTR) follow instead.
+    """
 
     name_length: u8
     external: u8  #: 1: ExtentValue[] of the pages that hold the value

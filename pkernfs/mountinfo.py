@@ -17,7 +17,7 @@ class Mount(NamedTuple):
 
 
 def unescape(field: str) -> str:
-    """Undo the octal escapes of mountinfo (\\040 is a space)."""
+    """Undo the octal escapes of mountinfo, as of a space: a backslash and 040."""
     for code in ("\\040", "\\011", "\\012", "\\043"):
         field = field.replace(code, chr(int(code[1:], 8)))
     return field.replace("\\134", "\\")

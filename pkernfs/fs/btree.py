@@ -285,8 +285,10 @@ class Tree:
         self._shrink(tx, parent, path)
 
     def _merge(self, tx: Transaction, parent: Node, left_at: int, shrunk: Node) -> bool:
-        """Merge the children ``left_at`` and ``left_at + 1`` when ``shrunk``, one of them, is less than a quarter full
-        and both fit in three quarters of a node."""
+        """Merge the children ``left_at`` and ``left_at + 1``, of which ``shrunk`` is one, when they hold little.
+
+        That is when ``shrunk`` is less than a quarter full and both fit in three quarters of a node.
+        """
         size = len(shrunk.keys) * INNER_ITEM if shrunk.level else shrunk.used
         if size > PAGE_BODY // 4:
             return False

@@ -241,8 +241,10 @@ class Content:
 
 
 def killed_mode(mode: int) -> int:
-    """``mode`` after a write by somebody who may not keep privileges, or a change of owner: without set-user-ID, and
-    without set-group-ID if the group may execute; those of directories mean something else."""
+    """``mode`` after a write by somebody who may not keep privileges, or a change of owner.
+
+    Without set-user-ID, and without set-group-ID if the group may execute; those of directories mean something else.
+    """
     if stat.S_ISDIR(mode):
         return mode
     mode &= ~stat.S_ISUID

@@ -108,8 +108,10 @@ class Directory:
         return inode
 
     def _is_stranger(self, ino: Ino, inode: Inode) -> bool:
-        """Whether directory ``ino`` has its name in its parent, and this entry is one too many.  Looked up once only:
-        then one of the two is known as damaged."""
+        """Whether directory ``ino`` has its name in its parent, and this entry is one too many.
+
+        Looked up once only: then one of the two is known as damaged.
+        """
         known = self.volume.damage.inodes
         if ino in known or self.ino in known:
             return ino not in known

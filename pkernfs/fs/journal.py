@@ -53,8 +53,9 @@ class Journal:
         discards: Iterable[tuple[int, int]],
         words: Iterable[tuple[int, bytes]] = (),
     ) -> None:
-        """Make all of ``stores`` and then ``words`` (offset, data) durable at once, then give ``discards`` (offset,
-        length) back.  Each of the words is one store, in order.
+        """Make all of ``stores`` and then ``words`` (offset, data) durable at once.
+
+        Then ``discards`` (offset, length) are given back.  Each of the words is one store, in order.
 
         Offsets and lengths of stores and words are multiples of 8, of discards multiples of the page size.
 
@@ -171,8 +172,11 @@ class Journal:
                 at += record.length
 
     def _is_possible(self, record: JournalRecord) -> bool:
-        """Whether a transaction can have such a record: nothing in the superblocks but the word ``reply_key``, nothing
-        in the journal, or beyond the end, and no memory given back but whole pages behind the metadata."""
+        """Whether a transaction can have such a record.
+
+        Nothing in the superblocks but the word ``reply_key``, nothing in the journal, or beyond the end, and no memory
+        given back but whole pages behind the metadata.
+        """
         start = record.offset
         if record.kind == DISCARD:
             return self.first_free <= start and start + record.length * PAGE <= self.end and not start % PAGE

@@ -211,8 +211,10 @@ class Reclaimer:
             self.volume.damage.complain(error)
 
     def step(self) -> None:
-        """Take one step with the first of ``pending``, or free some small ones at once; one that cannot be freed stays
-        listed for the next mount."""
+        """Take one step with the first of ``pending``, or free some small ones at once.
+
+        One that cannot be freed stays listed for the next mount.
+        """
         small = list(takewhile(self._is_tiny, islice(self.pending, TINY_BATCH)))
         if len(small) > 1:
             try:

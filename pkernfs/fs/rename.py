@@ -24,7 +24,7 @@ class Renames:
         self.volume = names.volume
 
     def rename(self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0) -> None:
-        """rename(2) and renameat2(2) with RENAME_NOREPLACE or RENAME_EXCHANGE.
+        """Move or replace a name, or exchange two, as renameat2(2) does.  Flags: RENAME_NOREPLACE or RENAME_EXCHANGE.
 
         Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM (also
         into and out of iommu/), EBUSY (over a domain with a device), ENOSPC, EDQUOT, EXDEV (from one quota to another,

@@ -112,7 +112,7 @@ class LastReply(ReplyCache):
         yield
         self.key = key
 
-    def record(self, tx: Transaction, key: int, result: int = 0) -> None:
+    def record(self, tx: Transaction, key: int, result: int = 0) -> None:  # noqa: ARG002  # other caches keep it
         """The transaction executes the request: both happen, or none."""
         tx.stores.append((REPLY_KEY.offset, key.to_bytes(8, "little")))
         self._stands = True

@@ -142,8 +142,11 @@ class Space:
             raise CorruptError(what, page * PAGE, expected, ino=ino)
 
     def is_data(self, start: FilePage, page: PageNo, count: int) -> bool:
-        """Whether ``count`` pages from ``page`` on, page ``start`` of a file and what follows, can be a file's content:
-        whole data blocks at multiples of 2 MiB, and data pages of slabs.  Raises CorruptError for a damaged slab."""
+        """Whether ``count`` pages from ``page`` on can be a file's content, its page ``start`` and what follows.
+
+        Those are whole data blocks at multiples of 2 MiB, and data pages of slabs.  Raises CorruptError for a damaged
+        slab.
+        """
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.blocks * PAGES_PER_BLOCK:
             return False
         block, index = block_of(page)

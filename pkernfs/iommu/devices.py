@@ -43,7 +43,7 @@ def attach(fs: Filesystem, ino: Ino, requester: Requester, *, persistent: bool =
         text = f"{pci.text(requester)} is attached to {called(volume, before.domain)}: detach it first"
         raise FsError(errno.EBUSY, text)
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         domain = Domain(volume, ino)
         domain.prepare(tx, roots)
         number = domain.record.tables
@@ -70,7 +70,7 @@ def detach(fs: Filesystem, requester: Requester, key: int = 0) -> None:
     if Records(volume, ROOT_PGTABLES_INO).attachment(requester) is None:
         raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         contexts = Contexts(volume, roots)
         detach_within(tx, contexts, requester)
         contexts.finish(tx)
@@ -107,7 +107,7 @@ def root_table(fs: Filesystem, form: str, segment: int, key: int = 0) -> int:
     if page:
         return contexts.pages.physical(page)
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         contexts = Contexts(fs.volume, roots)
         physical = contexts.pages.physical(contexts.make_table(tx, number, segment))
         contexts.finish(tx)

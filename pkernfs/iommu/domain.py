@@ -1,5 +1,7 @@
-"""Domains.  A domain is what iommufd has two objects for, IOAS + HWPT: a file in iommu/ with the records of an address
-space, which say what each IOVA translates to, and with the page tables that say the same to hardware.
+"""Domains: what iommufd has two objects for, IOAS + HWPT.
+
+A domain is a file in iommu/ with the records of an address space, which say what each IOVA translates to, and with the
+page tables that say the same to hardware.
 
 Each change is one transaction.  ``key`` names the request: one that comes again is not executed twice (replies.py).
 """

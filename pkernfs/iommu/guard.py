@@ -78,8 +78,10 @@ class PageTableGuard(Guard):
     # -- content --------------------------------------------------------------------------------------------------
 
     def may_open(self, inode: Inode, flags: int) -> None:
-        """Raise FsError(EPERM) when page tables, or a file to be made in iommu/, are to be opened so that a mapping can
-        write to them."""
+        """Raise FsError(EPERM) when page tables are to be opened so that a mapping can write to them.
+
+        So with a file to be made in iommu/.
+        """
         if inode.flags & (GUARDED | FLAG_IOMMU_DIR) and flags & os.O_ACCMODE == os.O_RDWR:
             rule = "page tables can be read, or made with O_WRONLY, and are changed by the API only"
             raise FsError(errno.EPERM, rule)

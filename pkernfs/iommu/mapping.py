@@ -136,8 +136,10 @@ def _make_room(tx: Transaction, domain: Domain, roots: Records) -> None:
 
 
 def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
-    """Raise FsError when pages from ``first`` on do not say what ``mapping`` says: ENOENT, or EEXIST when they say
-    something else; CorruptError when the tables do not."""
+    """Raise FsError when pages from ``first`` on do not say what ``mapping`` says.
+
+    ENOENT, or EEXIST when they say something else; CorruptError when the tables do not.
+    """
     at, end = first, first + mapping.length
     for found, other in domain.records.mappings(first, IovaPage(end - 1)):
         if found > at:
@@ -170,7 +172,7 @@ def unmap(fs: Filesystem, ino: Ino, iova: int, length: int, key: int = 0) -> int
     # As many at once as any journal holds.
     cuts = [*starts[BATCH::BATCH], end]
     if len(cuts) > 1:
-        commit(fs, 0, lambda tx, roots, compact: _make_splits_possible(tx, fs, ino))
+        commit(fs, 0, lambda tx, _roots, _compact: _make_splits_possible(tx, fs, ino))
     for cut in cuts:
         unmapped = _unmap_part(fs, ino, range(first, cut), unmapped, key if cut == end else 0)
         first = cut
@@ -192,7 +194,7 @@ def _unmap_part(fs: Filesystem, ino: Ino, pages: range, before: int, key: int) -
     first, end = pages.start, pages.stop
     files: set[Ino] = set()
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         domain = Domain(volume, ino)
         _make_room(tx, domain, roots)
         editor = domain.editor(tx)

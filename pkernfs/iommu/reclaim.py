@@ -22,7 +22,7 @@ def acknowledge(fs: Filesystem, token: int = 0, key: int = 0) -> int:
     """
     removed = [ino for ino in fs.orphans.inos() if fs.reclaimer.is_guarded(ino)]
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         if token not in (0, generation(roots)):
             raise FsError(errno.EAGAIN, "more has become pending since that was listed: list it again")
         clear(tx, roots)

@@ -28,8 +28,10 @@ class Replaced(NamedTuple):
 
 
 def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, key: int = 0) -> Replaced:
-    """Build the tables of a domain anew beside the old ones, compare every translation, and point each device to
-    them with one store.  ``leaf``: the largest level of leaves that are made from now on; 0: as before.
+    """Build the tables of a domain anew beside the old ones, and point each device to them with one store.
+
+    Every translation is compared before.  ``leaf``: the largest level of leaves that are made from now on; 0: as it
+    was.
 
     ``rebuild``: the old tables are damaged.  Nothing is compared, and what their bitmaps say is not relied on.
 
@@ -41,7 +43,7 @@ def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, k
     volume = fs.volume
     compared = [0]
 
-    def change(tx: Transaction, roots: Records, compact: bool) -> int:
+    def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         domain = Domain(volume, ino)
         domain.check_named()
         if leaf:
@@ -90,7 +92,7 @@ def _switch(tx: Transaction, domain: Domain, roots: Records, rebuild: bool) -> N
 
 
 def _refuse(domain: Domain) -> Note:
-    def note(kind: str, iova: int, text: str) -> None:
+    def note(_kind: str, iova: int, text: str) -> None:
         raise domain.pages.bad(f"IOVA {iova:#x}: {text}")
 
     return note

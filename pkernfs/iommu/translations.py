@@ -192,7 +192,7 @@ def _rest(piece: Piece | None, first: int) -> Piece | None:
 def differences(domain: Domain, first: int, end: int) -> Iterator[str]:
     """What is wrong with the tables for IOVAs [first, end), in words."""
     notes: list[str] = []
-    tables = Tables(domain, lambda kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
+    tables = Tables(domain, lambda _kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))
     actual = (part for piece in tables.pieces(first, end) for part in clipped(piece, first, end))
     for found in filter(None, compare(expected(domain, first, end), actual)):
         yield f"IOVA {found.iova:#x} translates to {found.right}, expected {found.left}"

@@ -67,7 +67,7 @@ class Region:
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of a range that nobody uses back to the host, where that is possible."""
 
-    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:
+    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:  # noqa: ARG002  # of memory: by nobody
         """Who else maps a part of the ranges (offset, length); "" when nobody does, or nobody that may be seen."""
         return ""
 

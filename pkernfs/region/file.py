@@ -85,7 +85,7 @@ class FileRegion(Region):
         return size
 
     @staticmethod
-    def _size(fd: int, path: str) -> int:
+    def _size(fd: int, _path: str) -> int:
         return os.fstat(fd).st_size
 
     def _find_kind(self) -> None:

@@ -45,8 +45,10 @@ class Operations(pyfuse3.Operations):
         *,
         writeback: bool = False,
     ) -> None:
-        """``facts``: of the mount, see xattrs.py.  ``counters``: see stats.py.  ``writeback``: the kernel holds back
-        what is written, and has the say on size, mtime and ctime of files."""
+        """``facts``: of the mount, see xattrs.py.  ``counters``: see stats.py.
+
+        ``writeback``: the kernel holds back what is written, and has the say on size, mtime and ctime of files.
+        """
         super().__init__()
         self.enable_writeback_cache = writeback
         fs.times.on_write = not writeback

@@ -48,8 +48,10 @@ class Relay:
         self.deaths: dict[int, int] = {}  #: workers that ended with a request, by its unique number
 
     def hand_over(self, worker: Child, message: dict[str, object], fds: Sequence[int], *, takeover: bool) -> None:
-        """Let an opened worker serve; it gets the message "serve" with the descriptors of the device, of what stands in
-        for that, and ``fds``.  Raises WorkerGoneError; ConnectionAbortedError when the mount has ended.
+        """Let an opened worker serve.
+
+        It gets the message "serve" with the descriptors of the device, of what stands in for that, and ``fds``.  Raises
+        WorkerGoneError; ConnectionAbortedError when the mount has ended.
         """
         ours, theirs, largest = request_socket()
         with ours:

@@ -60,8 +60,9 @@ class Server(Protocol):
 
 
 def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]:
-    """Make a FUSE handler of a plain method, which raises PkernfsError: errors become errnos, a bug becomes EIO and a
-    traceback in the log.
+    """Make a FUSE handler of a plain method, which raises PkernfsError.
+
+    Errors become errnos, a bug becomes EIO and a traceback in the log.
 
     It runs without an await from its delivery to its reply, so that at most one request is executed and not answered;
     but for one that has found no space, and changed nothing.  Numbers of inodes come as Ino: pyfuse3 has int.

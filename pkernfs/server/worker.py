@@ -181,8 +181,10 @@ class Worker:
         os._exit(0)
 
     async def answer_verbs(self, operations: Operations, listener: int) -> None:
-        """Serve the control socket; in the first worker only when the mount is usable, and loaded in a thread, as that
-        takes as long as a twentieth of mounting."""
+        """Serve the control socket; in the first worker only when the mount is usable.
+
+        Its module is loaded in a thread, as that takes as long as a twentieth of mounting.
+        """
         if self.first:
             await self.report_ready()
         socket_ = await trio.to_thread.run_sync(control_socket, operations, listener, abandon_on_cancel=True)
@@ -237,7 +239,7 @@ class Worker:
         self.keeper.close()
         self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220  # some ms, while the mount has no keeper
                 [sys.executable, "-P", "-m", "pkernfs.server.succession", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
