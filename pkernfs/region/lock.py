@@ -45,8 +45,8 @@ def lock_holder(path: str) -> Holder | None:
 def command_of(pid: str) -> str:
     """A process's command line, program and script without their folders; one line, 100 letters at most."""
     with open(f"/proc/{pid}/cmdline", "rb") as file:
-        words = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
-    line = " ".join([os.path.basename(word) for word in words[:2]] + words[2:])
+        arguments = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
+    line = " ".join([os.path.basename(word) for word in arguments[:2]] + arguments[2:])
     return "".join(letter if letter.isprintable() else " " for letter in line[:100])
 
 

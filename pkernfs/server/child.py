@@ -58,7 +58,10 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 class Child:
-    """A worker process: it imports everything, says {"up": ...} and waits.
+    """A worker process: it imports everything, sends {"up": ...} and waits.
+
+    Signals go through a pidfd: the process id of one that has ended may be another's by then, and a keeper that was
+    handed the mount is not its parent.
 
     ``command``: its program; or, of one that another keeper has started, ``connection`` and ``pid``.
     """
@@ -149,5 +152,6 @@ def request_socket() -> tuple[socket.socket, socket.socket, int]:
             one.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, wanted)
         except PermissionError:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
-    # The kernel doubles what it is given, and keeps a part for itself.
+    # The kernel doubles what it is given, and keeps a part for itself (socket(7)).  SEQPACKET, as /dev/fuse has it: a
+    # read gives one message.
     return ours, theirs, ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 3

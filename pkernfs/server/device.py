@@ -143,7 +143,11 @@ class Device:
         self.reply(REPLY.pack(Reply(REPLY.size, -number, unique)))
 
     def resend(self) -> bool:
-        """Let the kernel deliver again what was read and not answered; False: it cannot (before Linux 6.9)."""
+        """Let the kernel deliver again what was read and not answered; False: it cannot.
+
+        Linux 6.9 and later: "fuse: Introduce a new notification type for resend pending requests".  They come with bit
+        63 of ``unique`` set ("fuse: Use the high bit of request ID for indicating resend requests").
+        """
         try:
             os.write(self.fd, REPLY.pack(Reply(REPLY.size, NOTIFY_RESEND, 0)))
         except OSError as error:
@@ -154,12 +158,15 @@ class Device:
 
 
 def patched_init(reply: bytes, largest: int) -> bytes:
-    """A reply to INIT with what pyfuse3 cannot ask for.
+    """A reply to INIT with what pyfuse3 has no option for.
 
-    HANDLE_KILLPRIV_V2: without it the kernel asks for security.capability before each write.  It stands for: writing,
-    truncating and changing the owner clear set-user-ID bits here (Linux before 5.11 ignores it, and does so itself).
-    DIRECT_IO_ALLOW_MMAP: a file that is read past the cache (see Operations) can be mapped all the same (since Linux
-    6.6).  ``largest``: bytes of a write that fit through a socket.
+    HANDLE_KILLPRIV_V2: without it the kernel reads security.capability before each write.  It stands for: writing,
+    truncating and changing the owner clear set-user-ID bits here (Linux 5.11, "fuse: introduce the notion of
+    FUSE_HANDLE_KILLPRIV_V2"; earlier ones ignore it, and do so themselves).  DIRECT_IO_ALLOW_MMAP: a file that is read
+    past the cache (see Operations) can be mapped all the same (Linux 6.6, "fuse: rename FUSE_DIRECT_IO_RELAX to
+    FUSE_DIRECT_IO_ALLOW_MMAP").  ``largest``: bytes of a write that fit through a socket.
+
+    The reply is patched, and not pyfuse3: it fills in the structure inside of libfuse, where no option reaches.
     """
     init = INIT_REPLY.unpack(reply, REPLY.size)
     flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2 | INIT_EXT
@@ -179,7 +186,7 @@ def mount_device(source: str, mountpoint: str, options: MountOptions) -> Device:
 
 
 def allows_others(options: MountOptions) -> bool:
-    """Whether other users may use the mount: asked for, or root's and not asked for otherwise."""
+    """Whether other users may use the mount: as the options say, else root's only."""
     return options.allow_other or (options.allow_other is None and os.geteuid() == 0)
 
 
@@ -223,13 +230,13 @@ def mount2(source: str, target: str, fstype: str, flags: int, data: str) -> None
 
 def _fusermount(source: str, mountpoint: str, options: MountOptions) -> Device:
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
-    words = [f"fsname={escaped}", "subtype=pkernfs", "default_permissions", *options.kernel]
-    words += ["allow_other"] * allows_others(options) + ["ro"] * options.readonly
+    arguments = [f"fsname={escaped}", "subtype=pkernfs", "default_permissions", *options.kernel]
+    arguments += ["allow_other"] * allows_others(options) + ["ro"] * options.readonly
     ours, theirs = socket.socketpair()
     with ours, theirs:
         try:
             done = subprocess.run(
-                ["fusermount3", "-o", ",".join(words), "--", mountpoint],
+                ["fusermount3", "-o", ",".join(arguments), "--", mountpoint],
                 env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
                 pass_fds=[theirs.fileno()],
                 stderr=subprocess.PIPE,

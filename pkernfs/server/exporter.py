@@ -1,4 +1,7 @@
-"""The process that gives the metrics of a mount to Prometheus, where the mount asks for it (-o metrics=)."""
+"""The process that gives the metrics of a mount to Prometheus, where -o metrics= is set.
+
+A process of its own: prometheus_client takes 14 MB and a thread, which a keeper is to do without.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Exporter:
             self._process = None
             self._after = time.monotonic() + AGAIN
         elif self._process is None:
-            # The command line's module by its name: a server does not import what is above it.
+            # By the module's name, not the path of the script: that is not known to a keeper that a worker has started.
             command = python_command("pkernfs.cli", *self._arguments)
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
 

@@ -18,7 +18,11 @@ DUMP = 1.0  #: seconds that writing its stacks may take
 
 
 class Heartbeat:
-    """Of one worker."""
+    """Of one worker.  Three signs, since each alone is deceived.
+
+    No answer to a heartbeat: nothing runs.  A request that is not answered: everything else runs, one handler waits for
+    ever.  A request that is not read: pyfuse3's own tasks are gone, while the task that answers heartbeats is there.
+    """
 
     patience = 4 * BEAT  #: seconds without an answer after which it is lost
 
@@ -68,7 +72,8 @@ def kill_stuck(worker: Child, why: str) -> None:
     log.error("killing worker %d: %s", worker.pid, why)
     with suppress(OSError), open(f"/proc/{worker.pid}/stack", encoding="ascii", errors="replace") as file:
         log.error("worker %d in the kernel: %s", worker.pid, " < ".join(line.split()[-1] for line in file))
-    # faulthandler writes Python's stacks there, if the process still runs at all.
+    # faulthandler writes Python's stacks, if the process still runs at all; into a memfd of the worker's own, since the
+    # log's lock may be what it hangs on.
     worker.signal(signal.SIGCONT)
     worker.signal(signal.SIGUSR1)
     with suppress(OSError), open(f"/proc/{worker.pid}/fd/{worker.facts.get('stacks', -1)}", encoding="utf-8") as file:

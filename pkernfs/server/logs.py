@@ -28,7 +28,7 @@ def start_logging(options: MountOptions) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("pkernfs: %(levelname)s: %(message)s"))
         if not options.foreground:
-            # The terminal of a command that says nothing when all is well, until that is let go of.
+            # The terminal of a command that prints nothing when all is well, until that is let go of.
             handler.setLevel(logging.WARNING)
     logging.basicConfig(handlers=[handler], level=logging.INFO)
     logging.captureWarnings(True)

@@ -15,7 +15,10 @@ CLOEXEC = 1
 
 
 def _debugfs() -> int:
-    """A descriptor of debugfs's root, which need not be mounted anywhere.  Raises OSError."""
+    """A descriptor of debugfs's root, which need not be mounted anywhere.  Raises OSError.
+
+    fsopen(2) and fsmount(2) (Linux 5.2) instead of a path: containers and hardened hosts do not mount it.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(number: int, *arguments: object) -> int:
@@ -45,6 +48,7 @@ def dirty_bytes(device: str) -> int | None:
             os.close(root)
         with open(fd, encoding="ascii") as lines:
             facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        # Not BdiDirtied: that counts what was ever dirtied (mm/backing-dev.c, bdi_debug_stats_show).
         return sum(int(facts[name].split()[0]) for name in ("BdiReclaimable", "BdiWriteback")) * 1024
     return None
 

@@ -27,7 +27,7 @@ def check_mountpoint(path: str) -> str:
     try:
         mode = os.stat(real).st_mode
         if mounted is not None and mounted.fstype == FSTYPE:
-            os.statvfs(real)  # the kernel answers stat from its cache, also when the server is dead; this it does not
+            os.statvfs(real)  # the kernel answers stat from its cache, also when the server is dead, but not this
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or mounted is None or mounted.fstype != FSTYPE:
             raise RegionError(f"{path}: cannot mount there: {error.strerror}", hint="mkdir makes it") from None

@@ -16,8 +16,13 @@ from pkernfs.server.device import BUFFER, REPLY, REQUEST, RESENT, WITHOUT_REPLY,
 
 log = logging.getLogger("pkernfs")
 
-DEATHS = 3  #: so many workers may end while the same request comes to them again
-LOST = 1 << 16  #: requests before the next one that are failed where the kernel cannot deliver again
+#: So many workers may end while the same request comes to them again.  More than one: the request need not be what they
+#: died of.  Few: everybody waits meanwhile.
+DEATHS = 3
+#: Requests before the next one that are failed where the kernel cannot deliver again.  Nobody knows how many were read:
+#: far more than max_background and all threads of a machine together.  An answer that no request waits for
+#: costs one write(2) that fails.
+LOST = 1 << 16
 PROVOKED = 5.0  #: seconds that a request of our own may take to come
 
 
@@ -38,7 +43,12 @@ def _send(worker: Child, ours: socket.socket, raw: bytes) -> bool:
 
 
 class Relay:
-    """Stands between the kernel and each new worker, until that one has answered what the one before did not."""
+    """Stands between the kernel and each new worker, until that one has answered what the one before did not.
+
+    Why not the descriptor itself from the beginning: pyfuse3 must see an INIT, which the kernel sends once in the life
+    of a mount; and only here it is known which request a worker has died of.  Why not always: a hop through a socket
+    costs two wake-ups for each request.
+    """
 
     def __init__(self, device: Device, mountpoint: str, init: bytes, patience: float) -> None:
         self.device = device
@@ -65,7 +75,10 @@ class Relay:
                 self.device.reply(patched_init(reply, largest))
 
     def _resend(self, worker: Child, ours: socket.socket) -> None:
-        """Relay what was read and not answered, and the one request behind that."""
+        """Relay what was read and not answered, and the one request behind that.
+
+        The one behind: the kernel puts what it delivers again before all others, so that nothing of it is left then.
+        """
         device = self.device
         can_resend = device.resend()
         if not can_resend:

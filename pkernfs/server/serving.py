@@ -24,7 +24,7 @@ START = 60.0  #: seconds that a worker may take to import and open
 
 
 class Started(NamedTuple):
-    """What the first worker tells of a mount that is usable."""
+    """What the first worker reports of a mount that is usable."""
 
     replayed: int  #: records of the journal
     warning: str  #: or ""

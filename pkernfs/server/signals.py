@@ -11,7 +11,11 @@ END = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 class Wakeup:
-    """Both ends of the socket.  One for each process: signals of the whole process come there."""
+    """Both ends of the socket.  One for each process: signals of the whole process come there.
+
+    set_wakeup_fd and not handlers that do something: those run between any two bytecodes, also in the middle of a hand-
+    over.  Not signalfd(2) either: the signals would have to be blocked, and programs that are started inherit that.
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()

@@ -13,7 +13,9 @@ from pkernfs.server.serving import Serving
 
 log = logging.getLogger("pkernfs")
 
-#: Seconds before the next try, by tries that failed one after the other.
+#: Seconds before the next try, by tries that failed one after the other.  The first comes at once: most workers die of
+#: something that the next one does not meet, and everybody waits.  The last keeps a mount whose workers cannot start (a
+#: package that is just being replaced) from taking a processor, and is short enough for somebody who waits for it.
 BACKOFF = (0.0, 0.02, 0.1, 0.5, 2.0, 10.0)
 
 
@@ -41,7 +43,7 @@ class Standby:
             self.worker = Child(command)
 
     def on_message(self) -> None:
-        """It is up, or has ended."""
+        """It is up, or has ended: when it ends again and again, the next one is not started at once."""
         assert self.worker is not None
         try:
             if self.worker.facts:  # nothing more comes from it: it has ended
@@ -52,6 +54,7 @@ class Standby:
             log.error("standby: %s", error)
             self.kill()
             self._failures += 1
+            # One step behind those of a takeover, where somebody waits.
             self._after = time.monotonic() + backoff(self._failures + 1)
 
     def take_over(self, serving: Serving, reason: str, pause: Callable[[float], bool]) -> bool:

@@ -52,7 +52,7 @@ class State:
     longest_stall: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """As JSON can hold it: keepers and workers of other versions read it too, see "orders_path"."""
         facts = dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
         facts["orders_path"] = facts.pop("commands_path")
         return facts

@@ -1,7 +1,8 @@
-"""What has happened on a mount, counted in memory that its workers and its keeper share: 512 words of 8 bytes.
+"""What has happened on a mount, counted in memory that its workers and its keeper share: 512 counters of 8 bytes.
 
-The word of an opcode (include/uapi/linux/fuse.h) holds how many such requests there were; BUGS, how many of them ended
-in an exception that is none of ours.
+The counter of an opcode (include/uapi/linux/fuse.h) holds how many such requests there were; BUGS, how many of them
+ended in an exception that is none of ours.  In memory, and not in messages to the keeper: counting is one store for
+each request, and what a worker has counted survives kill -9.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def make_stats() -> int:
 
 
 def map_stats(fd: int) -> memoryview:
-    """The words."""
+    """The counters."""
     return memoryview(mmap.mmap(fd, SIZE)).cast("Q")
 
 
-def requests(words: memoryview) -> dict[str, int]:
+def requests(counters: memoryview) -> dict[str, int]:
     """How many requests there were, by kind; those that there were none of are left out."""
-    return {name: words[opcode] for name, opcode in INDEX.items() if words[opcode]}
+    return {name: counters[opcode] for name, opcode in INDEX.items() if counters[opcode]}

@@ -52,7 +52,7 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
         with open(fds.pop("state"), encoding="utf-8") as file:
             state = State.from_json(json.load(file))
     if state is None or Device(fds["device"]).has_ended() or (state.region, state.mountpoint) != (region, mountpoint):
-        # The region's lock for one must not be held any more.
+        # Nothing is left of it: the region's lock for one must not be held any more, or mounting anew would fail.
         service().discard(STORED)
         for fd in fds.values():
             os.close(fd)

@@ -37,12 +37,13 @@ class Service:
     def store(self, fds: Mapping[str, int]) -> None:
         """Keep these descriptors for the next process, in place of older ones of the same names."""
         self.discard(fds)
-        for name, fd in fds.items():
+        for name, fd in fds.items():  # one message each: FDNAME is the name of all that come with it
             self.notify("FDSTORE=1", f"FDNAME={name}", fds=(fd,))
 
     def discard(self, names: Iterable[str]) -> None:
         """Close these descriptors: what they keep open ends."""
         for name in names:
+            # Several descriptors may have one name (sd_notify(3)): an older one would stay beside the new one.
             self.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def notify_watchdog(self) -> None:

@@ -149,10 +149,10 @@ class Worker:
                 fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
         return {"opened": fs.volume.recovered}
 
-    def serve(self, message: dict[str, Any], device: int, session: int, control: int, orders: int) -> None:
+    def serve(self, message: dict[str, Any], device: int, session: int, control: int, commands: int) -> None:
         """Serve until the mount ends, and close the filesystem."""
         fs, state = self.fs, self.state
-        self.fds += [control, orders, device]
+        self.fds += [control, commands, device]
         self.replaces_keeper = message["revive"]
         facts = {"control": state.control_path, "region": fs.region.path, "pid": os.getpid()}
         operations = Operations(fs, facts.copy, map_stats(self.fds[2]), writeback=state.options.writeback)

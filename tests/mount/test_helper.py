@@ -24,11 +24,11 @@ FAILURE = 32
 DAY = 86400
 
 
-def refuses(result: Result, status: int, *words: str) -> None:
-    """It ended with this status and one line that says all these words; nothing on standard output."""
+def refuses(result: Result, status: int, *parts: str) -> None:
+    """It ended with this status and one line that says all these; nothing on standard output."""
     assert result.returncode == status, result
     assert result.stdout == ""
-    for word in ("mount.pkernfs: ", *words):
+    for word in ("mount.pkernfs: ", *parts):
         assert word in result.line
     assert "Traceback" not in result.stderr
 
@@ -67,9 +67,9 @@ def test_region_locked_by_somebody_else(unmounted: Site) -> None:
 class Started:
     """A command that runs."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         self.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.pidfd = os.pidfd_open(self.process.pid)
 
@@ -80,14 +80,14 @@ class Started:
         return Result([], self.process.returncode, "", "")
 
 
-def start_mount(site: Site, *words: str) -> Started:
+def start_mount(site: Site, *arguments: str) -> Started:
     """Begin to mount."""
     options = f"log={site.server_log}"
-    return Started([find_program("mount.pkernfs"), *words, str(site.region), str(site.mnt), "-o", options])
+    return Started([find_program("mount.pkernfs"), *arguments, str(site.region), str(site.mnt), "-o", options])
 
 
 @pytest.mark.parametrize(
-    ("size", "start", "words"),
+    ("size", "start", "parts"),
     [
         pytest.param(None, b"", ["no such region", "mkfs.pkernfs"], id="missing"),
         pytest.param(0, b"", ["multiple of 2 MiB", "found 0 bytes"], id="empty"),
@@ -99,14 +99,14 @@ def start_mount(site: Site, *words: str) -> Started:
     ],
 )
 @pytest.mark.parametrize("options", ["rw", "ro"])
-def test_not_a_region(unmounted: Site, size: int | None, start: bytes | None, words: list[str], options: str) -> None:
+def test_not_a_region(unmounted: Site, size: int | None, start: bytes | None, parts: list[str], options: str) -> None:
     """``start`` None: a region that was cut."""
     path = unmounted.tmp / "bad"
     if size is not None:
         path.write_bytes(start if start is not None else unmounted.region.read_bytes())
         os.truncate(path, size)
     before = path.read_bytes() if size is not None else None
-    refuses(run("mount.pkernfs", path, unmounted.mnt, "-o", options), FAILURE, str(path), *words)
+    refuses(run("mount.pkernfs", path, unmounted.mnt, "-o", options), FAILURE, str(path), *parts)
     assert not os.path.ismount(unmounted.mnt)
     assert (path.read_bytes() if path.exists() else None) == before
 
@@ -149,7 +149,7 @@ def test_region_that_is_something_else(unmounted: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ["-o", "nonsense"],
         ["-o", "uid=root"],
@@ -158,16 +158,16 @@ def test_region_that_is_something_else(unmounted: Site) -> None:
         ["--nonsense"],
         ["one-too-many"],
     ],
-    ids=lambda words: words[-1],
+    ids=lambda arguments: arguments[-1],
 )
-def test_wrong_usage(unmounted: Site, words: list[str]) -> None:
-    refuses(run("mount.pkernfs", unmounted.region, unmounted.mnt, *words), 1)
+def test_wrong_usage(unmounted: Site, arguments: list[str]) -> None:
+    refuses(run("mount.pkernfs", unmounted.region, unmounted.mnt, *arguments), 1)
     assert not os.path.ismount(unmounted.mnt)
 
 
 def test_log_that_cannot_be_written(unmounted: Site) -> None:
-    words = f"log={unmounted.tmp}/missing/log"
-    refuses(run("mount.pkernfs", unmounted.region, unmounted.mnt, "-o", words), FAILURE, "missing/log")
+    options = f"log={unmounted.tmp}/missing/log"
+    refuses(run("mount.pkernfs", unmounted.region, unmounted.mnt, "-o", options), FAILURE, "missing/log")
     unmounted.mount()
 
 
@@ -187,8 +187,8 @@ def test_what_mount_shows(site: Site) -> None:
 
 def test_read_only(site: Site) -> None:
     site.umount()
-    for words in (["-o", "ro"], ["-r"]):
-        site.run_ok("mount.pkernfs", site.region, site.mnt, *words)
+    for arguments in (["-o", "ro"], ["-r"]):
+        site.run_ok("mount.pkernfs", site.region, site.mnt, *arguments)
         assert os.statvfs(site.mnt).f_flag & os.ST_RDONLY
         assert errno_of((site.mnt / "f").touch) == errno.EROFS
         site.umount()
@@ -257,7 +257,7 @@ def test_suid_and_dev(unmounted: Site) -> None:
         device.write_bytes(b"x")
 
 
-def test_words_of_fstab_are_ignored(unmounted: Site) -> None:
+def test_options_of_fstab_are_ignored(unmounted: Site) -> None:
     unmounted.mount("defaults,nofail,_netdev,x-systemd.automount,noauto,user,rw")
 
 

@@ -39,7 +39,7 @@ def look(site: Site, ask: Callable[[Filesystem], int]) -> int:
         return ask(open_filesystem(region))
 
 
-def furnish(site: Site) -> Path:
+def populate(site: Site) -> Path:
     """A file with two names, an attribute in pages of its own, and other content around it."""
     folder = site.mnt / "some dir"
     folder.mkdir()
@@ -129,7 +129,7 @@ def offset_of(place: Callable[[Filesystem, int], int], ino: int, fs: Filesystem)
 
 
 def test_scrub_finds_what_is_damaged_under_a_mount(site: Site) -> None:
-    path = furnish(site)
+    path = populate(site)
     ino = path.stat().st_ino
     structures = scrub(site.mnt)["structures"]
     assert structures > 50
@@ -154,7 +154,7 @@ def test_scrub_finds_what_is_damaged_under_a_mount(site: Site) -> None:
 
 
 def test_scrub_of_a_region_that_is_not_mounted(site: Site) -> None:
-    ino = furnish(site).stat().st_ino
+    ino = populate(site).stat().st_ino
     site.umount()
     structures = scrub(site.region)["structures"]
     flip(site.region, ino * 256 + 50)
@@ -223,7 +223,7 @@ def on_terminal(*words: str | os.PathLike[str]) -> str:
 
 
 def test_progress_is_for_a_terminal(site: Site) -> None:
-    furnish(site)
+    populate(site)
     for target in (site.mnt, site.region):
         assert "verifying" in on_terminal("pkernfs", "scrub", target)
         result = run("pkernfs", "scrub", target)
@@ -258,7 +258,7 @@ def tenant() -> Any:
 @pytest.mark.parametrize("mounted", [True, False], ids=["mounted", "not-mounted"])
 def test_explain(tenant: Site, mounted: bool) -> None:
     """Every kind of place."""
-    path = furnish(tenant)
+    path = populate(tenant)
     ram = tenant.mnt / "guest ram"
     ram.touch()
     os.truncate(ram, 6 * MiB)

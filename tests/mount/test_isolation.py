@@ -31,7 +31,7 @@ def secret(size: int) -> bytes:
     return PATTERN * (size // len(PATTERN))
 
 
-def furnish(top: Path) -> None:
+def populate(top: Path) -> None:
     """Files of every kind, full of the pattern."""
     top.mkdir()
     for name, size in {"page": PAGE, "pages": 60 * PAGE, "grows": 200 * PAGE, "block": 2 * MiB, "cut": 5 * MiB}.items():
@@ -158,7 +158,7 @@ def test_freed_memory_is_never_seen_again(unmounted: Site, how: str) -> None:
     site.make("32M")
     site.mount()
     top = site.mnt / "old"
-    furnish(top)
+    populate(top)
     if how == "killed-while-open":
         held = [os.open(path, os.O_RDONLY) for path in below(top) if not path.is_symlink() and path.is_file()]
         shutil.rmtree(top)

@@ -147,12 +147,12 @@ def test_everything_is_killed(site: Site) -> None:
 # -- upgrades -------------------------------------------------------------------------------------------------------
 
 
-def upgrade(site: Site, *words: str, worker: list[str] | None = None) -> tuple[int, str]:
+def upgrade(site: Site, *arguments: str, worker: list[str] | None = None) -> tuple[int, str]:
     """`pkernfs upgrade`, perhaps to another program for the workers: exit status, and what it said."""
     environment = dict(os.environ)
     if worker is not None:
         environment["PKERNFS_WORKER"] = " ".join(worker)
-    result = run("pkernfs", "upgrade", site.mnt, *words, env=environment)
+    result = run("pkernfs", "upgrade", site.mnt, *arguments, env=environment)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -325,9 +325,9 @@ def test_without_resend(unmounted: Site) -> None:
     site.expected = re.compile("takes over")
     code = "import sys; from pkernfs.server.device import Device; Device.resend = lambda self: False; "
     code += "from pkernfs.cli import main_mount; sys.exit(main_mount())"
-    words = ["-c", code, str(site.region), str(site.mnt), "-o", f"log={site.server_log}"]
+    arguments = ["-c", code, str(site.region), str(site.mnt), "-o", f"log={site.server_log}"]
     environment = {**os.environ, "PKERNFS_WORKER": " ".join(faulty_worker(site))}
-    assert run(sys.executable, *words, env=environment).returncode == 0
+    assert run(sys.executable, *arguments, env=environment).returncode == 0
     (site.mnt / "d").mkdir()
     strike(site, "rmdir die")
     assert errno_of(os.rmdir, site.mnt / "d") == errno.EIO

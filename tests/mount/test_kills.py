@@ -33,13 +33,13 @@ WORKERS = 4
 class Moment(NamedTuple):
     """When the server is killed.
 
-    After so many calls, within a call of this kind ("": any), within a transaction that is sealed and not retired, or
-    after a delay.
+    After so many calls, within a call of this kind ("": any), within a transaction that is committed and not
+    checkpointed, or after a delay.
     """
 
     calls: int
     within: str
-    sealed: bool
+    committed: bool
     delay: float  #: seconds
 
     @classmethod
@@ -62,16 +62,19 @@ class Rounds:
             at = Journal(region, read_superblock(region)).header_at
         with site.region.open("rb") as file:
             page = mmap.mmap(file.fileno(), mmap.PAGESIZE, offset=at, prot=mmap.PROT_READ)
-        self.seal = memoryview(page).cast("Q")
+        self.commit_record = memoryview(page).cast("Q")
         self.replayed = 0  #: rounds that ended in a transaction which the next mount finished
 
     def stop_within_transaction(self, server: int) -> None:
-        """Stop the server at random moments until a transaction is sealed and not retired: microseconds of each."""
+        """Stop the server at random moments until a transaction is committed and not checkpointed.
+
+        Each is so for microseconds only.
+        """
         for _ in range(400):
             os.kill(server, signal.SIGSTOP)
             while Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[0] != "T":
                 pass
-            if self.seal[0] & 1:
+            if self.commit_record[0] & 1:
                 return
             os.kill(server, signal.SIGCONT)
 
@@ -86,7 +89,7 @@ class Rounds:
             end = time.perf_counter() + moment.delay
             while time.perf_counter() < end:
                 pass
-            if moment.sealed:
+            if moment.committed:
                 self.stop_within_transaction(servers[-1])
             site.kill(servers)
             load.end()
@@ -189,6 +192,6 @@ def test_many_kills(rounds: Rounds, pytestconfig: pytest.Config, capsys: pytest.
         rounds.round(seed)
     with capsys.disabled():
         print(
-            f"\n{kills} kills survived from seed {first} on ({rounds.replayed} within a sealed transaction); "
+            f"\n{kills} kills survived from seed {first} on ({rounds.replayed} within a committed transaction); "
             f"{rounds.calls} calls that had returned were found"
         )

@@ -14,7 +14,7 @@ from tests.mount.load import Load
 from tests.mount.site import DEAD, MiB, Site, below, errno_of
 
 
-def furnish(top: Path) -> None:
+def populate(top: Path) -> None:
     """One of everything that must survive."""
     top.mkdir()
     (top / "file").write_bytes(os.urandom(100_000))
@@ -70,7 +70,7 @@ def snapshot(top: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("how", ["umount", "kill", "kill-and-replay"])
 def test_everything_survives(site: Site, how: str) -> None:
     top = site.mnt / "top"
-    furnish(top)
+    populate(top)
     snapshot(top)  # reading directories and links sets their access times
     before = snapshot(top)
     if how == "umount":
@@ -162,7 +162,7 @@ def test_killed_while_many_files_are_made(site: Site) -> None:
 
 @pytest.mark.parametrize("how", ["umount", "kill-under-load", "kill-and-replay", "kill-with-orphans"])
 def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
-    furnish(site.mnt / "top")
+    populate(site.mnt / "top")
     if how == "kill-under-load":
         with Load(site.mnt / "top" / "load", 11, site.tmp / "journals") as load:
             load.wait_for(100)

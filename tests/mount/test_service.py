@@ -78,9 +78,9 @@ class Systemd:
         (self.root / "run/systemd/system/pkernfs.service").write_text(text)
         self.systemctl("daemon-reload")
 
-    def run(self, *words: str | os.PathLike[str]) -> Result:
+    def run(self, *arguments: str | os.PathLike[str]) -> Result:
         """Run a command in its namespaces."""
-        return run("nsenter", "--target", str(self.pid), "--all", *words)
+        return run("nsenter", "--target", str(self.pid), "--all", *arguments)
 
     def systemctl(self, verb: str) -> None:
         """A verb, for the service if it takes one."""
@@ -127,12 +127,12 @@ def test_the_example_service(systemd: Systemd) -> None:
     systemd.systemctl("start")
     mnt = Path(f"{systemd.root}{systemd.site.mnt}")
     first = systemd.status()
-    words = []
+    written = []
     with (mnt / "f").open("wb", buffering=0) as file:
 
         def use(word: str) -> dict[str, Any]:
             file.write(word.encode())
-            words.append(word)
+            written.append(word)
             return systemd.status()
 
         systemd.systemctl("restart")
@@ -155,7 +155,7 @@ def test_the_example_service(systemd: Systemd) -> None:
         systemd.kill("keeper", number="STOP")
         wait_for(lambda: systemd.status()["keeper"] != after["keeper"], "the watchdog's keeper")
         use("watchdog")
-    assert (mnt / "f").read_text() == "".join(words)
+    assert (mnt / "f").read_text() == "".join(written)
     systemd.systemctl("stop")
     assert not mnt.joinpath("f").exists()
     assert systemd.run("systemctl", "is-failed", "pkernfs.service").returncode != 0

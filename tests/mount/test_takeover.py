@@ -36,7 +36,7 @@ def append(path: Path, data: bytes) -> None:
         assert file.write(data) == len(data)
 
 
-def furnish(site: Site) -> None:
+def populate(site: Site) -> None:
     (site.mnt / "f").write_bytes(b"content")
     os.setxattr(site.mnt / "f", "user.here", b"1")
     (site.mnt / "d").mkdir()
@@ -91,7 +91,7 @@ def test_done_and_not_answered(
     mounted: Site, handler: str, call: Callable[[Path], object], holds: Callable[[Path], bool]
 ) -> None:
     """It is answered as done, once."""
-    furnish(mounted)
+    populate(mounted)
     strike(mounted, f"{handler} kill")
     call(mounted.mnt)
     wait_for(lambda: mounted.status()["takeovers"] == 1, "one takeover")
@@ -100,7 +100,7 @@ def test_done_and_not_answered(
 
 def test_what_fails_fails_once(mounted: Site) -> None:
     """An answer that comes after a takeover is that of the call, not of one before."""
-    furnish(mounted)
+    populate(mounted)
     os.mkdir(mounted.mnt / "new")
     strike(mounted, "mkdir kill")
     assert errno_of(os.mkdir, mounted.mnt / "new") == errno.EEXIST
@@ -109,7 +109,7 @@ def test_what_fails_fails_once(mounted: Site) -> None:
 @pytest.mark.parametrize("name", ["mkdir", "unlink", "rename", "write", "readdir", "statfs"])
 def test_killed_before_it_is_done(mounted: Site, name: str) -> None:
     """It is done by the next worker."""
-    furnish(mounted)
+    populate(mounted)
     _, call, holds = {"write": ONCE["append"]}.get(name) or ONCE[name]
     strike(mounted, f"{name} die")
     call(mounted.mnt)
@@ -134,7 +134,7 @@ def test_the_same_name_again(mounted: Site) -> None:
 def test_a_request_that_kills_every_worker(mounted: Site) -> None:
     """It is answered with EIO and named in the log; all else goes on."""
     mounted.expected = re.compile("takes over|takeover failed|has ended 4 workers")
-    furnish(mounted)
+    populate(mounted)
     strike(mounted, "rmdir die!")
     assert errno_of(os.rmdir, mounted.mnt / "d") == errno.EIO
     (mounted.tmp / "strike").unlink()

@@ -35,13 +35,13 @@ home = sys.argv[1]
 mnt = home + "/mnt"
 programs = home + "/venv/bin/"
 
-def pkernfs(*words):
+def pkernfs(*arguments):
     return subprocess.run([sys.executable, "-P", "-c", "import sys; from pkernfs.cli import main; sys.exit(main())",
-                           *words], check=True, capture_output=True, text=True).stdout
+                           *arguments], check=True, capture_output=True, text=True).stdout
 
-def command(name, *words):
+def command(name, *arguments):
     code = f"import sys; from pkernfs.cli import {name}; sys.exit({name}())"
-    subprocess.run([sys.executable, "-P", "-c", code, *words], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code, *arguments], check=True)
 
 def status():
     return json.loads(pkernfs("status", "--json", mnt))

@@ -17,7 +17,7 @@ import pytest
 from tests.mount import test_attributes, test_content
 from tests.mount.site import MiB, Site, coarse_tick, errno_of, faulty_worker, run, strike, wait_for
 from tests.mount.site import site as new_site
-from tests.mount.test_takeover import ONCE, TAKEOVER, furnish, kill_worker
+from tests.mount.test_takeover import ONCE, TAKEOVER, kill_worker, populate
 from tests.mount.twin import Users
 
 PAGE = 4096
@@ -144,7 +144,7 @@ def test_done_and_not_answered(case: str) -> None:
     with new_site(options="writeback") as made:
         made.expected = TAKEOVER
         made.mount_with(faulty_worker(made))
-        furnish(made)
+        populate(made)
         strike(made, f"{handler} kill")
         call(made.mnt)
         os.sync()
