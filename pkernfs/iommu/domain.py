@@ -112,7 +112,7 @@ class Domain:
         """For changes of the tables.
 
         Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
-        that is looked at once for each domain.
+        that is looked at once for each domain and mount, as it reads all of the tables.
         """
         if self.root and self.ino not in self.volume.tables_checked:
             for _ in tables_below(self.form, self.pages, self.record.levels, self.root):

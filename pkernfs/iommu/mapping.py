@@ -130,7 +130,10 @@ def map_file(
 
 
 def _make_room(tx: Transaction, domain: Domain, roots: Records) -> None:
-    """Use pages again that tables were in, when they are many and no hardware is looking at them."""
+    """Use pages again that tables were in, when they are many and no hardware is looking at them.
+
+    That reads all of the tables, so it waits until it brings half a block.
+    """
     if domain.record.awaiting >= PAGES_PER_BLOCK // 2 and not domain.hw_may_access(roots):
         domain.reclaim(tx)
 

@@ -69,7 +69,7 @@ def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, k
         domain.record = old._replace(root=root, awaiting=awaiting)
         _switch(tx, domain, roots, rebuild)
         domain.save(tx)
-        return given_up << 32 | editor.made
+        return given_up << 32 | editor.made  # both in the one number that the reply cache keeps of a verb
 
     before, after = divmod(commit(fs, key, change), 1 << 32)
     return Replaced(before, after, compared[0])

@@ -15,7 +15,9 @@ from pkernfs.iommu.edit import Piece
 from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
 from pkernfs.iommu.records import LAST_MAPPING
 
-PORTION = GiB  #: no more than this is looked at without a look at anything else
+#: No more than this is looked at without a look at anything else: 512 tables of leaves of 4 KiB take some
+#: tens of milliseconds to read.
+PORTION = GiB
 
 #: kind, IOVA (-1: none), text
 Note = Callable[[str, int, str], None]
