@@ -53,7 +53,7 @@ def store(site: Site, path: Path, offset: int, data: bytes) -> None:
     """Store into the memory of a file past the mount, as hardware does."""
     (extent,) = json.loads(os.getxattr(path, "user.pkernfs.extents"))
     with site.region.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        at = extent.region_offset + offset
+        at = extent["region_offset"] + offset
         memory[at : at + len(data)] = data
 
 
@@ -61,7 +61,7 @@ def test_a_domain_by_touch_and_truncate(site: Site, domain: Path) -> None:
     facts = json.loads(site.run_ok("pkernfs", "info", "--json", domain))
     assert facts["flags"] == ["file", "iommu-domain-pgtables"]
     (extent,) = facts["extents"]
-    assert (extent.region_offset % BLOCK, extent["length"]) == (0, BLOCK)
+    assert (extent["region_offset"] % BLOCK, extent["length"]) == (0, BLOCK)
     assert domain.read_bytes() == b"\1" + bytes(BLOCK - 1)
     site.run_ok("truncate", "-s", "2M", domain)
     site.restart()
