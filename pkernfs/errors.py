@@ -25,13 +25,13 @@ def file_type(mode: int) -> str:
     return FILE_TYPES.get(_stat.S_IFMT(mode), f"no type ({_stat.S_IFMT(mode):o})")
 
 
-def printable(name: bytes) -> str:
+def printable(name: bytes | str) -> str:
     """A name as part of a line: what is no printable UTF-8 becomes an escape."""
-    text = name.decode(errors="backslashreplace")
+    text = name if isinstance(name, str) else name.decode(errors="backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def quoted(name: bytes) -> str:
+def quoted(name: bytes | str) -> str:
     """A name in a message: printable, in quotes."""
     return f'"{printable(name)}"'
 

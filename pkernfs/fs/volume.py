@@ -40,7 +40,6 @@ class Volume:
         self.inodes, self.nodes, self.pieces = cache.inodes, cache.nodes, cache.pieces
         self.damage, self.space, self.total_pages = cache.damage, cache.space, cache.total_pages
         self.allocator = Allocator(self.space)
-        self.tables_checked: set[int] = set()  #: domains whose tables were found in pages that are marked as used
         self.replies = LastReply(region)
         self.charges = True  #: False: a repair is at work, which counts anew what the quotas charge
         self.clock: Callable[[], int] = time.time_ns

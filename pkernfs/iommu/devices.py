@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FsError, quoted
 from pkernfs.format import (
     ATTACHMENT,
     ATTACHMENT_KEY,
@@ -100,7 +100,7 @@ def drop_attachment(tx: Transaction, roots: Records, requester: Requester, domai
 def root_table(fs: Filesystem, form: str, segment: int, key: int = 0) -> int:
     """The physical address of a segment's root table (device table), which is made if there is none."""
     if form not in BY_NAME or not 0 <= segment <= 0xFFFF:
-        raise FsError(errno.EINVAL, f"expected vtd or amd and a PCI segment, found {form!r} and {segment!r}")
+        raise FsError(errno.EINVAL, f"expected vtd or amd and a PCI segment, found {quoted(form)} and {segment:#x}")
     number = BY_NAME[form].number
     contexts = Contexts(fs.volume)
     page = contexts.table(number, segment)

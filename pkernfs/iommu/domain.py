@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import stat
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError, FsError, quoted
 from pkernfs.format import (
     DOMAIN,
     DOMAIN_KEY,
@@ -43,6 +44,14 @@ from pkernfs.iommu.records import Records, is_attached
 from pkernfs.iommu.replies import record_reply, replayed
 
 UNUSED = DomainRecord(tables=TABLES_VTD, levels=4, leaf=3, reserved=0, id=0, root=0, awaiting=0)
+
+#: By volume, while it is open: domains whose tables were found in pages that are marked as used.
+_CHECKED: WeakKeyDictionary[Volume, set[Ino]] = WeakKeyDictionary()
+
+
+def tables_checked(volume: Volume) -> set[Ino]:
+    """The domains whose tables need not be looked at again before a page is given away."""
+    return _CHECKED.setdefault(volume, set())
 
 
 class Domain:
@@ -114,10 +123,11 @@ class Domain:
         Raises CorruptError when a page of a table is marked as free, and would be given away though hardware walks it;
         that is looked at once for each domain and mount, as it reads all of the tables.
         """
-        if self.root and self.ino not in self.volume.tables_checked:
+        checked = tables_checked(self.volume)
+        if self.root and self.ino not in checked:
             for _ in tables_below(self.form, self.pages, self.record.levels, self.root):
                 pass
-            self.volume.tables_checked.add(self.ino)
+            checked.add(self.ino)
         return Editor(tx, self.form, self.pages, leaf or self.record.leaf)
 
     def edited(self, tx: Transaction, editor: Editor, roots: Records) -> None:
@@ -164,7 +174,8 @@ def new_id(volume: Volume, roots: Records) -> DomainId:
 def create(fs: Filesystem, name: bytes, form: str, levels: int, caller: Caller, key: int = 0) -> Ino:
     """A new domain with its first 2 MiB; its inode."""
     if form not in BY_NAME or not 3 <= levels <= 5:
-        raise FsError(errno.EINVAL, f"expected the format vtd or amd and 3 to 5 levels, found {form!r} and {levels!r}")
+        found = f"{quoted(form)} and {levels}"
+        raise FsError(errno.EINVAL, f"expected the format vtd or amd and 3 to 5 levels, found {found}")
     again = replayed(fs, key)
     if again is not None:
         return Ino(again)

@@ -11,7 +11,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FsError, quoted
 from pkernfs.format import (
     ACCESS_NAMES,
     BLOCK,
@@ -113,7 +113,7 @@ class PageTableGuard(Guard):
         """Raise FsError(EBUSY) when a mapping names a page of the file from page ``end`` on."""
         for pin in pins_of(self.volume, ino):
             if pin.mapping.start + pin.mapping.length > end:
-                domain = f"domain {pin.name!r}" if pin.name else f"the domain of inode {pin.domain}"
+                domain = f"domain {quoted(pin.name)}" if pin.name else f"the domain of inode {pin.domain}"
                 raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {domain} at IOVA {pin.iova:#x}")
 
     def describe_pins(self, ino: Ino) -> list[api.Pin]:

@@ -9,7 +9,7 @@ import errno
 import stat
 from typing import NamedTuple
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FsError, quoted
 from pkernfs.format import (
     ACCESS_NAMES,
     GUARDED,
@@ -83,7 +83,8 @@ def map_file(
     if inode.flags & GUARDED:
         raise FsError(errno.EPERM, f"inode {file_ino} holds page tables: no device may write to them")
     if not stat.S_ISREG(inode.mode) or access not in ACCESS:
-        raise FsError(errno.EINVAL, f"inode {file_ino}, access {access!r}: expected a regular file, and rw, ro or wo")
+        where = f"inode {file_ino}, access {quoted(access)}"
+        raise FsError(errno.EINVAL, f"{where}: expected a regular file, and rw, ro or wo")
     if not inode.nlink:
         raise FsError(errno.ENOENT, f"inode {file_ino} has no name any more")
     whole = -(-inode.size // PAGE) * PAGE

@@ -5,7 +5,7 @@ A requester is what the IOMMU knows a function by: PCI segment << 16 | bus << 8 
 
 import re
 
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, quoted
 from pkernfs.format import Requester
 
 FORM = re.compile(r"(?:([0-9a-f]{1,4}):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})\.([0-9a-f])", re.IGNORECASE)
@@ -17,7 +17,7 @@ def parse(word: str) -> Requester:
     segment, bus, device, function = (int(part or "0", 16) for part in match.groups()) if match else (0, 0, 32, 8)
     if device > 0x1F or function > 7:
         raise UsageError(
-            f"{word!r}: expected a device as lspci prints it, [SSSS:]BB:DD.F in hexadecimal, such as 00:05.0",
+            f"{quoted(word)}: expected a device as lspci prints it, [SSSS:]BB:DD.F in hexadecimal, such as 00:05.0",
             hint="device at most 1f, function at most 7",
         )
     return Requester(segment << 16 | bus << 8 | device << 3 | function)

@@ -10,7 +10,7 @@ from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.contexts import Contexts
-from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.domain import Domain, tables_checked
 from pkernfs.iommu.edit import tables_below
 from pkernfs.iommu.formats import LEAVES
 from pkernfs.iommu.invalidations import Invalidation, add
@@ -39,7 +39,7 @@ def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, k
     ENOSPC, EINVAL; CorruptError when the old tables do not say what the mappings say: nothing is changed then.
     """
     if leaf not in (0, *LEAVES):
-        raise FsError(errno.EINVAL, f"expected leaves of level 1, 2 or 3, found {leaf!r}")
+        raise FsError(errno.EINVAL, f"expected leaves of level 1, 2 or 3, found {leaf}")
     volume = fs.volume
     compared = [0]
 
@@ -49,7 +49,7 @@ def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, k
         if leaf:
             domain.record = domain.record._replace(leaf=leaf)
         if rebuild:
-            volume.tables_checked.add(ino)
+            tables_checked(volume).add(ino)
             domain.pages.use_new_blocks()
         domain.prepare(tx, roots)
         old = domain.record

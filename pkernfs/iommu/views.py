@@ -9,7 +9,7 @@ import errno
 import os
 
 from pkernfs import api
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError, FsError, quoted
 from pkernfs.format import (
     ACCESS_NAMES,
     DEFERRED,
@@ -138,7 +138,7 @@ def root(fs: Filesystem, form: str, segment: int) -> api.RootTable:
     """A root table that is there.  Raises FsError(ENOENT)."""
     contexts = Contexts(fs.volume)
     if form not in BY_NAME:
-        raise FsError(errno.EINVAL, f"expected vtd or amd, found {form!r}")
+        raise FsError(errno.EINVAL, f"expected vtd or amd, found {quoted(form)}")
     number = BY_NAME[form].number
     page = contexts.table(number, segment)
     if not page:

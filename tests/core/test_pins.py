@@ -212,7 +212,7 @@ def test_mappings_of_a_file(fs: Filesystem) -> None:
 def test_what_is_mapped_is_not_cut(fs: Filesystem) -> None:
     domain, file = mapped(fs)
     for size in (0, 1, 2 * PAGE, 4 * PAGE):
-        with pytest.raises(FsError, match="domain 'dom-0' at IOVA 0x100000") as caught:
+        with pytest.raises(FsError, match='domain "dom-0" at IOVA 0x100000') as caught:
             resize(fs, file, size)
         assert caught.value.errno == errno.EBUSY
     for size in (9 * PAGE, 30 * PAGE, 5 * PAGE, 4 * PAGE + 1):
