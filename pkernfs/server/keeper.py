@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pkernfs")
 
-HAND_OVER = 30.0  #: seconds that the next keeper may take
-
 
 class Keeper:
     """One mount.  ``worker``: the one that serves already, when another keeper has started it."""
@@ -178,9 +176,7 @@ class Keeper:
         """Wait, but not longer than until a signal says that the mount is to end; False: it said so."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.wakeup, selectors.EVENT_READ)
-                selector.select(min(left, BEAT))
+            self.wakeup.wait(min(left, BEAT))
             self.service.notify_watchdog()
             if signals := self.wakeup.signals():
                 # Nobody serves, so nothing can be written back: umount would wait for ever.
@@ -210,16 +206,7 @@ class Keeper:
         if self.service:
             raise RegionError("systemd started this keeper", hint="systemctl restart its service")
         self.life.check(Phase.HANDED_OVER, "hand-over")
-        worker = self.serving.worker
-        assert worker is not None
-        command.answer(self.state.to_json(), [*self.serving.fds, worker.socket.fileno()])
-        command.connection.settimeout(HAND_OVER)
-        try:
-            taken = command.connection.recv(1)
-        except OSError:
-            taken = b""
-        command.done.set()
-        if taken:
+        if self.serving.give_away(command):
             log.info("another keeper has taken over")
             self.life.enter(Phase.HANDED_OVER)
         else:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import time
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkernfs.mountinfo import mount_at
 from pkernfs.server.child import Child, WorkerGoneError
@@ -20,7 +20,11 @@ from pkernfs.server.state import FD_NAMES, Descriptors, State
 from pkernfs.server.systemd import service
 from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
 
+if TYPE_CHECKING:
+    from pkernfs.server.commands import Command
+
 START = 60.0  #: seconds that a worker may take to import and open
+HAND_OVER = 30.0  #: seconds that the next keeper may take
 
 
 class Started(NamedTuple):
@@ -159,6 +163,18 @@ class Serving:
         os.truncate(self._state_file, 0)
         os.pwrite(self._state_file, json.dumps(self.state.to_json()).encode(), 0)
         self._service.store({"worker": worker.socket.fileno()})
+
+    def give_away(self, command: Command) -> bool:
+        """Give everything to the keeper that sent a command; whether it has taken it."""
+        assert self.worker is not None
+        command.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
+        command.connection.settimeout(HAND_OVER)
+        try:
+            taken = command.connection.recv(1)
+        except OSError:
+            taken = b""
+        command.done.set()
+        return bool(taken)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import socket
 from contextlib import suppress
@@ -33,6 +34,10 @@ class Wakeup:
         """Wake whoever selects, from any thread."""
         with suppress(BlockingIOError):
             self._writer.send(b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Wait until there is something, or so long."""
+        select.select([self], [], [], seconds)
 
     def signals(self) -> list[signal.Signals]:
         """The signals of END that have come since the last call, each once.
