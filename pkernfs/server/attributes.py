@@ -26,6 +26,9 @@ from pkernfs.server.handles import handle
 FOREVER: Final = 86400.0  #: seconds
 ENTRY_BYTES: Final = 20  #: of a directory's size, for each entry, "." and ".." too: as tmpfs has it
 
+#: What the kernel may not keep for ever has one of these flags, or pins.
+UNUSUAL: Final = FLAG_REGION_MAPPED | GUARDED
+
 
 def is_changing(inode: Inode) -> bool:
     """Whether somebody may be storing into the file's memory past the mount."""
@@ -58,12 +61,14 @@ class Attributes:
         entry.st_atime_ns = inode.atime
         entry.st_ctime_ns = inode.ctime
         entry.entry_timeout = FOREVER
-        if is_changing(inode):
+        entry.st_mtime_ns = inode.mtime
+        if not (inode.flags & UNUSUAL or inode.iommu):  # nearly all
+            entry.attr_timeout = FOREVER
+        elif is_changing(inode):
             entry.attr_timeout = 0
             entry.st_mtime_ns = max(inode.mtime, self.fs.volume.clock())
         else:
             entry.attr_timeout = 0 if inode.flags & GUARDED else FOREVER
-            entry.st_mtime_ns = inode.mtime
         return entry
 
     def found(self, ino: Ino) -> EntryAttributes:

@@ -15,7 +15,7 @@ from pkernfs.errors import CorruptError, PkernfsError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.server.housekeeping import Housekeeping
-from pkernfs.server.replay import KEYED, Replay
+from pkernfs.server.replay import COUNTING, KEYED, Replay
 from pkernfs.server.space import wait_for_space
 from pkernfs.server.stats import BUGS, INDEX, SIZE
 
@@ -69,6 +69,7 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
     """
     name = function.__name__
     keyed, index = name in KEYED, INDEX[name]
+    once = keyed and name not in COUNTING
 
     async def call(self: Server, /, *args: Any, **kwargs: Any) -> R:
         requests, fs = self.requests, self.fs
@@ -94,7 +95,7 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
             requests.counters[BUGS] += 1
             raise FUSEError(errno.EIO) from None
         finally:
-            if keyed:
+            if once:
                 self.replay.replies.end()
             if fs.reclaimer.pending:
                 self.housekeeping.wake()
