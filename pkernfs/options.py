@@ -2,6 +2,10 @@
 
 A field of MountOptions carries how it is written and what it means; parsing, the help of mount.pkernfs and its man page
 are made from that.  Below the server and the commands, as both need it, and `mount.pkernfs --help` loads no server.
+
+Not argparse: a list has commas, a later word undoes an earlier one (rw after ro), and mount(8) hands on words that are
+to be ignored.  Not msgspec: it knows types, but not the words, of which several can set one field.  It would do if the
+options became a file.
 """
 
 from collections.abc import Callable, Iterator, Mapping

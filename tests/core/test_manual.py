@@ -202,10 +202,20 @@ def test_zsh(manual: Path) -> None:
 
 
 def test_what_is_installed_is_what_is_made() -> None:
-    """The scripts that install and uninstall name every file."""
-    script = f'set -eu; . "{CHECKOUT}/mount_helpers/lib.sh"; printf "%s\\n" "${{DOCS[@]}}"'
+    """The scripts that install and uninstall have a link for every file, and for every command."""
+    script = f"""
+        set -eu; PREFIX=/opt/some; . "{CHECKOUT}/mount_helpers/lib.sh"
+        for link in "${{LINKS[@]}}"; do echo "$link $(target_of "$link")"; done
+    """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    assert sorted(done.stdout.split()) == sorted(files())
+    links = dict(line.split() for line in done.stdout.splitlines())
+    assert links == {f"/opt/some/share/{name}": f"/opt/some/lib/pkernfs/share/{name}" for name in files()} | {
+        "/opt/some/bin/pkernfs": "/opt/some/lib/pkernfs/venv/bin/pkernfs",
+        "/sbin/mkfs.pkernfs": "/opt/some/lib/pkernfs/venv/bin/mkfs.pkernfs",
+        "/sbin/fsck.pkernfs": "/opt/some/lib/pkernfs/venv/bin/fsck.pkernfs",
+        "/sbin/mount.pkernfs": "/opt/some/lib/pkernfs/venv/bin/mount.pkernfs",
+        "/sbin/mount.fuse.pkernfs": "/opt/some/lib/pkernfs/venv/bin/mount.pkernfs",
+    }
 
 
 def test_lazy_parsers_are_complete() -> None:

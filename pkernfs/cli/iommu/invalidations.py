@@ -146,7 +146,8 @@ def _run_old(arguments: argparse.Namespace) -> int:
     return _run(arguments)
 
 
-# The second goes with the release after 0.2: until then scripts that have the old command go on working.
+# The second goes with the release after 0.2: until then scripts that use the old command go on working.  It does not
+# say so on standard error, which such scripts may take for a failure.
 VERBS = {
     "invalidations": Verb(DESCRIPTION, _arguments, _run),
     "iotlb-needed": Verb(OLD, _old_arguments, _run_old),

@@ -1,4 +1,9 @@
-"""The pages of the commands, from their parsers."""
+"""The pages of the commands, from their parsers.
+
+argparse-manpage makes the frame and the lists of options.  Descriptions are ours: it takes each for one paragraph, and
+fills examples.  It can include sections from a file too, but in the order of that file, and as roff: the texts here are
+plain, as the help is, so that one converter (roff.py) makes both and nobody has to know roff.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +153,7 @@ def page(wanted: Page) -> str:
 
 
 def tidy(text: str) -> str:
-    """Without empty lines, and without .PP where a heading begins a paragraph anyway."""
+    """Without empty lines, and without .PP where a heading begins a paragraph anyway: mandoc warns of both."""
     lines = [line for line in text.splitlines() if line.strip()]
     return "\n".join(
         line for before, line in zip(["", *lines], lines, strict=False)
