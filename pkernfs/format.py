@@ -40,8 +40,8 @@ in a circular list: orphan_next and orphan_prev, beginning and ending at the res
 that may write finishes what is listed.  (A list through the inodes, so that removing a file never allocates.)
 
 Quotas.  New inodes take over ``project`` from the directory that they are made in.  What counts against a directory
-with a quota counts against the quotas above it too: next is the project of its parent.  In a directory that has a limit
-every entry's project is that directory's, but for directories with a quota of their own.
+with a quota counts against the quotas around it too: next is the project of its parent.  In a directory that has a
+limit every entry's project is that directory's, but for directories with a quota of their own.
 
 IOMMU.  The file /iommu/root-pgtables and each domain, a file /iommu/NAME with FLAG_IOMMU_DOMAIN_PGTABLES, hold page
 tables in pages of their own, which hardware reads.  Page n * BITMAP_PAGES of such a file is the bitmap of its pages
@@ -89,7 +89,7 @@ TablePage = NewType("TablePage", int)  #: page of a file of page tables: file of
 IovaPage = NewType("IovaPage", int)  #: IOVA / 4 KiB
 Iova = NewType("Iova", int)  #: address that a device uses, bytes
 PhysAddr = NewType("PhysAddr", int)  #: physical address, bytes: phys_base + region offset
-Requester = NewType("Requester", int)  #: what an IOMMU knows a PCI function by, see above
+Requester = NewType("Requester", int)  #: what an IOMMU knows a PCI function by: segment, bus, device, function
 DomainId = NewType("DomainId", int)  #: by which hardware tags what it caches
 
 # Fields of records that hold them.  So a decoded record has typed ids, without a call at run time.

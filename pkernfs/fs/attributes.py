@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from pkernfs.errors import FsError, quoted
 from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, Ino, Inode
+from pkernfs.fs.chunks import truncate
 from pkernfs.fs.content import Content, killed_mode
 from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard, pins
@@ -44,16 +45,12 @@ class Attributes:
         self.reclaimer = reclaimer
         self.guard = guard
 
-    def getattr(self, ino: Ino) -> Inode:
-        """The inode.  Raises FsError(ESTALE)."""
-        return self.volume.inode(ino)
-
     def setattr(self, ino: Ino, change: SetAttr, *, privileged: bool = True) -> Inode:
         """Change attributes and size together; the inode as it is then.
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
         them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's, or
-        mapped by a domain), EPERM (page tables, see guard).
+        pinned), EPERM (see Guard.may_resize).
         """
         inode = self.volume.inode(ino)
         now = self.volume.clock()
@@ -92,7 +89,7 @@ class Attributes:
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         end = end_of(inode.size)
         if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
-            filemap.truncate(tx, end, STEP)
+            truncate(tx, filemap, end, STEP)
             tx.put_inode(ino, filemap.finish())
             return True
         self.orphans.add(tx, ino)

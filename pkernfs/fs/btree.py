@@ -6,13 +6,12 @@ A Tree is a short-lived handle: (volume, owner inode, root page).  After changes
 
 from __future__ import annotations
 
-import errno
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-from pkernfs.errors import CorruptError, FsError
-from pkernfs.format import KEY_SLOTS, PAGE, PAGE_BODY, PAGE_NODE, Ino, PageNo
+from pkernfs.errors import CorruptError
+from pkernfs.format import PAGE, PAGE_BODY, PAGE_NODE, Ino, PageNo
 from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.node import INNER_ITEM, INNER_MAX, LEAF_ITEM, Node
 from pkernfs.fs.transaction import Transaction
@@ -57,7 +56,7 @@ class Tree:
     def _child(self, parent: Node, index: int) -> Node:
         """A child of a node that was reached from the root.  Raises CorruptError when its keys are out of bounds.
 
-        So every leaf that a walk comes to is the one that _path leads to for its keys, and walks end: no leaf can be
+        So every leaf that a walk comes to is the one that _path finds for its keys, and walks end: no leaf can be
         reached in two ways.
         """
         node = self._node(parent.children[index], parent.level - 1)
@@ -98,10 +97,7 @@ class Tree:
         return leaf.values[index] if index < len(leaf.keys) and leaf.keys[index] == key else None
 
     def scan(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, bytes]]:
-        """(key, value) in ascending order from key ``first`` on, up to and with ``last``.
-
-        The tree must not change while the iterator is in use.
-        """
+        """(key, value) in order, from key ``first`` up to and with ``last``.  The tree must not change meanwhile."""
         if not self.root:
             return
         path = self._path(first)
@@ -138,7 +134,7 @@ class Tree:
         return list(zip(leaf.keys[low:high], leaf.values[low:high], strict=True)) if low < high else []
 
     def floor(self, key: int) -> tuple[int, bytes] | None:
-        """The item with the largest key that is not above ``key``, or None."""
+        """The item with the largest key up to ``key``, or None."""
         if not self.root:
             return None
         path = self._path(key)
@@ -164,14 +160,6 @@ class Tree:
             node = todo.pop()
             yield node.page
             todo += [self._child(node, index) for index in range(len(node.children))]
-
-    def free_key(self, first: int) -> int:
-        """The first of the KEY_SLOTS keys from ``first`` on that is not taken.  Raises FsError(ENOSPC)."""
-        taken = {key for key, _ in self.between(first, first + KEY_SLOTS - 1)}
-        for key in range(first, first + KEY_SLOTS):
-            if key not in taken:
-                return key
-        raise FsError(errno.ENOSPC, f"{KEY_SLOTS} names with one hash")
 
     # -- changing -------------------------------------------------------------------------------------------------
 
@@ -295,7 +283,7 @@ class Tree:
         left = self._child(parent, left_at)
         right = self._child(parent, left_at + 1)
         both = (len(left.keys) + len(right.keys)) * INNER_ITEM if left.level else left.used + right.used
-        if both > PAGE_BODY * 3 // 4:
+        if both > PAGE_BODY * 3 // 4:  # nearly full at once, it would soon be split again
             return False
         tx.change(parent)
         tx.change(left)
@@ -304,7 +292,7 @@ class Tree:
         left.children += right.children
         left.used += right.used
         if left.level:
-            # The first key of an inner node may be above its least: what separates the two is the parent's key.
+            # The first key of an inner node may be larger than its least: what separates the two is the parent's key.
             left.keys[len(left.keys) - len(right.keys)] = parent.keys[left_at + 1]
         del parent.keys[left_at + 1], parent.children[left_at + 1]
         self._drop(tx, right)

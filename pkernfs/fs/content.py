@@ -20,6 +20,7 @@ from pkernfs.format import (
     Ino,
     Inode,
 )
+from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.pages import has_extents
@@ -37,6 +38,7 @@ class Content:
     def __init__(self, volume: Volume, times: Times, reclaimer: Reclaimer, guard: Guard) -> None:
         self.volume = volume
         self.times = times
+        self.accessed = times.accessed  #: bound here: one look-up less in each read
         self.reclaimer = reclaimer
         self.guard = guard
         self.region = volume.region
@@ -60,7 +62,7 @@ class Content:
         volume = self.volume
         inode = volume.inode(ino)
         if not noatime:
-            self.times.accessed(ino, inode)
+            self.accessed(ino, inode)
         length = min(length, inode.size - offset)
         if length <= 0:
             return b""
@@ -139,7 +141,7 @@ class Content:
 
         def extend(tx: Transaction, compact: bool) -> None:
             filemap = FileMap(volume, ino, inode, compact=compact)
-            filemap.allocate(tx, first, last)
+            allocate(tx, filemap, first, last)
             if offset > inode.size:
                 self._zero_mapped(filemap, inode.size, offset)
             self.store(filemap, offset, data)
@@ -215,7 +217,7 @@ class Content:
             if last - first > self.volume.total_pages:
                 raise FsError(errno.ENOSPC, f"{size} bytes in a region of {self.volume.total_pages * PAGE}")
             self._zero_mapped(filemap, inode.size, size)
-            filemap.allocate(tx, first, last)
+            allocate(tx, filemap, first, last)
         return filemap.finish()._replace(size=size)
 
     def readlink(self, ino: Ino) -> bytes:

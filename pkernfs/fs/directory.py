@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError, quoted
-from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode, name_key
-from pkernfs.fs.btree import Tree
+from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode
 from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.named import NamedTree
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
@@ -41,7 +41,7 @@ class Directory:
         self.volume = volume
         self.ino = ino
         self.inode = inode
-        self.tree = Tree(volume, ino, inode.root)
+        self.tree = NamedTree(volume, ino, inode.root)
         self.entries = 0  #: added minus removed
 
     def _bad(self, found: str) -> CorruptError:
@@ -62,8 +62,7 @@ class Directory:
         """The entry with this name, or None."""
         if not self.tree.root:
             return None
-        first = name_key(self.volume.sb.hash_seed, name)
-        for key, value in self.tree.between(first, first + KEY_SLOTS - 1):
+        for key, value in self.tree.items_for(name):
             if value[DIRENT.size :] == name:
                 return self.decode(key, value)
         return None
@@ -123,8 +122,7 @@ class Directory:
 
     def add(self, tx: Transaction, name: bytes, ino: Ino, mode: int) -> None:
         """Add a name that is not there.  Raises FsError(ENOSPC)."""
-        first = name_key(self.volume.sb.hash_seed, name)
-        key = self.tree.free_key(first)
+        key = self.tree.free_key(name)
         self.tree.put(tx, key, DIRENT.pack_values(ino, stat.S_IFMT(mode), len(name)) + name)
         self.entries += 1
 

@@ -13,7 +13,7 @@ from pkernfs.fs.volume import Volume
 
 
 def file_facts(fs: Filesystem, ino: Ino) -> FileInfo:
-    """The memory of a regular file, and which domains map it.
+    """The memory of a regular file, and what pins it.
 
     Raises FsError(EINVAL) for anything else, CorruptError.
     """

@@ -1,9 +1,4 @@
-"""Where a file's pages are: extents, in the inode or in a tree, and the policy that picks pages or whole blocks.
-
-A chunk is a range of 512 pages of a file that begins at a multiple of 512: what one block can hold.  Small and sparse
-chunks are made of single pages from slabs; a chunk that is at least half full is one block.  So a one-byte file costs
-4 KiB, and a large file is made of blocks, in one piece where possible.
-"""
+"""Where a file's pages are: extents, in the inode or in a tree.  Which memory they get is chosen in chunks.py."""
 
 from __future__ import annotations
 
@@ -15,15 +10,11 @@ from pkernfs.format import (
     BLOCK_DATA,
     EXTENT,
     EXTENT_VALUE,
-    FLAG_REGION_MAPPED,
-    GUARDED,
     INLINE_EXTENTS,
     INLINE_SIZE,
     MAX_FILE_SIZE,
     PAGE,
-    PAGE_DATA,
     PAGES_PER_BLOCK,
-    BlockNo,
     Extent,
     ExtentValue,
     FilePage,
@@ -32,18 +23,13 @@ from pkernfs.format import (
     PageNo,
 )
 from pkernfs.fs.btree import Tree
-from pkernfs.fs.charge import check_room
 from pkernfs.fs.damage import NO_PAGE, corrupt_inode
-from pkernfs.fs.guard import pins
 from pkernfs.fs.space import block_of
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
-HALF = PAGES_PER_BLOCK // 2
 MAX_PAGES = 1 << 52  #: more than any file has
 FIRST, END = FilePage(0), FilePage(MAX_PAGES)
-#: flags of inodes whose pages must stay where they are
-PINNED = FLAG_REGION_MAPPED | GUARDED
 
 
 def end_of(size: int) -> FilePage:
@@ -54,8 +40,7 @@ def end_of(size: int) -> FilePage:
 class FileMap:
     """The extents of inode ``ino``.  ``finish`` gives the changed inode.
 
-    ``compact``: a block may be taken where pages would do, and pages may be moved together into a block, or out of one
-    that is hardly used.  That can need space that is not there: see Volume.compacting.
+    ``compact``: a block may be taken where pages would do, and pages may be moved: see chunks.py.
     """
 
     def __init__(self, volume: Volume, ino: Ino, inode: Inode, *, compact: bool = True) -> None:
@@ -98,7 +83,7 @@ class FileMap:
         return extent
 
     def extents(self, first: FilePage = FIRST) -> Iterator[Extent]:
-        """The extents that end above page ``first``, in order."""
+        """The extents that end behind page ``first``, in order."""
         if not self.tree.root:
             for extent in self.inline:
                 if extent.start + extent.length > first:
@@ -157,7 +142,7 @@ class FileMap:
         else:
             self.inline[self.inline.index(extent)] = extent._replace(length=length)
 
-    def _add(self, tx: Transaction, start: FilePage, page: PageNo, count: int) -> None:
+    def add(self, tx: Transaction, start: FilePage, page: PageNo, count: int) -> None:
         """Map a hole, merging with the extents before and behind where the pages go on."""
         self.pages += count
         for extent in list(self._around(start, count)):
@@ -180,7 +165,7 @@ class FileMap:
 
         True: all is unmapped.  Allocates nothing unless it cuts out the middle of an extent.
         """
-        extents = list(islice(self._until(first, end), None if most is None else most + 1))
+        extents = list(islice(self.until(first, end), None if most is None else most + 1))
         for extent in extents[:most]:
             cut_first = max(first, extent.start)
             cut_end = min(end, FilePage(extent.start + extent.length))
@@ -195,7 +180,8 @@ class FileMap:
             self.pages -= cut_end - cut_first
         return most is None or len(extents) <= most
 
-    def _until(self, first: FilePage, end: FilePage) -> Iterator[Extent]:
+    def until(self, first: FilePage, end: FilePage) -> Iterator[Extent]:
+        """The extents that touch pages [first, end)."""
         for extent in self.extents(first):
             if extent.start >= end:
                 return
@@ -220,119 +206,6 @@ class FileMap:
                 tx.free_pages(page, step)
             page = PageNo(page + step)
             count -= step
-
-    def allocate(self, tx: Transaction, first: FilePage, end: FilePage) -> None:
-        """Map every hole in pages [first, end) to zeroed memory.  Raises FsError: ENOSPC, EDQUOT."""
-        if self.inode.project:
-            check_room(tx, self.ino, self.inode, sum(until - at for at, until in self._holes(first, end)))
-        for at, until in self._holes(first, end):
-            self._fill(tx, at, until)
-
-    def _holes(self, first: FilePage, end: FilePage) -> Iterator[tuple[FilePage, FilePage]]:
-        """The holes in pages [first, end), each as it is when the one before has been looked at."""
-        while first < end:
-            page, run = self.find(first)
-            run = min(run, end - first)
-            if not page:
-                yield first, FilePage(first + run)
-            first = FilePage(first + run)
-
-    def _fill(self, tx: Transaction, first: FilePage, end: FilePage) -> None:
-        """Allocate the hole [first, end)."""
-        while first < end:
-            chunk = FilePage(first - first % PAGES_PER_BLOCK)
-            last = self._last_chunk(chunk, end) if first == chunk and self._wants_block(chunk, end) else chunk
-            if last > chunk:
-                # All whole chunks at once, and the rest of the last one with them: in one piece where possible.
-                count = (last - chunk) // PAGES_PER_BLOCK
-                for block, blocks in self.volume.allocator.alloc_blocks(tx, count, self._block_behind(chunk)):
-                    self._add(tx, chunk, PageNo(block * PAGES_PER_BLOCK), blocks * PAGES_PER_BLOCK)
-                    chunk = FilePage(chunk + blocks * PAGES_PER_BLOCK)
-                first = last
-                continue
-            step = min(end, FilePage(chunk + PAGES_PER_BLOCK))
-            if not self._make_block(tx, chunk, step - first):
-                at = first
-                for page, count in self.volume.allocator.alloc_pages(tx, step - first, PAGE_DATA):
-                    self._add(tx, at, page, count)
-                    at = FilePage(at + count)
-            first = step
-
-    def _block_behind(self, chunk: FilePage) -> BlockNo:
-        """The block behind the one that holds the chunk before this one: where it would be in one piece; or 0."""
-        before = self.find(FilePage(chunk - 1))[0] if chunk else NO_PAGE
-        return BlockNo(before // PAGES_PER_BLOCK + 1 if before and self.is_block(before) else 0)
-
-    def _wants_block(self, chunk: FilePage, end: FilePage) -> bool:
-        """Whether the empty chunk, to be filled from its start to ``end``, is to be a block."""
-        if self.find(chunk)[1] < PAGES_PER_BLOCK:
-            return False
-        if not self.compact:
-            return end - chunk >= PAGES_PER_BLOCK
-        return end - chunk >= HALF or self._block_behind(chunk) != 0
-
-    def _last_chunk(self, chunk: FilePage, end: FilePage) -> FilePage:
-        """The end of the run of chunks from ``chunk`` on that are empty, begin below ``end`` and can be blocks.
-
-        When there is a block too few, or none is to be taken for a part, the last chunk is left for pages.
-        """
-        hole = self.find(chunk)[1] // PAGES_PER_BLOCK
-        whole, rest = divmod(end - chunk, PAGES_PER_BLOCK)
-        count = min(whole + (rest > 0), hole)
-        if count > whole and (not self.compact or count > self.volume.space.free_blocks):
-            count = whole
-        return FilePage(chunk + count * PAGES_PER_BLOCK)
-
-    def _make_block(self, tx: Transaction, chunk: FilePage, more: int) -> bool:
-        """Turn the pages of a chunk into one block when ``more`` pages make it half full; whether it is done.
-
-        Moves data: never done to pinned files.
-        """
-        end = FilePage(chunk + PAGES_PER_BLOCK)
-        old = list(self._until(chunk, end))
-        mapped = sum(min(e.start + e.length, end) - max(e.start, chunk) for e in old)
-        if mapped + more < HALF or not self._may_move() or not self.volume.space.free_blocks:
-            return False
-        block, _ = self.volume.allocator.alloc_blocks(tx, 1, self._block_behind(chunk))[0]
-        self._move(tx, chunk, end, [(PageNo(block * PAGES_PER_BLOCK), PAGES_PER_BLOCK)])
-        return True
-
-    def truncate(self, tx: Transaction, end: FilePage, most: int) -> bool:
-        """Unmap what lies beyond ``end`` pages, or the first ``most`` extents of that; True: all of it.
-
-        A block that is needed in part stays, unless it can become pages.
-        """
-        chunk = FilePage(end - end % PAGES_PER_BLOCK)
-        behind = FilePage(chunk + PAGES_PER_BLOCK)
-        page, _ = self.find(chunk)
-        if end == chunk or not page or not self.is_block(page):
-            return self.remove(tx, end, END, most)
-        if not self.remove(tx, behind, END, most):
-            return False
-        left = end - chunk
-        allocator = self.volume.allocator
-        if left < HALF and self._may_move() and self.volume.space.has_pages(left):
-            self._move(tx, chunk, behind, allocator.alloc_pages(tx, left, PAGE_DATA))
-        return True
-
-    def _may_move(self) -> bool:
-        return self.compact and not self.inode.flags & PINNED and not pins(self.inode)
-
-    def _move(self, tx: Transaction, first: FilePage, end: FilePage, runs: list[tuple[PageNo, int]]) -> None:
-        """Copy pages [first, end) to ``runs`` (zeroed), as far as they go, and map those instead."""
-        region = self.volume.region
-        at = first
-        copies = []
-        for page, count in runs:
-            copies.append((at, page, count))
-            for extent in self._until(at, FilePage(at + count)):
-                low, high = max(extent.start, at), min(extent.start + extent.length, at + count)
-                source = (extent.page + low - extent.start) * PAGE
-                region.store((page + low - at) * PAGE, region.view[source : source + (high - low) * PAGE])
-            at = FilePage(at + count)
-        self.remove(tx, first, end)
-        for start, page, count in copies:
-            self._add(tx, start, page, count)
 
     def finish(self) -> Inode:
         """The inode with the changes."""

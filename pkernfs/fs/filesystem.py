@@ -56,7 +56,7 @@ class Filesystem:
         self.create, self.link, self.rename = names.create, names.link, self.renames.rename
         self.unlink, self.rmdir = names.unlink, names.rmdir
         self.read, self.write, self.readlink = content.read, content.write, content.readlink
-        self.getattr, self.setattr = attributes.getattr, attributes.setattr
+        self.getattr, self.setattr = volume.inode, attributes.setattr
         self.getxattr, self.setxattr = attributes.getxattr, attributes.setxattr
         self.listxattr, self.removexattr = attributes.listxattr, attributes.removexattr
 

@@ -19,6 +19,7 @@ from pkernfs.format import (
     Ino,
     Inode,
 )
+from pkernfs.fs.chunks import allocate
 from pkernfs.fs.content import Content
 from pkernfs.fs.directory import Directory, Entry, check_name, open_directory
 from pkernfs.fs.filemap import FIRST, FileMap, end_of
@@ -141,7 +142,7 @@ class Names:
         """A new inode of the type in ``mode``, with one name: file, directory, symbolic link, fifo, socket, device.
 
         ``init_inode``: what else belongs to it is done within the same transaction.
-        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT, EPERM (in iommu/ all but files).
+        Raises FsError: EEXIST, ENOENT, ENOTDIR, ENAMETOOLONG, ENOSPC, EDQUOT, EPERM (see Guard.flags_of_new).
         """
         volume = self.volume
         now = self.volume.clock()
@@ -182,15 +183,15 @@ class Names:
         if len(target) <= INLINE_SIZE:
             return inode._replace(size=len(target), inline=target + bytes(INLINE_SIZE - len(target)))
         filemap = FileMap(self.volume, ino, inode)
-        filemap.allocate(tx, FIRST, end_of(len(target)))
+        allocate(tx, filemap, FIRST, end_of(len(target)))
         self.content.store(filemap, 0, target + bytes(-len(target) % 8))
         return filemap.finish()._replace(size=len(target))
 
     def link(self, ino: Ino, parent: Ino, name: bytes) -> None:
         """Another name for a file.
 
-        Raises FsError: EPERM for directories and in iommu/, EMLINK, ENOENT when it has no name left, EXDEV under
-        another quota.
+        Raises FsError: EPERM for directories (see also Guard.may_link), EMLINK, ENOENT when it has no name left, EXDEV
+        under another quota.
         """
         inode = self.volume.inode(ino)
         if stat.S_ISDIR(inode.mode):
@@ -216,7 +217,7 @@ class Names:
     ) -> None:
         """Remove the name of a file; ``in_same_transaction``: what else happens with it.
 
-        Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (a domain with a device).
+        Raises FsError: ENOENT, EISDIR, EPERM, EBUSY (see Guard.may_unlink).
         """
         directory = open_directory(self.volume, parent)
         entry = self.entry(directory, name)

@@ -125,7 +125,7 @@ def new_inode(
 
 
 def check_inode(ino: Ino, inode: Inode, total_pages: int) -> None:
-    """Check the fields of an inode in use that would lead a reader astray, whatever their checksum says.
+    """Check the fields of an inode in use that would send a reader astray, whatever their checksum says.
 
     Raises CorruptError for a type that does not exist, a size beyond what the type can have (of a directory: entries),
     more pages than the region has.

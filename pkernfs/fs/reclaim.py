@@ -11,6 +11,7 @@ from itertools import islice, takewhile
 
 from pkernfs.errors import PkernfsError
 from pkernfs.format import GUARDED, Ino, Inode
+from pkernfs.fs.chunks import truncate
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import END, FIRST, FileMap, end_of
 from pkernfs.fs.guard import Guard, has_records, pins
@@ -125,7 +126,7 @@ class Reclaimer:
         done = True
         if has_extents(inode):
             filemap = FileMap(self.volume, ino, inode, compact=compact)
-            done = filemap.truncate(tx, end_of(inode.size), STEP)
+            done = truncate(tx, filemap, end_of(inode.size), STEP)
             tx.put_inode(ino, filemap.finish())
         if done and inode.nlink:
             self.orphans.remove(tx, ino)

@@ -26,9 +26,9 @@ class Renames:
     def rename(self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0) -> None:
         """Move or replace a name, or exchange two, as renameat2(2) does.  Flags: RENAME_NOREPLACE or RENAME_EXCHANGE.
 
-        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM (also
-        into and out of iommu/), EBUSY (over a domain with a device), ENOSPC, EDQUOT, EXDEV (from one quota to another,
-        as project quotas of other filesystems have it).
+        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM and
+        EBUSY (see Guard.may_move, may_unlink), ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas of
+        other filesystems have it).
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL, f"flags {flags:#x}")

@@ -26,10 +26,11 @@ class Times:
 
     def __init__(self, volume: Volume) -> None:
         self.volume = volume
+        self.region = volume.region
 
     def atime_due(self, inode: Inode) -> bool:
         """Whether reading is to store a new atime."""
-        if self.policy == "noatime" or self.volume.region.readonly:
+        if self.policy == "noatime" or self.region.readonly:
             return False
         atime = inode.atime
         fresh = atime > inode.mtime and atime > inode.ctime and self.volume.clock() - atime < DAY
@@ -40,8 +41,8 @@ class Times:
 
         With one store, in place, and no transaction: reading stays cheap.
         """
-        volume = self.volume
-        if self.atime_due(inode) and ino not in volume.damage.inodes:
+        if self.atime_due(inode) and ino not in self.volume.damage.inodes:
+            volume = self.volume
             now = volume.clock()
             volume.inodes[ino] = inode._replace(atime=now)
             volume.region.store_word(ino * INODE_SIZE + INODE_ATIME_AT, now & WORD)

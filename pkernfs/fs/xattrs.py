@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError, FsError, quoted
 from pkernfs.format import (
     EXTENT_VALUE,
-    KEY_SLOTS,
     NAME_MAX,
     PAGE,
     PAGE_XATTR,
@@ -23,10 +22,9 @@ from pkernfs.format import (
     PageNo,
     XattrHead,
     checksum,
-    name_key,
 )
-from pkernfs.fs.btree import Tree
 from pkernfs.fs.damage import corrupt_inode
+from pkernfs.fs.named import NamedTree
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
@@ -53,7 +51,7 @@ class Xattrs:
         self.volume = volume
         self.ino = ino
         self.inode = inode
-        self.tree = Tree(volume, ino, inode.xattrs)
+        self.tree = NamedTree(volume, ino, inode.xattrs)
         self.value_pages = 0  #: added minus given back
 
     def _bad(self, found: str) -> CorruptError:
@@ -93,8 +91,7 @@ class Xattrs:
         """The attribute with this name, or None."""
         if not self.tree.root:
             return None
-        first = name_key(self.volume.sb.hash_seed, name)
-        for key, item in self.tree.scan(first, first + KEY_SLOTS - 1):
+        for key, item in self.tree.items_for(name):
             attribute = self.decode(key, item)
             if attribute.name == name:
                 return attribute
@@ -113,7 +110,7 @@ class Xattrs:
         raw = b"".join(region.read(run.page * PAGE, run.length * PAGE) for run in self.runs(attribute))
         value = raw[: attribute.head.size]
         if checksum(value) != attribute.head.checksum:
-            raise self._bad(f"the value of {attribute.name!r} has checksum {checksum(value):#x}")
+            raise self._bad(f"the value of {quoted(attribute.name)} has checksum {checksum(value):#x}")
         return value
 
     def set(self, tx: Transaction, name: bytes, value: bytes) -> None:
@@ -127,7 +124,7 @@ class Xattrs:
             self._free_value(tx, old)
             key = old.key
         else:
-            key = self.tree.free_key(name_key(self.volume.sb.hash_seed, name))
+            key = self.tree.free_key(name)
         if len(value) <= XATTR_INLINE:
             item = XATTR_HEAD.pack(XattrHead(len(name), 0, 0, len(value), 0, 0)) + name + value
         else:

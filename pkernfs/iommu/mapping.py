@@ -23,6 +23,7 @@ from pkernfs.format import (
     IovaPage,
     Mapping,
 )
+from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
@@ -114,7 +115,7 @@ def map_file(
     def change(tx: Transaction, roots: Records, compact: bool) -> int:
         domain = Domain(volume, ino)
         filemap = FileMap(volume, file_ino, volume.inode(file_ino), compact=compact)
-        filemap.allocate(tx, mapping.start, FilePage(mapping.start + mapping.length))
+        allocate(tx, filemap, mapping.start, FilePage(mapping.start + mapping.length))
         tx.put_inode(file_ino, filemap.finish())
         tx.pin(file_ino, 1)
         _make_room(tx, domain, roots)

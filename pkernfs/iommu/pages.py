@@ -21,6 +21,7 @@ from pkernfs.format import (
     PhysAddr,
     TablePage,
 )
+from pkernfs.fs.chunks import allocate
 from pkernfs.fs.damage import NO_PAGE, corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.transaction import Transaction
@@ -149,7 +150,7 @@ class TablePages:
         if self.volume.space.free_blocks < blocks:
             awaiting = f"; {self.awaiting} pages await pkernfs iommu invalidations --ack" if self.awaiting else ""
             raise FsError(errno.ENOSPC, f"{blocks} more blocks of 2 MiB for page tables{awaiting}")
-        self.filemap.allocate(tx, FilePage(first), FilePage(end))
+        allocate(tx, self.filemap, FilePage(first), FilePage(end))
         self.inode = self.inode._replace(size=end * PAGE)
         self._locate()
         for page in range(-(-first // BITMAP_PAGES) * BITMAP_PAGES, end, BITMAP_PAGES):

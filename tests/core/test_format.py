@@ -70,7 +70,7 @@ OFFSETS = {
     "extent-value": (f.EXTENT_VALUE, 16, {"page": 0, "length": 8}),
     "dirent": (f.DIRENT, 16, {"ino": 0, "mode": 8, "length": 12}),
     "xattr-head": (f.XATTR_HEAD, 16, {"name_length": 0, "external": 1, "size": 4, "checksum": 8}),
-    "journal-header": (f.JOURNAL_HEADER, 40, {"seal": 0, "magic": 8, "checksum": 12, "sequence": 16, "records": 32}),
+    "journal-header": (f.JOURNAL_HEADER, 40, {"commit": 0, "magic": 8, "checksum": 12, "sequence": 16, "records": 32}),
     "journal-record": (f.JOURNAL_RECORD, 16, {"offset": 0, "length": 8, "kind": 12}),
 }
 

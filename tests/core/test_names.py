@@ -20,7 +20,7 @@ from pkernfs.format import (
     Ino,
     name_key,
 )
-from pkernfs.fs import directory as directory_module
+from pkernfs.fs import named
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
@@ -407,7 +407,7 @@ def test_names_with_one_hash(fs: Filesystem, monkeypatch: pytest.MonkeyPatch) ->
     def colliding(seed: bytes, name: bytes) -> int:
         return 64 * 7 if name.startswith(b"same") else name_key(seed, name)
 
-    monkeypatch.setattr(directory_module, "name_key", colliding)
+    monkeypatch.setattr(named, "name_key", colliding)
     d = mkdir(fs, b"d")
     inodes = {b"same%d" % n: mkfile(fs, b"same%d" % n, parent=d) for n in range(64)}
     with fails(errno.ENOSPC):
