@@ -28,6 +28,8 @@ def file_type(mode: int) -> str:
 def printable(name: bytes | str) -> str:
     """A name as part of a line: what is no printable UTF-8 becomes an escape."""
     text = name if isinstance(name, str) else name.decode(errors="backslashreplace")
+    if text.isprintable():  # nearly all: fsck makes one of these for every name
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, quoted
 from pkernfs.format import PAGE, PAGE_XATTR, Ino, Inode, PageNo, checksum
 from pkernfs.fs.xattrs import Attribute, Xattrs
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import hashed, is_attribute, items
 from pkernfs.fsck.problems import Code
-from pkernfs.fsck.texts import quoted
 
 
 def attributes(check: Check, ino: Ino, inode: Inode) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, file_type, quoted
 from pkernfs.format import (
     DIRENT,
     FIRST_FREE_SLOT,
@@ -23,7 +23,6 @@ from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import hashed, is_entry, items
 from pkernfs.fsck.findings import Fields, NamedSlot
 from pkernfs.fsck.problems import Code
-from pkernfs.fsck.texts import quoted, type_of
 
 
 def names(check: Check) -> None:
@@ -91,7 +90,7 @@ def _entry(check: Check, parent: Ino, directory: Inode, entry: Entry, what: str)
     misplaced = _is_misplaced(check, parent, ino, inode, what)
     kind = stat.S_IFMT(inode.mode)
     if entry.mode != kind:
-        check.note(Code.DIRENT_MODE, f"{what}: expected {type_of(kind)}, found {type_of(entry.mode)}")
+        check.note(Code.DIRENT_MODE, f"{what}: expected {file_type(kind)}, found {file_type(entry.mode)}")
     project(check, parent, directory, ino, inode)
     if not stat.S_ISDIR(inode.mode):
         _file_name(check, ino, inode, first=first)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import stat
 
+from pkernfs.errors import file_type, quoted
 from pkernfs.format import FIRST_FREE_SLOT, FLAG_DIR, FLAG_FILE, GUARDED, INLINE_SIZE, Ino, Inode
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
 from pkernfs.fsck.check.rules import RESERVED, TYPES, has_type, may_hold_tables, type_flags
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.findings import Fields, Unusable
 from pkernfs.fsck.problems import Code
-from pkernfs.fsck.texts import quoted, type_of
 
 
 def mode(check: Check, ino: Ino, inode: Inode) -> None:
@@ -34,7 +34,7 @@ def flags(check: Check, ino: Ino, inode: Inode) -> None:
     if inode.flags & (FLAG_FILE | FLAG_DIR) != wanted:
         right = RESERVED[ino][1] if ino in RESERVED else inode.flags & ~(FLAG_FILE | FLAG_DIR) | wanted
         values = {"flags": right}
-        text = f"expected the flags of {type_of(inode.mode)}"
+        text = f"expected the flags of {file_type(inode.mode)}"
     elif ino >= FIRST_FREE_SLOT and not may_hold_tables(inode):
         values = {"flags": inode.flags & ~GUARDED, "iommu": 0}
         text = "expected no flags of page tables"
@@ -73,7 +73,7 @@ def symlink(check: Check, ino: Ino, inode: Inode) -> None:
 def no_pins(check: Check, ino: Ino, inode: Inode) -> None:
     """Only regular files are mapped."""
     if inode.iommu and not stat.S_ISREG(inode.mode):
-        text = f"inode {ino:#x}: expected no pins for {type_of(inode.mode)}, found {inode.iommu:#x}"
+        text = f"inode {ino:#x}: expected no pins for {file_type(inode.mode)}, found {inode.iommu:#x}"
         check.note(Code.IOMMU_PINS, text, data=Fields(ino, {"iommu": 0}))
 
 
@@ -81,7 +81,7 @@ def no_content(check: Check, ino: Ino, inode: Inode) -> None:
     """Devices, FIFOs and sockets have no content."""
     kind = stat.S_IFMT(inode.mode)
     if not SIZE_LIMITS.get(kind) and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
-        text = f"inode {ino:#x}: expected no content for {type_of(inode.mode)}, found some"
+        text = f"inode {ino:#x}: expected no content for {file_type(inode.mode)}, found some"
         check.note(Code.INODE_CONTENT, text, data=Fields(ino, {"root": 0, "inline": bytes(INLINE_SIZE)}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.errors import CorruptError, FormatError
+from pkernfs.errors import CorruptError, FormatError, file_type
 from pkernfs.format import (
     BLOCK_META,
     FIRST_FREE_SLOT,
@@ -28,7 +28,6 @@ from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.findings import Fields, NoInodes, Unusable
 from pkernfs.fsck.problems import Code
-from pkernfs.fsck.texts import type_of
 from pkernfs.region import check_superblock
 
 
@@ -104,8 +103,8 @@ def reserved_inodes(check: Check) -> None:
         found = stat.S_IFMT(inode.mode)
         if (found, inode.flags) == (kind, flags):
             continue
-        wanted = f"{type_of(kind)} with flags {flags:#x}" if kind else "nothing"
-        text = f"inode {ino}: expected {wanted}, found {type_of(found)} with flags {inode.flags:#x}"
+        wanted = f"{file_type(kind)} with flags {flags:#x}" if kind else "nothing"
+        text = f"inode {ino}: expected {wanted}, found {file_type(found)} with flags {inode.flags:#x}"
         if kind and found == kind:
             check.reached.wrong_flags.add(ino)
             check.note(Code.RESERVED_INODE, text, ino=ino, data=Fields(ino, {"flags": flags}))

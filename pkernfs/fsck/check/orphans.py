@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 import struct
 
-from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.errors import CorruptError, PkernfsError, quoted
 from pkernfs.format import (
     INODE,
     INODE_SIZE,
@@ -23,7 +23,6 @@ from pkernfs.fsck.check.rules import PLACES
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.findings import Nameless, NotEmpty, Unlisted, Unusable
 from pkernfs.fsck.problems import Code
-from pkernfs.fsck.texts import quoted
 
 
 def says_listed(check: Check, ino: Ino, inode: Inode) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 
-from pkernfs.errors import CorruptError, FsError
+from pkernfs.errors import CorruptError, FsError, quoted
 from pkernfs.format import FLAG_IOMMU_DOMAIN_PGTABLES, IOMMU_INO, ROOT_INO, Ino, Inode
 from pkernfs.fs.directory import Directory
 from pkernfs.fs.pages import new_inode, read_inode
@@ -14,7 +14,6 @@ from pkernfs.fsck.check.rules import PLACES, in_its_place
 from pkernfs.fsck.findings import Nameless
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work
-from pkernfs.fsck.texts import quoted
 
 LOST_FOUND = b"lost+found"
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pkernfs.errors import PkernfsError
+from pkernfs.errors import PkernfsError, quoted
 from pkernfs.format import ROOT_PGTABLES_INO, DomainId
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work
-from pkernfs.fsck.texts import quoted
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.devices import detach_within
 from pkernfs.iommu.directory import named_domains
