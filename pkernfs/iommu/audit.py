@@ -17,7 +17,9 @@ from pkernfs.format import (
     PAGE_FREE,
     PAGES_PER_BLOCK,
     Attachment,
+    Iova,
     PageNo,
+    PhysAddr,
     Requester,
     TablePage,
 )
@@ -57,7 +59,7 @@ class Problem(NamedTuple):
     kind: str
     domain: str | None
     device: str | None
-    iova: int | None
+    iova: Iova | None
     text: str
 
 
@@ -73,9 +75,9 @@ class Audit:
         self.name: str | None = None  #: of the domain at work
         self.device: str | None = None  #: that is attached to it
 
-    def note(self, kind: str, iova: int, text: str) -> None:
-        """Add a finding.  ``iova`` -1: it is about none."""
-        self.problems.append(Problem(kind, self.name, self.device, None if iova < 0 else iova, text))
+    def note(self, kind: str, iova: Iova | None, text: str) -> None:
+        """Add a finding.  ``iova`` None: it is about none."""
+        self.problems.append(Problem(kind, self.name, self.device, iova, text))
 
     def run(self) -> Iterator[None]:
         """All of it, in steps of some milliseconds.  Between them nothing may change."""
@@ -84,7 +86,7 @@ class Audit:
             contexts = Contexts(self.volume)
             self.attachments = dict(contexts.records.attachments())
         except PkernfsError as error:
-            self.note("record", -1, str(error))
+            self.note("record", None, str(error))
             return
         for name, ino in named_domains(self.volume):
             self.name = os.fsdecode(name)
@@ -94,12 +96,12 @@ class Audit:
                 domains[ino] = Domain(self.volume, ino)
                 yield from self._domain(domains[ino])
             except PkernfsError as error:
-                self.note("record", -1, str(error))
+                self.note("record", None, str(error))
         self.name = None
         try:
             self._devices(contexts, domains)
         except PkernfsError as error:
-            self.note("context", -1, str(error))
+            self.note("context", None, str(error))
         yield
 
     # -- one domain -----------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ class Audit:
             return
         physical, access = found.right
         if found.left is None or found.left[0] != physical:
-            belongs = owner(self.volume, physical)
+            belongs = owner(self.volume, PhysAddr(physical))
             to = f"to physical address {physical:#x}, which is {belongs or 'not in use'}"
             wanted = "nothing is mapped there" if found.left is None else f"expected {found.left[0]:#x}"
             self.note("foreign" if belongs else "dangling", found.iova, f"{where} translate {to}: {wanted}")
@@ -146,11 +148,11 @@ class Audit:
         """Compare the pages that are tables with those that are marked as used."""
         unmarked = sorted(page for page in seen if not pages.in_use(page))
         if unmarked:
-            self.note("bitmap", -1, f"{len(unmarked)} pages of tables are marked as free, the first is {unmarked[0]}")
+            self.note("bitmap", None, f"{len(unmarked)} pages of tables are marked as free, the first is {unmarked[0]}")
         extra = pages.used_count() - (len(seen) - len(unmarked))
         if extra != awaiting:
             text = f"{extra} pages are in use and nothing points to them; {awaiting} await an invalidation"
-            self.note("unreachable", -1, text)
+            self.note("unreachable", None, text)
 
     # -- devices --------------------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Audit:
         entries = contexts.root(root)
         for bus, (low, high) in enumerate(zip(entries[::2], entries[1::2], strict=True)):
             if high or (low and (low & ~ADDRESS) != 1):
-                self.note("reserved-bits", -1, f"the root entry of bus {bus:#x}, {low:#x} {high:#x}")
+                self.note("reserved-bits", None, f"the root entry of bus {bus:#x}, {low:#x} {high:#x}")
         for _, page in contexts.context_tables(root):
             yield page
 
@@ -186,19 +188,19 @@ class Audit:
         attachment = self.attachments.get(requester)
         domain = domains.get(attachment.domain) if attachment else None
         if attachment and domain is None:
-            self.note("attachment", -1, f"{self.device} is attached to inode {attachment.domain}, which is no domain")
+            self.note("attachment", None, f"{self.device} is attached to inode {attachment.domain}, which is no domain")
         elif attachment and not entries:
-            self.note("attachment", -1, f"{self.device} is attached, and has no entry")
+            self.note("attachment", None, f"{self.device} is attached, and has no entry")
         for number, words in entries:
             text = f"the entry of {self.device}, {' '.join(f'{word:#x}' for word in words)}"
             if attachment is None:
-                self.note("context", -1, f"{text}: it is not attached")
+                self.note("context", None, f"{text}: it is not attached")
             elif domain and (number != domain.record.tables or words != domain.entry or attachment.id != domain.id):
                 wanted = " ".join(f"{word:#x}" for word in domain.entry)
-                self.note("context", -1, f"{text}: expected {wanted}, which points to the tables of its domain")
+                self.note("context", None, f"{text}: expected {wanted}, which points to the tables of its domain")
 
 
-def owner(volume: Volume, physical: int) -> str:
+def owner(volume: Volume, physical: PhysAddr) -> str:
     """Whether memory is in use, and for what; "": it is not."""
     offset = physical - volume.sb.phys_base
     block, page = block_of(PageNo(offset // PAGE))

@@ -20,7 +20,7 @@ from pkernfs.format import (
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu import pci
-from pkernfs.iommu.formats import ADDRESS, DEVICES, ENTRIES, FORMATS
+from pkernfs.iommu.formats import DEVICES, ENTRIES, FORMATS
 from pkernfs.iommu.pages import TablePages
 from pkernfs.iommu.records import Records
 
@@ -88,7 +88,7 @@ class Contexts:
         entry = self.root(root)[2 * bus]
         if not entry & 1:
             return TablePage(0)
-        page = self.pages.page_at(entry & ADDRESS)
+        page = self.pages.target(entry)
         if page is None:
             raise self.pages.bad(f"the root entry of bus {bus:#x}, {entry:#x}, points out of the file")
         return page
@@ -167,7 +167,7 @@ class Contexts:
         for number, segment, root in self.tables():
             if DEVICES[number].root:
                 for bus, entry in enumerate(self.root(root)[::2]):
-                    if entry & 1 and self.pages.page_at(entry & ADDRESS) is None:
+                    if entry & 1 and self.pages.target(entry) is None:
                         log.error("the root entry of bus %#x, %#x, points out of the file: it is cleared", bus, entry)
                         self._store_root(tx, root, bus, 0)
                         self.pages.words(tx, root, 2 * bus + 1, [0])
@@ -191,7 +191,7 @@ class Contexts:
         step = ENTRIES // device.words
         if device.root:
             entries = self.root(root)[::2]
-            tables = [(bus << 8, self.pages.page_at(entry & ADDRESS)) for bus, entry in enumerate(entries) if entry & 1]
+            tables = [(bus << 8, self.pages.target(entry)) for bus, entry in enumerate(entries) if entry & 1]
         else:
             tables = [(at * step, TablePage(root + at)) for at in range(PAGES_PER_BLOCK)]
         blocked = array("Q", device.blocked * step)

@@ -39,14 +39,14 @@ class Editor:
         self.given_up: dict[TablePage, None] = {}  #: pages that nothing points to any more
         self.made = 0  #: tables
         self.stored = 0  #: leaves
-        self.first = self.end = 0  #: the range of IOVAs whose translations hardware is to invalidate
+        self.first = self.end = Iova(0)  #: the range of IOVAs whose translations hardware is to invalidate
 
-    def _touch(self, first: int, end: int) -> None:
+    def _touch(self, first: Iova, end: Iova) -> None:
         self.first = min(self.first, first) if self.end else first
         self.end = max(self.end, end)
 
     def _child(self, entry: int) -> TablePage:
-        page = self.pages.page_at(entry & ADDRESS)
+        page = self.pages.target(entry)
         if page is None:
             raise self.pages.bad(f"an entry {entry:#x} points out of the file")
         return self.pages.check_used(page)
@@ -58,7 +58,7 @@ class Editor:
 
     # -- making ---------------------------------------------------------------------------------------------------
 
-    def build(self, level: int, base: int, pieces: list[Piece]) -> TablePage:
+    def build(self, level: int, base: Iova, pieces: list[Piece]) -> TablePage:
         """A new table for IOVAs from ``base`` on, with all below it; its page."""
         entries = array("Q", bytes(8 * ENTRIES))
         self._fill(level, base, entries, pieces)
@@ -67,11 +67,11 @@ class Editor:
         self.made += 1
         return page
 
-    def _to_new_table(self, level: int, base: int, pieces: list[Piece]) -> int:
+    def _to_new_table(self, level: int, base: Iova, pieces: list[Piece]) -> int:
         """An entry of a table of ``level`` that points to a new table."""
         return self.pages.physical(self.build(level - 1, base, pieces)) | self.form.table[level]
 
-    def _fill(self, level: int, base: int, entries: array[int], pieces: list[Piece]) -> dict[int, list[Piece]]:
+    def _fill(self, level: int, base: Iova, entries: array[int], pieces: list[Piece]) -> dict[int, list[Piece]]:
         """Enter what goes into leaves here, and new tables; by index what goes into tables that are there already."""
         size = span(level)
         form = self.form
@@ -95,10 +95,10 @@ class Editor:
                     below.setdefault(index, []).append(Piece(iova, physical, step, access))
                 iova, physical, length = Iova(iova + step), PhysAddr(physical + step), length - step
         for index in [index for index in below if not entries[index]]:
-            entries[index] = self._to_new_table(level, base + index * size, below.pop(index))
+            entries[index] = self._to_new_table(level, Iova(base + index * size), below.pop(index))
         return below
 
-    def enter(self, level: int, page: TablePage, base: int, pieces: list[Piece]) -> int:
+    def enter(self, level: int, page: TablePage, base: Iova, pieces: list[Piece]) -> int:
         """Enter pieces into a table that is reachable.
 
         The leaf that says the same as all of the table, to be stored in its place; else 0.
@@ -110,11 +110,12 @@ class Editor:
             if self.form.is_leaf(new[index], level):
                 raise self.pages.bad(f"a leaf for IOVA {parts[0].iova:#x} where no mapping is")
             child = self._child(new[index])
-            leaf = self.enter(level - 1, child, base + index * size, parts)
+            start = Iova(base + index * size)
+            leaf = self.enter(level - 1, child, start, parts)
             if leaf:
                 new[index] = leaf
                 self._drop(child)
-                self._touch(base + index * size, base + (index + 1) * size)
+                self._touch(start, Iova(start + size))
         leaf = self._merged(level, new)
         if not leaf:
             self._store(page, old, new)
@@ -150,12 +151,12 @@ class Editor:
 
     # -- taking away ----------------------------------------------------------------------------------------------
 
-    def clear(self, level: int, page: TablePage, first: int, end: int, base: int = -1) -> bool:
+    def clear(self, level: int, page: TablePage, first: Iova, end: Iova, base: Iova | None = None) -> bool:
         """Take IOVAs [first, end) from a table that is reachable; whether nothing is left in it.
 
-        Then it stays as it is, for the entry that points to it is to be cleared; but for a root (``base`` -1).
+        Then it stays as it is, for the entry that points to it is to be cleared; but for a root (``base`` None).
         """
-        is_root, base = base < 0, max(base, 0)
+        is_root, base = base is None, base or Iova(0)
         old = self.pages.read(page)
         new = array("Q", old)
         form, size = self.form, span(level)
@@ -163,11 +164,11 @@ class Editor:
             entry = new[index]
             if not entry & form.present:
                 continue
-            start = base + index * size
+            start = Iova(base + index * size)
             whole = first <= start and start + size <= end
             leaf = form.is_leaf(entry, level)
             if leaf:
-                self._touch(start, start + size)
+                self._touch(start, Iova(start + size))
             if whole:
                 new[index] = 0
                 if not leaf:
@@ -184,23 +185,23 @@ class Editor:
         self._store(page, old, new)
         return False
 
-    def _split(self, level: int, start: int, entry: int, first: int, end: int) -> int:
+    def _split(self, level: int, start: Iova, entry: int, first: Iova, end: Iova) -> int:
         """An entry that points to a table with what a leaf says, but for IOVAs [first, end)."""
         size = span(level)
         physical = entry & ADDRESS & -size
         access = self.form.access(entry)
         pieces = []
         if start < first:
-            pieces.append(Piece(Iova(start), PhysAddr(physical), first - start, access))
+            pieces.append(Piece(start, PhysAddr(physical), first - start, access))
         if end < start + size:
-            pieces.append(Piece(Iova(end), PhysAddr(physical + end - start), start + size - end, access))
+            pieces.append(Piece(end, PhysAddr(physical + end - start), start + size - end, access))
         return self._to_new_table(level, start, pieces)
 
-    def _give_up(self, level: int, page: TablePage, base: int) -> None:
+    def _give_up(self, level: int, page: TablePage, base: Iova) -> None:
         """Give up a table and all tables below it."""
         for table in tables_below(self.form, self.pages, level, page):
             self._drop(table)
-        self._touch(base, base + ENTRIES * span(level))
+        self._touch(base, Iova(base + ENTRIES * span(level)))
 
 
 def tables_below(form: TableFormat, pages: TablePages, level: int, page: TablePage) -> Iterator[TablePage]:
@@ -216,7 +217,7 @@ def tables_below(form: TableFormat, pages: TablePages, level: int, page: TablePa
         if level > 1:
             for entry in pages.read(page):
                 if entry & form.present and not form.is_leaf(entry, level):
-                    child = pages.page_at(entry & ADDRESS)
+                    child = pages.target(entry)
                     if child is None:
                         raise pages.bad(f"an entry {entry:#x} points out of the file")
                     todo.append((level - 1, child))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pkernfs.format import PAGE, TABLES_AMD, TABLES_VTD, GiB, MiB
+from pkernfs.format import PAGE, TABLES_AMD, TABLES_VTD, GiB, Iova, MiB
 
 ENTRIES: Final = 512
+IOVA_START, IOVA_END = Iova(0), Iova(1 << 64)  #: all IOVAs
 ADDRESS: Final = (1 << 52) - PAGE  #: bits 51:12 of an entry
 INTERRUPTS: Final = range(0xFEE00000, 0xFEF00000)  #: writes here are interrupts, whatever the tables say
 

@@ -28,6 +28,7 @@ from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.domain import Domain
+from pkernfs.iommu.formats import IOVA_START
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replies import commit, replayed
 from pkernfs.iommu.translations import differences, joined, pieces_of
@@ -41,8 +42,8 @@ def hexadecimal(*numbers: int) -> str:
     return " to ".join(f"{number:#x}" for number in numbers)
 
 
-def check_range(domain: Domain, iova: int, length: int) -> None:
-    """Raise FsError(EINVAL), with the rule, for IOVAs that no mapping can have."""
+def check_range(domain: Domain, iova: int, length: int) -> Iova:
+    """The IOVA.  Raises FsError(EINVAL), with the rule, for a range that no mapping can have."""
     end = iova + length
     if iova % PAGE or length % PAGE:
         raise FsError(errno.EINVAL, f"IOVA {iova:#x}, length {length:#x}: expected multiples of 4 KiB")
@@ -51,12 +52,13 @@ def check_range(domain: Domain, iova: int, length: int) -> None:
     if not 0 <= iova < end <= domain.aperture:
         rule = f"IOVAs of {domain.record.levels} levels are below {domain.aperture:#x}"
         raise FsError(errno.EINVAL, f"IOVAs {hexadecimal(iova, end - 1)}: {rule}")
+    return Iova(iova)
 
 
 class Mapped(NamedTuple):
     """What a ``map`` has done."""
 
-    iova: int
+    iova: Iova
     length: int
     stored: int  #: leaves; 0 when the mapping was there already
 
@@ -93,7 +95,7 @@ def map_file(
     if offset % PAGE or offset + length > whole or offset < 0:
         rule = f"expected a multiple of 4 KiB, and up to {whole:#x}, where the file ends"
         raise FsError(errno.EINVAL, f"offset {offset:#x}, length {length:#x}: {rule}")
-    check_range(domain, iova, length)
+    iova = check_range(domain, iova, length)
     for reserved in domain.form.reserved:
         if iova < reserved.stop and reserved.start < iova + length:
             rule = f"{hexadecimal(reserved.start, reserved.stop - 1)} never reaches the tables"
@@ -121,8 +123,8 @@ def map_file(
         _make_room(tx, domain, roots)
         domain.prepare(tx, roots)
         editor = domain.editor(tx)
-        pieces = list(joined(pieces_of(volume, Iova(iova), mapping, filemap)))
-        editor.enter(domain.record.levels, domain.root, 0, pieces)
+        pieces = list(joined(pieces_of(volume, iova, mapping, filemap)))
+        editor.enter(domain.record.levels, domain.root, IOVA_START, pieces)
         domain.edited(tx, editor, roots)
         domain.records.put(tx, first, MAPPING.pack(mapping))
         domain.save(tx)
@@ -157,7 +159,7 @@ def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
         at = IovaPage(found + other.length)
     if at < end:
         raise FsError(errno.ENOENT, f"IOVA {at * PAGE:#x} is not mapped: map it without --live-update")
-    for text in differences(domain, first * PAGE, end * PAGE):
+    for text in differences(domain, Iova(first * PAGE), Iova(end * PAGE)):
         raise domain.pages.bad(text)
 
 
@@ -165,7 +167,7 @@ def unmap(fs: Filesystem, ino: Ino, iova: int, length: int, key: int = 0) -> int
     """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
     volume = fs.volume
     domain = Domain(volume, ino)
-    check_range(domain, iova, length)
+    iova = check_range(domain, iova, length)
     first, end = iova // PAGE, (iova + length) // PAGE
     again = replayed(fs, key)
     if again is not None:
@@ -203,7 +205,7 @@ def _unmap_part(fs: Filesystem, ino: Ino, pages: range, before: int, key: int) -
         domain = Domain(volume, ino)
         _make_room(tx, domain, roots)
         editor = domain.editor(tx)
-        editor.clear(domain.record.levels, domain.root, first * PAGE, end * PAGE)
+        editor.clear(domain.record.levels, domain.root, Iova(first * PAGE), Iova(end * PAGE))
         domain.edited(tx, editor, roots)
         unmapped = 0
         for at, mapping in list(domain.records.mappings(IovaPage(first), IovaPage(end - 1))):

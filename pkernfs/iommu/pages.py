@@ -26,7 +26,7 @@ from pkernfs.fs.damage import NO_PAGE, corrupt_inode
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
-from pkernfs.iommu.formats import ENTRIES
+from pkernfs.iommu.formats import ADDRESS, ENTRIES
 
 NO_RUN = (TablePage(0), 0)
 
@@ -85,11 +85,12 @@ class TablePages:
         """The physical address of a page."""
         return PhysAddr(self.base + self.offset(page))
 
-    def page_at(self, physical: int) -> TablePage | None:
-        """The page at a physical address, a multiple of 4 KiB, as an entry has it; None: it is none of this file."""
-        number = (physical - self.base) // PAGE
+    def target(self, entry: int) -> TablePage | None:
+        """The page that an entry (of any table) points to; None: it is none of this file."""
+        address = entry & ADDRESS
+        number = (address - self.base) // PAGE
         index = bisect_right(self.region_starts, number) - 1
-        if physical < self.base or index < 0:
+        if address < self.base or index < 0:
             return None
         extent = self.by_region[index]
         skip = number - extent.page

@@ -6,13 +6,13 @@ import errno
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import Ino
+from pkernfs.format import Ino, Iova
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.domain import Domain, tables_checked
 from pkernfs.iommu.edit import tables_below
-from pkernfs.iommu.formats import LEAVES
+from pkernfs.iommu.formats import IOVA_START, LEAVES
 from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replies import commit
@@ -55,7 +55,7 @@ def replace(fs: Filesystem, ino: Ino, leaf: int = 0, *, rebuild: bool = False, k
         old = domain.record
         given_up = 0 if rebuild else sum(1 for _ in tables_below(domain.form, domain.pages, old.levels, domain.root))
         editor = domain.editor(tx)
-        root = editor.build(old.levels, 0, list(expected(domain)))
+        root = editor.build(old.levels, IOVA_START, list(expected(domain)))
         before, after = Tables(domain, _refuse(domain)), Tables(domain, _refuse(domain))
         after.root = root
         translations = list(after.pieces())
@@ -92,7 +92,7 @@ def _switch(tx: Transaction, domain: Domain, roots: Records, rebuild: bool) -> N
 
 
 def _refuse(domain: Domain) -> Note:
-    def note(_kind: str, iova: int, text: str) -> None:
+    def note(_kind: str, iova: Iova | None, text: str) -> None:
         raise domain.pages.bad(f"IOVA {iova:#x}: {text}")
 
     return note

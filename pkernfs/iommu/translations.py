@@ -12,15 +12,15 @@ from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import Piece
-from pkernfs.iommu.formats import ADDRESS, ENTRIES, span
+from pkernfs.iommu.formats import ADDRESS, ENTRIES, IOVA_END, IOVA_START, span
 from pkernfs.iommu.records import LAST_MAPPING
 
 #: No more than this is looked at without a look at anything else: 512 tables of leaves of 4 KiB take some
 #: tens of milliseconds to read.
 PORTION = GiB
 
-#: kind, IOVA (-1: none), text
-Note = Callable[[str, int, str], None]
+#: kind, IOVA (None: it is about none), text
+Note = Callable[[str, Iova | None, str], None]
 
 
 class Tables:
@@ -37,13 +37,13 @@ class Tables:
         self.note = note
         self.seen: set[TablePage] = set()
 
-    def pieces(self, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
+    def pieces(self, first: Iova = IOVA_START, end: Iova = IOVA_END) -> Iterator[Piece]:
         """The translations of IOVAs [first, end), by ascending IOVA."""
         if self.root:
             self.seen.add(self.root)
-            yield from joined(self._table(self.levels, self.root, 0, first, end))
+            yield from joined(self._table(self.levels, self.root, IOVA_START, first, end))
 
-    def _table(self, level: int, page: TablePage, base: int, first: int, end: int) -> Iterator[Piece]:
+    def _table(self, level: int, page: TablePage, base: Iova, first: Iova, end: Iova) -> Iterator[Piece]:
         form, size = self.form, span(level)
         entries = self.pages.read(page)
         low, high = max(first - base, 0) // size, min(-(-(end - base) // size), ENTRIES)
@@ -55,7 +55,7 @@ class Tables:
                 return
         while low < high:
             entry = entries[low]
-            iova = base + low * size
+            iova = Iova(base + low * size)
             if not entry & form.present:
                 if entry:
                     self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} is not present, and not zero")
@@ -70,19 +70,19 @@ class Tables:
                 yield from self._below(level, entry, iova, first, end)
                 low += 1
 
-    def _leaves(self, level: int, base: int, entries: array[int], low: int, high: int) -> Iterator[Piece]:
+    def _leaves(self, level: int, base: Iova, entries: array[int], low: int, high: int) -> Iterator[Piece]:
         """Leaves whose entries go up by the size of their pages."""
         form, size = self.form, span(level)
         entry = entries[low]
         for at in sorted({low, high - 1}):
             if form.odd_bits(entries[at], level):
                 text = f"leaf {entries[at]:#x} of level {level} has bits {form.odd_bits(entries[at], level):#x} wrong"
-                self.note("reserved-bits", base + at * size, text)
+                self.note("reserved-bits", Iova(base + at * size), text)
         iova, physical = Iova(base + low * size), PhysAddr(entry & ADDRESS & -size)
         yield Piece(iova, physical, (high - low) * size, form.access(entry))
 
-    def _below(self, level: int, entry: int, iova: int, first: int, end: int) -> Iterator[Piece]:
-        child = self.pages.page_at(entry & ADDRESS)
+    def _below(self, level: int, entry: int, iova: Iova, first: Iova, end: Iova) -> Iterator[Piece]:
+        child = self.pages.target(entry)
         odd = self.form.odd_bits(entry, level)
         if odd:
             self.note("reserved-bits", iova, f"entry {entry:#x} of level {level} has bits {odd:#x} wrong")
@@ -135,7 +135,7 @@ def joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
         yield last
 
 
-def expected(domain: Domain, first: int = 0, end: int = 1 << 64) -> Iterator[Piece]:
+def expected(domain: Domain, first: Iova = IOVA_START, end: Iova = IOVA_END) -> Iterator[Piece]:
     """What the mappings say for IOVAs [first, end), by ascending IOVA.  Raises CorruptError."""
 
     def each() -> Iterator[Piece]:
@@ -147,7 +147,7 @@ def expected(domain: Domain, first: int = 0, end: int = 1 << 64) -> Iterator[Pie
     return joined(each())
 
 
-def clipped(piece: Piece, first: int, end: int) -> Iterator[Piece]:
+def clipped(piece: Piece, first: Iova, end: Iova) -> Iterator[Piece]:
     """The part of a piece that is within [first, end), if there is one."""
     low, high = max(piece.iova, first), min(piece.iova + piece.length, end)
     if low < high:
@@ -157,7 +157,7 @@ def clipped(piece: Piece, first: int, end: int) -> Iterator[Piece]:
 class Difference(NamedTuple):
     """A range of IOVAs for which two sides differ; a side is (physical address, access), or None."""
 
-    iova: int
+    iova: Iova
     length: int
     left: tuple[int, int] | None
     right: tuple[int, int] | None
@@ -174,7 +174,7 @@ def compare(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[Differenc
         starts = [piece.iova for piece in (one, other) if piece]
         ends = [piece.iova + piece.length for piece in (one, other) if piece]
         low = min(starts)
-        high = min([start for start in starts if start > low] + ends)
+        high = Iova(min([start for start in starts if start > low] + ends))
         sides = [
             (piece.physical + low - piece.iova, piece.access) if piece and piece.iova == low else None
             for piece in (one, other)
@@ -185,13 +185,13 @@ def compare(left: Iterator[Piece], right: Iterator[Piece]) -> Iterator[Differenc
         other = _rest(other, high) or next(right, None)
 
 
-def _rest(piece: Piece | None, first: int) -> Piece | None:
+def _rest(piece: Piece | None, first: Iova) -> Piece | None:
     if piece is None or piece.iova >= first:
         return piece
-    return next(clipped(piece, first, 1 << 64), None)
+    return next(clipped(piece, first, IOVA_END), None)
 
 
-def differences(domain: Domain, first: int, end: int) -> Iterator[str]:
+def differences(domain: Domain, first: Iova, end: Iova) -> Iterator[str]:
     """What is wrong with the tables for IOVAs [first, end), in words."""
     notes: list[str] = []
     tables = Tables(domain, lambda _kind, iova, text: notes.append(f"IOVA {iova:#x}: {text}"))

@@ -6,7 +6,7 @@ import errno
 
 from pkernfs import api
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, Ino, IovaPage, Requester
+from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, Ino, Iova, IovaPage, Requester
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
@@ -52,14 +52,14 @@ def walk(fs: Filesystem, requester: Requester | None, ino: Ino | None, iova: int
             never = f"{reserved.start:#x} to {reserved.stop - 1:#x} never reaches the tables"
             result.fault = result.fault or never
     if result.fault is None:
-        result.fault = _walk_tables(domain, iova, result)
-    wanted = file_at(domain, iova) if 0 <= iova < domain.aperture else None
+        result.fault = _walk_tables(domain, Iova(iova), result)
+    wanted = file_at(domain, Iova(iova)) if 0 <= iova < domain.aperture else None
     if wanted:
         result.ino, result.offset = wanted
     return result
 
 
-def file_at(domain: Domain, iova: int) -> tuple[int, int] | None:
+def file_at(domain: Domain, iova: Iova) -> tuple[int, int] | None:
     """(inode, offset) of what a domain's mappings say of an IOVA."""
     page, skip = divmod(iova, PAGE)
     for at, mapping in domain.records.mappings(IovaPage(page), IovaPage(page)):
@@ -99,7 +99,7 @@ def _walk_device(fs: Filesystem, domain: Domain, requester: Requester, steps: li
     return None if words == domain.entry else "the entry does not point to the domain's tables: see pkernfs iommu audit"
 
 
-def _walk_tables(domain: Domain, iova: int, result: api.Walk) -> str | None:
+def _walk_tables(domain: Domain, iova: Iova, result: api.Walk) -> str | None:
     form, pages = domain.form, domain.pages
     page = domain.root
     if not page:
@@ -123,7 +123,7 @@ def _walk_tables(domain: Domain, iova: int, result: api.Walk) -> str | None:
             means = f"leaf of {LEAF_NAMES[level]} at {entry & ADDRESS & -span(level):#x}, {access}"
             result.steps.append(_step(level, here, index, entry, means))
             return None
-        child = pages.page_at(entry & ADDRESS)
+        child = pages.target(entry)
         result.steps.append(_step(level, here, index, entry, f"table of level {level - 1} at {entry & ADDRESS:#x}"))
         if child is None:
             return f"the table of level {level - 1} is not one of the domain's"
