@@ -10,11 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from pkernfs.errors import PkernfsError
+from pkernfs.server.messages import Failure, Instruction, Up
 from pkernfs.sockets import receive_fds
 
 PROTOCOL = 1  #: version of the messages between a keeper and its workers
@@ -45,16 +46,15 @@ def worker_command() -> list[str]:
     return shlex.split(os.environ.get("PKERNFS_WORKER", "")) or python_command("pkernfs.server.worker")
 
 
-def send(connection: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    """One message, with descriptors."""
+def send(connection: socket.socket, message: Mapping[str, object], fds: Sequence[int] = ()) -> None:
+    """One message of messages.py, with descriptors."""
     socket.send_fds(connection, [json.dumps(message).encode()], list(fds))
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message, with its descriptors; {} at the end."""
+def receive(connection: socket.socket) -> tuple[Any, list[int]]:
+    """The next message of messages.py, with its descriptors; None at the end."""
     data, fds = receive_fds(connection, MESSAGE_MAX, FDS_MAX)
-    message: dict[str, Any] = json.loads(data) if data else {}
-    return message, fds
+    return json.loads(data) if data else None, fds
 
 
 class Child:
@@ -67,7 +67,7 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str] = (), *, connection: socket.socket | None = None, pid: int = 0) -> None:
-        self.facts: dict[str, Any] = {}  #: what the message "up" held
+        self.facts: Up | None = None  #: what it said of itself; None: nothing yet
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         if connection is not None:
@@ -83,35 +83,37 @@ class Child:
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
 
-    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Raises WorkerGoneError."""
+    def send(self, message: Instruction, fds: Sequence[int] = ()) -> None:
+        """Tell it something.  Raises WorkerGoneError."""
         try:
             send(self.socket, message, fds)
         except OSError:
             raise WorkerGoneError(f"worker {self.pid} has ended") from None
 
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
-        """The next message.  Raises WorkerGoneError, WorkerError for a message with "error"."""
+    def receive(self, timeout: float | None = None) -> Any:
+        """Its next message.  Raises WorkerGoneError, WorkerError for a Failure."""
         if not select.select([self.socket], [], [], timeout)[0]:
             raise WorkerStuckError(f"worker {self.pid} does not answer within {timeout:g} s")
         try:
             message, _ = receive(self.socket)
         except OSError:
-            message = {}
-        if not message:
+            message = None
+        if message is None:
             raise WorkerGoneError(f"worker {self.pid} has ended")
         if "error" in message:
-            error = WorkerError(message["error"])
-            error.exit_code = message.get("exit_code", error.exit_code)
+            failure: Failure = message
+            error = WorkerError(failure["error"])
+            error.exit_code = failure["exit_code"]
+            error.errno = failure.get("errno", error.errno)
             raise error
         return message
 
-    def wait_until_up(self, timeout: float) -> dict[str, Any]:
-        """Wait until it has imported everything; what the message "up" holds.  Raises WorkerGoneError, WorkerError."""
-        if not self.facts:
-            self.facts = self.receive(timeout)
-            if self.facts.get("protocol") != PROTOCOL:
-                found = self.facts.get("protocol")
+    def wait_until_up(self, timeout: float) -> Up:
+        """Wait until it has imported everything; what it says of itself.  Raises WorkerGoneError, WorkerError."""
+        if self.facts is None:
+            facts: Up = self.receive(timeout)
+            self.facts = facts
+            if (found := facts.get("protocol")) != PROTOCOL:
                 raise WorkerError(
                     f"worker {self.pid}: expected protocol {PROTOCOL} of its keeper, found {found}",
                     hint="pkernfs upgrade --keeper first",

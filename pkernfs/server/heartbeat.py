@@ -6,10 +6,10 @@ import logging
 import signal
 import time
 from contextlib import suppress
-from typing import Any
 
 from pkernfs.server.child import Child, WorkerGoneError
 from pkernfs.server.device import Device
+from pkernfs.server.messages import Pulse
 
 log = logging.getLogger("pkernfs")
 
@@ -39,7 +39,7 @@ class Heartbeat:
         """Seconds between two checks."""
         return min(BEAT, self.patience / 4)
 
-    def on_answer(self, message: dict[str, Any]) -> None:
+    def on_answer(self, message: Pulse) -> None:
         """The worker's answer."""
         self._received = time.monotonic()
         self._begun = message["begun"]
@@ -76,7 +76,8 @@ def kill_stuck(worker: Child, why: str) -> None:
     # log's lock may be what it hangs on.
     worker.signal(signal.SIGCONT)
     worker.signal(signal.SIGUSR1)
-    with suppress(OSError), open(f"/proc/{worker.pid}/fd/{worker.facts.get('stacks', -1)}", encoding="utf-8") as file:
+    stacks_fd = worker.facts["stacks"] if worker.facts else -1
+    with suppress(OSError), open(f"/proc/{worker.pid}/fd/{stacks_fd}", encoding="utf-8") as file:
         end = time.monotonic() + DUMP
         while not (stacks := file.read()) and time.monotonic() < end:
             time.sleep(0.01)

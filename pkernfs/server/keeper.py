@@ -268,10 +268,7 @@ class Keeper:
 
     def status(self) -> api.Status:
         """What `pkernfs status` shows."""
-        from pkernfs import api
-
-        return api.Status(
-            **self.state.status(),
+        return self.state.status(
             standby=self.standby.pid,
             requests=requests(self.stats),
             failed_requests=self.stats[BUGS],

@@ -40,7 +40,7 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         fs: Filesystem,
-        facts: Callable[[], dict[str, Any]],
+        facts: Callable[[], dict[str, object]],
         counters: memoryview | None = None,
         *,
         writeback: bool = False,

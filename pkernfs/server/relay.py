@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from pkernfs.server.child import Child, WorkerGoneError, WorkerStuckError, request_socket
 from pkernfs.server.device import BUFFER, REPLY, REQUEST, RESENT, WITHOUT_REPLY, Device, Request, patched_init
+from pkernfs.server.messages import Instruction
 
 log = logging.getLogger("pkernfs")
 
@@ -57,16 +58,16 @@ class Relay:
         self.patience = patience  #: seconds that a worker may take for a request
         self.deaths: dict[int, int] = {}  #: workers that ended with a request, by its unique number
 
-    def hand_over(self, worker: Child, message: dict[str, object], fds: Sequence[int], *, takeover: bool) -> None:
+    def hand_over(self, worker: Child, message: Instruction, fds: Sequence[int], *, takeover: bool) -> None:
         """Let an opened worker serve.
 
-        It gets the message "serve" with the descriptors of the device, of what stands in for that, and ``fds``.  Raises
-        WorkerGoneError; ConnectionAbortedError when the mount has ended.
+        It gets ``message``, a "serve", with the descriptors of the device, of what stands in for that, and ``fds``.
+        Raises WorkerGoneError; ConnectionAbortedError when the mount has ended.
         """
         ours, theirs, largest = request_socket()
         with ours:
             with theirs:
-                worker.send({"verb": "serve", **message}, [self.device.fd, theirs.fileno(), *fds])
+                worker.send(message, [self.device.fd, theirs.fileno(), *fds])
             _send(worker, ours, self.init)
             reply = self._reply(worker, ours)
             if takeover:

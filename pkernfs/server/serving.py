@@ -10,11 +10,12 @@ import os
 import subprocess
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.mountinfo import mount_at
 from pkernfs.server.child import Child, WorkerGoneError
 from pkernfs.server.device import Device, mount_device, umount_command
+from pkernfs.server.messages import Instruction, Opened, Ready
 from pkernfs.server.relay import Relay
 from pkernfs.server.state import FD_NAMES, Descriptors, State
 from pkernfs.server.systemd import service
@@ -66,7 +67,7 @@ class Serving:
             self._listen(device)
             self._connect(device)
             self._hand_over(worker, takeover=False)
-            ready = worker.receive(START)
+            ready: Ready = worker.receive(START)
             self._note(worker)
             return Started(opened["opened"], ready["warning"])
         except BaseException:
@@ -87,12 +88,13 @@ class Serving:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def open(self, worker: Child, *, first: bool) -> dict[str, Any]:
+    def open(self, worker: Child, *, first: bool) -> Opened:
         """Let a worker open the region.  Raises WorkerError, WorkerGoneError."""
         worker.wait_until_up(START)
-        message = {"verb": "open", "state": self.state.to_json(), "first": first}
+        message = Instruction(verb="open", state=self.state.to_json(), first=first)
         worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
-        return worker.receive(START)
+        opened: Opened = worker.receive(START)
+        return opened
 
     def let_serve(self, worker: Child, begin: float) -> float:
         """Open and hand over, nobody serves since ``begin``; for how long that was so, in seconds.
@@ -110,7 +112,7 @@ class Serving:
         return stall
 
     def _hand_over(self, worker: Child, *, takeover: bool) -> None:
-        message = {"state": self.state.to_json(), "revive": not self._service}
+        message = Instruction(verb="serve", state=self.state.to_json(), revive=not self._service)
         self._relay.hand_over(worker, message, [self.fds.control, self.fds.commands], takeover=takeover)
 
     def _note(self, worker: Child) -> None:
@@ -118,7 +120,7 @@ class Serving:
         state = self.state
         self.worker = worker
         state.worker, state.worker_since = worker.pid, time.time()
-        state.version = worker.facts.get("version", "")
+        state.version = worker.facts["version"] if worker.facts else ""
         self.publish_state()
 
     def drain(self) -> None:

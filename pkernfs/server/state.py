@@ -6,9 +6,13 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pkernfs.options import MountOptions
+from pkernfs.server.messages import StateFacts
+
+if TYPE_CHECKING:
+    from pkernfs import api
 
 
 class Descriptors(NamedTuple):
@@ -51,36 +55,45 @@ class State:
     last_takeover: float = 0.0
     longest_stall: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> StateFacts:
         """As JSON can hold it: keepers and workers of other versions read it too, see "orders_path"."""
-        facts = dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
+        facts: StateFacts = dataclasses.asdict(self) | {"options": self.options._asdict(), "init": self.init.hex()}
         facts["orders_path"] = facts.pop("commands_path")
         return facts
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Self:
+    def from_json(cls, facts: Any) -> Self:
         """Undo to_json."""
         options = MountOptions(**facts["options"] | {"kernel": tuple(facts["options"]["kernel"])})
         facts = facts | {"options": options, "init": bytes.fromhex(facts["init"])}
         facts["commands_path"] = facts.pop("orders_path")
         return cls(**facts)
 
-    def status(self) -> dict[str, Any]:
-        """What `pkernfs status` shows of it."""
+    def status(
+        self, *, standby: int, requests: dict[str, int], failed_requests: int, dirty: int | None, pinned: int
+    ) -> api.Status:
+        """What `pkernfs status` shows: of the state, and what the keeper adds."""
+        from pkernfs import api
+
         now = time.time()
-        return {
-            "mountpoint": self.mountpoint,
-            "region": self.region,
-            "device": self.device,
-            "readonly": self.options.readonly,
-            "keeper": os.getpid(),
-            "keepers": self.keepers,
-            "worker": self.worker,
-            "version": self.version,
-            "uptime": now - self.since,
-            "worker_uptime": now - self.worker_since if self.worker else 0.0,
-            "takeovers": self.takeovers,
-            "last_reason": self.last_reason,
-            "last_takeover": self.last_takeover,
-            "longest_stall": self.longest_stall,
-        }
+        return api.Status(
+            mountpoint=self.mountpoint,
+            region=self.region,
+            device=self.device,
+            readonly=self.options.readonly,
+            keeper=os.getpid(),
+            keepers=self.keepers,
+            worker=self.worker,
+            version=self.version,
+            uptime=now - self.since,
+            worker_uptime=now - self.worker_since if self.worker else 0.0,
+            takeovers=self.takeovers,
+            last_reason=self.last_reason,
+            last_takeover=self.last_takeover,
+            longest_stall=self.longest_stall,
+            standby=standby,
+            requests=requests,
+            failed_requests=failed_requests,
+            dirty=dirty,
+            pinned=pinned,
+        )

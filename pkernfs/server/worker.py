@@ -1,18 +1,7 @@
 """A worker: pyfuse3 over one region, on a session that its keeper hands over.
 
-python -m pkernfs.server.worker FD: FD is the socket to the keeper.  Messages, each a JSON object:
-
-    up        from the worker, when it has imported everything: pid, version, protocol, stacks (a descriptor of its own)
-    check     state; with the region: can this version read it?
-    open      state, first; with the region, the references, the counters
-    serve     state, revive; with /dev/fuse, the socket that stands in for it, and the listening sockets
-    ready     from the first worker, after the first request: the mount is usable
-    know      state, as it is now
-    beat      answered with how many requests were read, and for how many seconds the oldest is at work
-    drain     let another worker serve
-    end       let go of the mount
-
-A worker ends with status 0 when the mount has ended and the region is closed, or when it was drained.
+python -m pkernfs.server.worker FD: FD is the socket to the keeper, see messages.py for what goes through it.  A worker
+ends with status 0 when the mount has ended and the region is closed, or when it was drained.
 """
 
 from __future__ import annotations
@@ -27,8 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -48,6 +38,7 @@ from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import PROTOCOL, receive, send
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
+from pkernfs.server.messages import Failure, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
 from pkernfs.server.state import State
@@ -109,30 +100,37 @@ class Worker:
         """All messages, to the end of the mount."""
         faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
         keep_resident()
-        up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks.fileno()}
+        up: Up = {
+            "pid": os.getpid(),
+            "version": pkernfs.__version__,
+            "protocol": PROTOCOL,
+            "stacks": self.stacks.fileno(),
+        }
         send(self.keeper, up)
         if not select.select([self.keeper], [], [], IDLE)[0]:
             importlib.import_module("pkernfs.server.verbs")  # a standby: a takeover is to find everything loaded
         while True:
             message, fds = receive(self.keeper)
-            if not message:
+            if message is None:
                 return None
             self.state = State.from_json(message["state"])
             try:
                 if message["verb"] == "serve":
                     return self.serve(message, *fds)
-                reply = self.check(*fds) if message["verb"] == "check" else self.open(message, *fds)
+                reply: Mapping[str, object] = (
+                    self.check(*fds) if message["verb"] == "check" else self.open(message, *fds)
+                )
             except PkernfsError as error:
-                reply = {"error": str(error), "exit_code": error.exit_code}
+                reply = Failure(error=str(error), exit_code=error.exit_code, errno=error.errno)
             send(self.keeper, reply)
 
-    def check(self, region_fd: int) -> dict[str, Any]:
+    def check(self, region_fd: int) -> Mapping[str, object]:
         """Whether this version can read the region.  Raises FormatError."""
         with open_region(self.state.region, readonly=True, fd=region_fd) as region:
             read_superblock(region, readonly=self.state.options.readonly)
         return {"checked": True}
 
-    def open(self, message: dict[str, Any], region_fd: int, references_fd: int, stats_fd: int) -> dict[str, Any]:
+    def open(self, message: Instruction, region_fd: int, references_fd: int, stats_fd: int) -> Opened:
         """Open and recover the region, and apply the options that change its root.  Raises PkernfsError."""
         options = self.state.options
         self.first = message["first"]
@@ -149,7 +147,7 @@ class Worker:
                 fs.setattr(ROOT_INO, SetAttr(uid=options.uid, gid=options.gid, mode=options.mode))
         return {"opened": fs.volume.recovered}
 
-    def serve(self, message: dict[str, Any], device: int, session: int, control: int, commands: int) -> None:
+    def serve(self, message: Instruction, device: int, session: int, control: int, commands: int) -> None:
         """Serve until the mount ends, and close the filesystem."""
         fs, state = self.fs, self.state
         self.fds += [control, commands, device]
@@ -199,7 +197,7 @@ class Worker:
             return tune(state.mountpoint) if state.options.tune else ""
 
         warning = await trio.to_thread.run_sync(wait_and_tune, abandon_on_cancel=True)
-        send(self.keeper, {"ready": os.getpid(), "warning": warning})
+        send(self.keeper, Ready(ready=os.getpid(), warning=warning))
 
     async def handle_messages(self, requests: Requests, scope: trio.CancelScope) -> None:
         """Handle the keeper's messages; start another keeper when it has ended."""
@@ -207,7 +205,7 @@ class Worker:
             await trio.lowlevel.wait_readable(self.keeper)
             with suppress(OSError):
                 message, _ = receive(self.keeper)
-                if message:
+                if message is not None:
                     await self.handle(message, requests, scope)
                     continue
             await trio.sleep(GRACE)
@@ -216,11 +214,11 @@ class Worker:
                 return
             await self.start_keeper()
 
-    async def handle(self, message: dict[str, Any], requests: Requests, scope: trio.CancelScope) -> None:
+    async def handle(self, message: Instruction, requests: Requests, scope: trio.CancelScope) -> None:
         """Handle one message."""
         match message["verb"]:
             case "beat":
-                send(self.keeper, {"oldest": requests.oldest(), "begun": requests.begun})
+                send(self.keeper, Pulse(oldest=requests.oldest(), begun=requests.begun))
             case "know":
                 self.state = State.from_json(message["state"])
                 if not self.state.options.foreground:

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from pkernfs.errors import FsError
 from pkernfs.format import Ino
@@ -47,7 +47,7 @@ class Facts:
     ``of_mount``: those of the mount, when they are asked for.
     """
 
-    def __init__(self, fs: Filesystem, of_mount: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, fs: Filesystem, of_mount: Callable[[], dict[str, object]]) -> None:
         self.fs = fs
         self.of_mount = of_mount
 
