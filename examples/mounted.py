@@ -118,7 +118,7 @@ class Mounted:
 
 
 def serving(region: Path) -> list[int]:
-    """Ids of the processes that serve `region`: who has it open, whoever above those holds a /dev/fuse, and all below.
+    """Ids of the processes that serve `region`: who has it open, whoever before those holds a /dev/fuse, all below.
 
     Parents come before their children.  We go by what a process holds and not by what it is called: another mount's
     server has the same name.
@@ -137,23 +137,23 @@ def serving(region: Path) -> list[int]:
                 if has_open(pid, status):
                     found.add(pid)
 
-    def above(pid: int) -> list[int]:
+    def ancestors(pid: int) -> list[int]:
         chain = []
         while (pid := parents.get(pid, 0)) > 1:
             chain.append(pid)
         return chain
 
     for pid in list(found):
-        found.update(takewhile(holds_fuse, above(pid)))
-    found.update(pid for pid in parents if found.intersection(above(pid)))
-    return sorted(found, key=lambda pid: len(above(pid)))
+        found.update(takewhile(holds_fuse, ancestors(pid)))
+    found.update(pid for pid in parents if found.intersection(ancestors(pid)))
+    return sorted(found, key=lambda pid: len(ancestors(pid)))
 
 
 def has_open(pid: int, status: os.stat_result) -> bool:
     """Has the process this file open, or mapped?  It may have closed a file that it maps."""
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            # Only the right inode number leads to a stat: it hangs where the server of another FUSE mount does.
+            # Only the right inode number is asked with stat: it hangs where the server of another FUSE mount does.
             if f"ino:\t{status.st_ino}\n" in Path(f"/proc/{pid}/fdinfo/{name}").read_text():
                 found = os.stat(f"/proc/{pid}/fd/{name}")
                 if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):

@@ -89,8 +89,8 @@ def find(device: str, uid: int) -> str | None:
 
 def _is_safe(path: str, uid: int) -> bool:
     """Whether ``path`` is a directory that only this user may write, and that no other can move away."""
-    status, above = os.lstat(path), os.stat(os.path.dirname(path))
-    fixed = above.st_uid in (0, uid) and (not above.st_mode & 0o022 or bool(above.st_mode & stat.S_ISVTX))
+    status, parent = os.lstat(path), os.stat(os.path.dirname(path))
+    fixed = parent.st_uid in (0, uid) and (not parent.st_mode & 0o022 or bool(parent.st_mode & stat.S_ISVTX))
     return fixed and stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022
 
 

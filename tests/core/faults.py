@@ -254,8 +254,8 @@ def slab_of(fs: Filesystem) -> int:
     return page_of(fs, b"g") // 512
 
 
-def flip_seal(fs: Filesystem) -> None:
-    """A sealed transaction that does not fit its checksum."""
+def flip_committed(fs: Filesystem) -> None:
+    """A committed transaction that does not fit its checksum."""
     at = fs.volume.journal.header_at
     fs.region.store_word(at, fs.region.word(at) | 1)
     flip(fs, at + 2 * f.PAGE // 2 + 5)
@@ -350,7 +350,7 @@ def iommu_elsewhere(fs: Filesystem) -> None:
     drop_name(fs, b"iommu")
 
 
-def high_seal(fs: Filesystem) -> None:
+def high_sequence(fs: Filesystem) -> None:
     fs.region.store_word(fs.volume.journal.header_at, (1 << 64) - 2)
 
 
@@ -446,8 +446,8 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "superblock-damaged": ("superblock", lambda fs: flip(fs, 60)),
     "superblock-magic-gone": ("superblock", lambda fs: flip(fs, 3)),
     "journal-header-magic": ("journal", lambda fs: flip(fs, fs.volume.journal.header_at + 8)),
-    "journal-sealed-and-damaged": ("journal", flip_seal),
-    "journal-sequence": ("journal", high_seal),
+    "journal-committed-and-damaged": ("journal", flip_committed),
+    "journal-sequence": ("journal", high_sequence),
     "block-table-damaged": ("block-table", lambda fs: flip(fs, 5000)),
     "block-table-unknown-kind": ("block-table", lambda fs: set_block(fs, 9, 77)),
     "block-table-kinds-beyond-the-end": ("block-table", lambda fs: set_block(fs, fs.volume.sb.blocks, 2)),

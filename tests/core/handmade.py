@@ -53,8 +53,8 @@ def name_directory(fs: Filesystem, parent: bytes, name: bytes, path: bytes) -> N
     add_name(fs, parent, name, fs.resolve(path), stat.S_IFDIR)
 
 
-def seal_journal(fs: Filesystem, records: list[tuple[int, int, int, bytes]], count: int = 0) -> None:
-    """A sealed transaction of records (offset, length, kind, data); ``count``: what it claims to have more."""
+def commit_journal(fs: Filesystem, records: list[tuple[int, int, int, bytes]], count: int = 0) -> None:
+    """A committed transaction of records (offset, length, kind, data); ``count``: what it claims to have more."""
     journal = fs.volume.journal
     body = b"".join(
         f.JOURNAL_RECORD.pack(f.JournalRecord(offset, length, kind)) + data for offset, length, kind, data in records
@@ -69,11 +69,11 @@ def seal_journal(fs: Filesystem, records: list[tuple[int, int, int, bytes]], cou
 
 
 def store(fs: Filesystem, offset: int, length: int = 8, data: bytes = b"hostile!") -> None:
-    seal_journal(fs, [(offset, length, f.STORE, data)])
+    commit_journal(fs, [(offset, length, f.STORE, data)])
 
 
 def discard(fs: Filesystem, offset: int, pages: int) -> None:
-    seal_journal(fs, [(offset, pages, f.DISCARD, b"")])
+    commit_journal(fs, [(offset, pages, f.DISCARD, b"")])
 
 
 def node_header(fs: Filesystem, page: int, keys: int, level: int) -> None:
@@ -260,7 +260,7 @@ CASES: dict[str, Case] = {
         lambda fs: fs.region.store_word(fs.volume.journal.header_at, (1 << 64) - 2), refused="journal"
     ),
     "journal-longer-than-it-is": Case(lambda fs: store(fs, 1 << 23, 1 << 31), refused="journal"),
-    "journal-of-too-many-records": Case(lambda fs: seal_journal(fs, [], FAR), refused="journal"),
+    "journal-of-too-many-records": Case(lambda fs: commit_journal(fs, [], FAR), refused="journal"),
     "journal-stores-outside": Case(lambda fs: store(fs, fs.region.size), refused="journal record"),
     "journal-stores-far-outside": Case(lambda fs: store(fs, (1 << 64) - 8), refused="journal record"),
     "journal-stores-over-the-superblock": Case(lambda fs: store(fs, 0), refused="journal record"),
@@ -270,7 +270,7 @@ CASES: dict[str, Case] = {
     "journal-discards-the-metadata": Case(lambda fs: discard(fs, 0, 512), refused="journal record"),
     "journal-discards-too-much": Case(lambda fs: discard(fs, 1 << 23, (1 << 32) - 1), refused="journal record"),
     "journal-discards-parts-of-pages": Case(lambda fs: discard(fs, (1 << 23) + 8, 1), refused="journal record"),
-    "journal-of-an-unknown-kind": Case(lambda fs: seal_journal(fs, [(1 << 23, 8, 7, bytes(8))]), refused="record"),
+    "journal-of-an-unknown-kind": Case(lambda fs: commit_journal(fs, [(1 << 23, 8, 7, bytes(8))]), refused="record"),
 }
 
 

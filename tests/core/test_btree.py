@@ -88,7 +88,7 @@ def twin() -> Twin:
 
 
 SIZES = {"empty": (0, 0), "small": (0, 40), "any": (0, 800), "large": (700, 800)}
-ORDERS = ["random", "ascending", "descending", "dense"]
+SEQUENCES = ["random", "ascending", "descending", "dense"]
 
 
 def keys_in_order(order: str, count: int, rng: random.Random) -> list[int]:
@@ -98,7 +98,7 @@ def keys_in_order(order: str, count: int, rng: random.Random) -> list[int]:
     return keys[::-1] if order == "descending" else keys
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", SEQUENCES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_against_a_dict(twin: Twin, sizes: tuple[int, int], order: str) -> None:
     rng = random.Random(f"{sizes}{order}")

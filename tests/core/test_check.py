@@ -159,7 +159,7 @@ def test_a_transaction_to_replay_is_no_problem(victim: Filesystem) -> None:
     assert found.volume.recovered > 0
 
 
-def test_a_sealed_journal_behind_the_back_of_a_volume(victim: Filesystem) -> None:
+def test_a_committed_journal_behind_the_back_of_a_volume(victim: Filesystem) -> None:
     at = victim.volume.journal.header_at
     victim.region.store_word(at, victim.region.word(at) | 1)
     assert {problem.code for problem in check(victim.volume)} == {"journal"}

@@ -424,7 +424,7 @@ def test_freed_memory_is_zero_when_it_comes_back(make_fs: Callable[..., Filesyst
 
 @pytest.mark.parametrize("kept", [1, 4096, 5000, MiB - 1, MiB, MiB + 1, 2 * MiB + 1, 3 * MiB + 4096])
 @pytest.mark.parametrize("how", ["truncate", "write", "write-far"])
-def test_what_was_cut_off_does_not_come_back(fs: Filesystem, kept: int, how: str) -> None:
+def test_what_was_cut_away_does_not_come_back(fs: Filesystem, kept: int, how: str) -> None:
     ino = mkfile(fs, b"f", b"\xff" * (5 * MiB))
     fs.setattr(ino, SetAttr(size=kept))
     if how == "truncate":

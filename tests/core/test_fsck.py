@@ -25,8 +25,8 @@ def damage(path: str) -> None:
         patch_inode(fs, fs.resolve(b"f"), pages=99)
 
 
-def seal_again(path: str) -> None:
-    """Leave a transaction that is sealed and not applied: the creation of "late"."""
+def commit_again(path: str) -> None:
+    """Leave a transaction that is committed and not applied: the creation of "late"."""
     with open_region(path) as region:
         fs = open_fs(region)
         journal = fs.volume.journal
@@ -85,7 +85,7 @@ def test_a_problem_is_repaired(made: str, options: list[str], capsys: Capture) -
 
 @pytest.mark.parametrize("options", [["-y"], ["-p"]], ids=" ".join)
 def test_the_journal_is_replayed(made: str, options: list[str], capsys: Capture) -> None:
-    seal_again(made)
+    commit_again(made)
     assert main([*options, made]) == 1
     assert "the journal held an unfinished transaction of" in capsys.readouterr().out
     assert main([*options, made]) == 0
@@ -96,7 +96,7 @@ def test_the_journal_is_replayed(made: str, options: list[str], capsys: Capture)
 
 
 def test_the_journal_is_replayed_in_memory_only(made: str, capsys: Capture) -> None:
-    seal_again(made)
+    commit_again(made)
     before = digest(made)
     assert main(["-n", made]) == 0
     out = capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_the_journal_is_replayed_in_memory_only(made: str, capsys: Capture) -> N
 
 def test_replayed_and_repaired(made: str, capsys: Capture) -> None:
     damage(made)
-    seal_again(made)
+    commit_again(made)
     assert main(["-y", "--json", made]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["replayed"] > 0
@@ -117,7 +117,7 @@ def test_replayed_and_repaired(made: str, capsys: Capture) -> None:
 
 
 def test_a_damaged_journal(made: str, capsys: Capture) -> None:
-    seal_again(made)
+    commit_again(made)
     with open_region(made) as region:
         at = read_superblock(region).journal_offset + 2 * 4096
         region.store(at, b"damage")

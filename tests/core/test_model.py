@@ -261,8 +261,8 @@ class Machine(RuleBasedStateMachine):
             return errno.ENOTDIR if old.is_dir else errno.EISDIR
         return errno.ENOTEMPTY if new.entries else 0
 
-    def is_below(self, node: Node, above: Node) -> bool:
-        while node is not above:
+    def is_below(self, node: Node, ancestor: Node) -> bool:
+        while node is not ancestor:
             if node is self.root:
                 return False
             node = node.parent

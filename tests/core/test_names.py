@@ -162,11 +162,11 @@ def test_lookup(fs: Filesystem) -> None:
 
 
 def test_set_group_id_directories_hand_their_group_on(fs: Filesystem) -> None:
-    above = mkdir(fs, b"shared")
-    fs.setattr(above, SetAttr(mode=0o2775, gid=4711))
-    fs.setattr(above, SetAttr(mode=0o2775))
-    file = fs.create(above, b"f", stat.S_IFREG | 0o644, Caller(1, 2))
-    below = fs.create(above, b"d", stat.S_IFDIR | 0o755, Caller(1, 2))
+    shared = mkdir(fs, b"shared")
+    fs.setattr(shared, SetAttr(mode=0o2775, gid=4711))
+    fs.setattr(shared, SetAttr(mode=0o2775))
+    file = fs.create(shared, b"f", stat.S_IFREG | 0o644, Caller(1, 2))
+    below = fs.create(shared, b"d", stat.S_IFDIR | 0o755, Caller(1, 2))
     assert (fs.getattr(file).gid, fs.getattr(file).mode & stat.S_ISGID) == (4711, 0)
     assert (fs.getattr(below).gid, fs.getattr(below).mode & stat.S_ISGID) == (4711, stat.S_ISGID)
 

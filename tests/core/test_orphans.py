@@ -39,7 +39,7 @@ def sparse(fs: Filesystem, name: bytes, extents: int) -> Ino:
     return ino
 
 
-def test_an_open_file_stays_until_it_is_forgotten(fs: Filesystem) -> None:
+def test_an_open_file_stays_until_its_forget(fs: Filesystem) -> None:
     space = fs.statfs()
     ino = mkfile(fs, b"f", b"still here")
     fs.setxattr(ino, b"user.a", b"v" * 5000)

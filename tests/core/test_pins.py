@@ -360,7 +360,7 @@ def test_the_next_mount_finishes_what_removing_a_domain_began(fs: Filesystem, mo
         assert_sound(found)
 
 
-def test_pins_of_a_file_that_is_also_a_guests_memory(fs: Filesystem) -> None:
+def test_pins_of_a_file_that_is_a_guests_memory_too(fs: Filesystem) -> None:
     domain, file = mapped(fs)
     fs.attributes.set_region_mapped(file, True)
     fs.attributes.set_region_mapped(file, False)

@@ -257,7 +257,7 @@ def test_renamed_over(fs: Filesystem) -> None:
 # -- quotas within quotas ---------------------------------------------------------------------------------------------
 
 
-def test_a_quota_holds_within_those_above(fs: Filesystem, d: Ino) -> None:
+def test_a_quota_holds_within_those_around_it(fs: Filesystem, d: Ino) -> None:
     e = mkdir(fs, b"e", mkdir(fs, b"between", d))
     fs.quotas.set(e, 3 * MiB)
     ino = mkfile(fs, b"f", b"x" * (2 * MiB), e)
@@ -272,7 +272,7 @@ def test_a_quota_holds_within_those_above(fs: Filesystem, d: Ino) -> None:
     assert used(fs, d) == counted(fs, d)
 
 
-def test_a_quota_above_others(fs: Filesystem, d: Ino) -> None:
+def test_a_quota_around_others(fs: Filesystem, d: Ino) -> None:
     mkfile(fs, b"f", b"x" * MiB, d)
     mkfile(fs, b"f", b"x" * 77)
     fs.quotas.set(ROOT, 32 * MiB)
@@ -431,7 +431,7 @@ def test_a_large_transaction_counts_once(make_fs: Callable[..., Filesystem]) -> 
 
 
 @pytest.mark.parametrize("loop", ["itself", "each other"])
-def test_quotas_above_themselves(loop: str) -> None:
+def test_quotas_around_themselves(loop: str) -> None:
     """Found by a check, and no endless loop for a user."""
     fs = new_fs(16)
     d, e = mkdir(fs, b"d"), mkdir(fs, b"e")

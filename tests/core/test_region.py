@@ -147,31 +147,34 @@ def test_sizes_that_no_region_has(path: str, size: int) -> None:
     assert os.stat(path).st_size == size
 
 
-def sealed(**fields: Any) -> Callable[[Superblock], bytes]:
+def with_checksum(**fields: Any) -> Callable[[Superblock], bytes]:
     return lambda sb: encode_superblock(sb._replace(**fields))
 
 
-def unsealed(**fields: Any) -> Callable[[Superblock], bytes]:
+def as_it_is(**fields: Any) -> Callable[[Superblock], bytes]:
     return lambda sb: SUPERBLOCK.pack(sb._replace(**fields))
 
 
 SUPERBLOCKS: dict[str, tuple[str, Callable[[Superblock], bytes]]] = {
     "zeros": ("expected magic 0x706b65726e6673, found zeros", lambda sb: bytes(256)),
     "other-data": ("expected magic 0x706b65726e6673, found magic 0x4141414141414141", lambda sb: b"A" * 256),
-    "magic": ("found magic 0x1", unsealed(magic=1)),
-    "version": ("expected format version 1, found 2", sealed(version=2)),
-    "checksum": ("superblock checksum: expected 0x[0-9a-f]{8}, found 0x00000005", unsealed(checksum=5)),
+    "magic": ("found magic 0x1", as_it_is(magic=1)),
+    "version": ("expected format version 1, found 2", with_checksum(version=2)),
+    "checksum": ("superblock checksum: expected 0x[0-9a-f]{8}, found 0x00000005", as_it_is(checksum=5)),
     "any-bit": ("superblock checksum", lambda sb: SUPERBLOCK.pack(sb)[:100] + b"!" + SUPERBLOCK.pack(sb)[101:]),
-    "incompatible-feature": ("unknown incompatible features 0x8", sealed(incompat=8)),
-    "read-only-feature": ("features 0x4 allow reading only", sealed(ro_compat=4)),
+    "incompatible-feature": ("unknown incompatible features 0x8", with_checksum(incompat=8)),
+    "read-only-feature": ("features 0x4 allow reading only", with_checksum(ro_compat=4)),
     "block-size": (
         "expected blocks/pages/inodes of 2097152/4096/256 bytes, found 4096/4096/256",
-        sealed(block_size=4096),
+        with_checksum(block_size=4096),
     ),
-    "too-few-blocks": ("expected 4 to 2147483648 blocks, found 3", sealed(blocks=3)),
-    "too-many-blocks": ("expected 4 to 2147483648 blocks, found 2147483649", sealed(blocks=(1 << 31) + 1)),
-    "longer-than-the-file": ("the region is truncated: expected 35651584 bytes, found 33554432", sealed(blocks=17)),
-    "geometry": ("expected table_pages/journal_offset/first_block 1/0x200000/", sealed(first_block=9)),
+    "too-few-blocks": ("expected 4 to 2147483648 blocks, found 3", with_checksum(blocks=3)),
+    "too-many-blocks": ("expected 4 to 2147483648 blocks, found 2147483649", with_checksum(blocks=(1 << 31) + 1)),
+    "longer-than-the-file": (
+        "the region is truncated: expected 35651584 bytes, found 33554432",
+        with_checksum(blocks=17),
+    ),
+    "geometry": ("expected table_pages/journal_offset/first_block 1/0x200000/", with_checksum(first_block=9)),
 }
 
 
@@ -190,7 +193,7 @@ def test_superblocks_that_are_refused(made: str, what: str, raw: Callable[[Super
 
 def test_a_read_only_feature_can_be_read(made: str) -> None:
     with open_region(made) as region:
-        region.store(0, sealed(ro_compat=4, compat=2)(read_superblock(region)))
+        region.store(0, with_checksum(ro_compat=4, compat=2)(read_superblock(region)))
     with open_region(made, readonly=True) as region:
         assert open_filesystem(region).resolve(b"f")
 

@@ -63,12 +63,12 @@ def test_its_last_transaction_is_applied(image: Path) -> None:
     with open_region(str(image), readonly=True) as region:
         assert_sound(open_filesystem(region))
         after = region.read(0, region.size)
-    seal = journal_offset(raw) + PAGE
-    assert after[seal] != raw[seal], "expected it to be applied"
+    commit = journal_offset(raw) + PAGE
+    assert after[commit] != raw[commit], "expected it to be applied"
     changed = different(after, image_before, range(0, len(after), PAGE), PAGE)
     changed = [at for page in changed for at in different(after, image_before, range(page, page + PAGE, 8), 8)]
     # A time of access is stored in place: it can be newer than the transaction.
-    assert [at for at in changed if at != seal and at % INODE_SIZE != INODE_ATIME_AT] == []
+    assert [at for at in changed if at != commit and at % INODE_SIZE != INODE_ATIME_AT] == []
 
 
 def different(one: bytes, other: bytes, offsets: range, length: int) -> list[int]:
@@ -85,9 +85,9 @@ def journal_offset(image: bytes | bytearray) -> int:
 def unapply(image: bytearray) -> int:
     """Take the last transaction away where it was applied, and commit it again; how many bytes that were."""
     at = journal_offset(image) + PAGE
-    seal, _, checksum, sequence, length, records = JOURNAL_HEADER.unpack_from(image, at)
+    commit, _, checksum, sequence, length, records = JOURNAL_HEADER.unpack_from(image, at)
     body = bytes(image[at + PAGE : at + PAGE + length])
-    assert seal == 2 * sequence, "expected no committed transaction"
+    assert commit == 2 * sequence, "expected no committed transaction"
     assert checksum == crc32c(body, crc32c(bytes(image[at + 16 : at + 40])))
     position = changed = 0
     for _ in range(records):

@@ -42,7 +42,10 @@ FOUND = {
 }
 
 #: Where an old word is right: pattern of files, the word, the reason.  One that allows nothing fails.
-ALLOWED: list[tuple[str, str, str]] = []
+ALLOWED: list[tuple[str, str, str]] = [
+    ("pkernfs/cli/manual/commands.py", "also", "SEE ALSO is a section of every man page"),
+    ("tests/core/fuzz/oracle.py", "frame", "a frame of Python's stack"),
+]
 
 
 def test_what_the_table_forbids() -> None:

@@ -53,7 +53,7 @@ def test_both_directions(rig: Rig) -> None:
 
 @BOTH
 @pytest.mark.usefixtures("qemu")
-def test_memory_above_4_gib(form: str) -> None:
+def test_memory_beyond_4_gib(form: str) -> None:
     with new_rig(form, base=HIGH_MEMORY) as rig:
         both_directions(rig)
 

@@ -247,7 +247,7 @@ def test_what_is_cached_stays_until_the_right_invalidation(bench: Bench) -> None
     assert not reaches(5 * GiB)
 
 
-def test_a_context_that_was_zapped(bench: Bench) -> None:
+def test_a_context_that_was_blocked(bench: Bench) -> None:
     device, unit = bench.machine.devices[0], bench.machine.unit
     page = bench.map(0x1_0000, 4 * MiB, 1)
     bench.give(device, b"data")

@@ -167,9 +167,9 @@ class Model:
 
     def _folder_renamed(self, rng: random.Random, old: str) -> Call | None:
         new = rng.choice(FOLDERS)
-        above = os.path.dirname(new)
+        parent = os.path.dirname(new)
         inside = new == old or new.startswith(old + "/")
-        if inside or (above and above not in self.nodes) or (new in self.nodes and self.below(new)):
+        if inside or (parent and parent not in self.nodes) or (new in self.nodes and self.below(new)):
             return None
         return ["rename", old, new]
 

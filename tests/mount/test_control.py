@@ -132,7 +132,7 @@ def test_other_users_are_refused_every_verb(served: Serve) -> None:
     served(check)
 
 
-def test_a_line_without_an_end_is_cut_off(served: Serve) -> None:
+def test_a_line_without_an_end_is_not_read_on(served: Serve) -> None:
     """The server takes little of it, whatever a client sends."""
 
     async def check(path: str) -> None:

@@ -85,11 +85,11 @@ class Space:
     def _journal(self) -> int:
         at = self.journal + PAGE
         header = bytes(self.image[at : at + 40])
-        seal, magic, checksum, sequence, length, records = JOURNAL_HEADER.unpack(header)
+        commit, magic, checksum, sequence, length, records = JOURNAL_HEADER.unpack(header)
         expect("journal: magic", magic, 0x6C6E726A)
-        if seal % 2 == 0:
+        if commit % 2 == 0:
             return 0
-        expect("journal: seal", seal, 2 * sequence + 1)
+        expect("journal: commit", commit, 2 * sequence + 1)
         expect("journal: length", length <= self.first_block * BLOCK - at - PAGE, True)
         body = bytes(self.image[at + PAGE : at + PAGE + length])
         expect("journal: checksum", crc32c(body, crc32c(header[16:])), checksum)

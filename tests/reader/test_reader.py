@@ -452,7 +452,7 @@ def state(image: bytearray | memoryview) -> State:
 
 
 @pytest.mark.parametrize("name", TRANSACTIONS)
-def test_the_seal_is_the_moment(name: str) -> None:
+def test_the_commit_record_is_the_moment(name: str) -> None:
     region = RecordingRegion(16 * MiB)
     mkfs(region, hash_seed=SEED)
     fs = open_filesystem(region)
@@ -469,19 +469,19 @@ def test_the_seal_is_the_moment(name: str) -> None:
     after = state(region.view)
     assert before != after
 
-    seal = Reader(image).journal + PAGE
-    seals = [i for i, store in enumerate(region.log) if store.offset == seal and store.data[0] % 2]
-    assert len(seals) == 1
+    commit = Reader(image).journal + PAGE
+    commits = [i for i, store in enumerate(region.log) if store.offset == commit and store.data[0] % 2]
+    assert len(commits) == 1
     for index, store in enumerate(region.log):
-        assert not (store.offset == seal and not store.word)
+        assert not (store.offset == commit and not store.word)
         image[store.offset : store.offset + len(store.data)] = store.data
-        if index < seals[0]:
+        if index < commits[0]:
             assert state(image) == before, f"after {index + 1} stores"
         else:
             assert state(image) == after, f"after {index + 1} stores"
-            retired = any(store.offset == seal for store in region.log[seals[0] + 1 : index + 1])
-            assert bool(Reader(image).replayed) != retired
-        if index == seals[0]:
+            checkpointed = any(store.offset == commit for store in region.log[commits[0] + 1 : index + 1])
+            assert bool(Reader(image).replayed) != checkpointed
+        if index == commits[0]:
             recovered = MemoryRegion(image=image)
             open_filesystem(recovered)
             assert (state(recovered.view)[0], Reader(recovered.view).replayed) == (after[0], 0)

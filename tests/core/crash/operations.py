@@ -35,14 +35,14 @@ def create(name: bytes, kind: int, parent: bytes = b"", **more: object) -> Run:
     return lambda fs: fs.create(fs.resolve(parent), name, kind, ME, **more)  # type: ignore[arg-type]
 
 
-def unlink(path: bytes, *, opened: bool = False, forgotten: bool = False) -> Run:
+def unlink(path: bytes, *, opened: bool = False, forget: bool = False) -> Run:
     def run(fs: Filesystem) -> None:
         parent, _, name = path.rpartition(b"/")
         ino = fs.resolve(path)
         if opened:
             fs.lookups.add(ino)
         fs.unlink(fs.resolve(parent), name)
-        if forgotten:
+        if forget:
             fs.reclaimer.forget(ino, 1)
 
     return run
@@ -102,8 +102,8 @@ NAMES: dict[str, Run] = {
     "unlink-big": unlink(b"big"),
     "unlink-sparse": unlink(b"sparse"),
     "unlink-open": unlink(b"sparse", opened=True),
-    "unlink-open-and-forget": unlink(b"sparse", opened=True, forgotten=True),
-    "unlink-open-big-and-forget": unlink(b"big", opened=True, forgotten=True),
+    "unlink-open-and-forget": unlink(b"sparse", opened=True, forget=True),
+    "unlink-open-big-and-forget": unlink(b"big", opened=True, forget=True),
     "rmdir": rmdir(b"empty"),
     "rmdir-open": rmdir(b"empty", opened=True),
     "rename": rename(b"link", b"new"),

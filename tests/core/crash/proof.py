@@ -225,16 +225,16 @@ class Proof:
         if self.judge("after a last flush") != self.last:
             raise CrashFailure("after a last flush: what was done is not there")
 
-    def sealed_in_part(self, *, subsets: int) -> None:
-        """Cut the power at the first seal, on a medium that orders nothing."""
+    def committed_in_part(self, *, subsets: int) -> None:
+        """Cut the power at the first commit record, on a medium that orders nothing."""
         log = self.recording.log
-        seal = next(n for n, store in enumerate(log) if store.word and store.offset == self.region.journal[0] * PAGE)
+        commit = next(n for n, store in enumerate(log) if store.word and store.offset == self.region.journal[0] * PAGE)
         rng = random.Random(3)
-        for chosen in [some for _ in range(subsets) for some in chosen_of(log[: seal + 1], rng, 1)]:
+        for chosen in [some for _ in range(subsets) for some in chosen_of(log[: commit + 1], rng, 1)]:
             self.tally.power += 1
             mark = self.region.mark()
             self.region.apply(chosen)
-            self.judge("the power is cut at the seal")
+            self.judge("the power is cut at the commit")
             self.region.take_back(mark)
 
     def _cut_power(

@@ -50,8 +50,8 @@ class Commit(NamedTuple):
     before_body: list[Step]  #: a barrier, as all of ``before_...``
     body: list[Step]
     header: list[Step]
-    before_seal: list[Step]
-    seal: list[Step]
+    before_commit: list[Step]
+    commit: list[Step]
     before_apply: list[Step]
     stores: list[Step]
     discards: list[Step]
@@ -251,11 +251,11 @@ class Fault(NamedTuple):
 NAMES = [("small", "rename-over-file")]
 #: Faults that the end of a process or of the kernel shows.
 ORDER = {
-    "seal before the body": Fault(moved("seal", "body"), NAMES),
-    "seal before the header": Fault(moved("seal", "header"), NAMES),
+    "commit before the body": Fault(moved("commit", "body"), NAMES),
+    "commit before the header": Fault(moved("commit", "header"), NAMES),
     "a body without a right checksum": Fault(without("header"), NAMES),
-    "applied before the seal": Fault(moved("stores", "before_seal"), NAMES),
-    "discarded before the seal": Fault(moved("discards", "before_seal"), [("small", "unlink-big")]),
+    "applied before the commit": Fault(moved("stores", "before_commit"), NAMES),
+    "discarded before the commit": Fault(moved("discards", "before_commit"), [("small", "unlink-big")]),
     "retired before it is applied": Fault(moved("retire", "stores"), NAMES),
     "rename in place": Fault(commits(in_place), [("small", "rename"), ("small", "exchange-directories-elsewhere")]),
     "block table in place": Fault(table_in_place, [("small", "grow-5242880")]),
@@ -272,7 +272,7 @@ ORDER = {
 #: Missing flushes, which only a power cut shows.
 FLUSHES = {
     "before the body": Fault(without("before_body"), NAMES),
-    "before the seal": Fault(without("before_seal"), NAMES),
+    "before the commit": Fault(without("before_commit"), NAMES),
     "before it is applied": Fault(without("before_apply"), NAMES),
     "before it is retired": Fault(without("before_retire"), NAMES),
     "before the size": Fault(no_barrier_before_size, [("small", "append-in-page"), ("small", "append-behind-gap")]),
@@ -327,12 +327,12 @@ def test_a_missing_flush_in_recovery_is_reported(fault: Fault, monkeypatch: pyte
 
 @pytest.mark.parametrize("plant", [no_checksum, wrong_checksum])
 def test_a_missing_checksum_is_reported(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where flushes are in their places the seal alone would do; the checksum is for a medium that flushes nothing."""
+    """Where flushes are in place the commit alone would do; the checksum is for a medium that flushes nothing."""
 
     def prove(state: str, name: str) -> Tally:
         operation = OPERATIONS[name]
         one = Proof(record(image_of(state), [operation.run]), operation, refusal=True)
-        one.sealed_in_part(subsets=20)
+        one.committed_in_part(subsets=20)
         return one.tally
 
     reported(Fault(plant, [("small", "rename-over-file")]), monkeypatch, prove)

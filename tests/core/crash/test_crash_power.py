@@ -75,9 +75,9 @@ def test_content_is_lost_without_a_flush_and_there_with_one(name: str) -> None:
 @pytest.mark.parametrize("state", ["small", "tight"])
 @pytest.mark.parametrize("name", ["rename-over-file", "chmod", "unlink-sparse"])
 def test_a_medium_that_flushes_nothing_is_noticed(state: str, name: str) -> None:
-    """As with nobarrier: nothing of a transaction that was sealed in part is applied."""
+    """As with nobarrier: nothing of a transaction that was committed in part is applied."""
     recording = record(image_of(state), [OPERATIONS[name].run])
-    Proof(recording, OPERATIONS[name], refusal=True).sealed_in_part(subsets=20)
+    Proof(recording, OPERATIONS[name], refusal=True).committed_in_part(subsets=20)
 
 
 @pytest.mark.parametrize("name", ["fsync", "fsyncdir"])

@@ -26,7 +26,7 @@ class Field(NamedTuple):
     name: str
     offset: int
     size: int  #: bytes; more than 8: not a number
-    seal: str  #: what kind of checksum covers it: "page", "inode", "superblock", "journal" or ""
+    covered: str  #: what kind of checksum covers it: "page", "inode", "superblock", "journal" or ""
     at: int  #: region offset of what the checksum is of
 
 
@@ -49,17 +49,17 @@ def catalogue_of(name: str) -> Catalogue:
     for field in [*journal, *walk.fields()]:
         found.setdefault(field.structure, {}).setdefault(field.name, []).append(field)
     sb = fs.volume.sb
-    frame = [0, 1, sb.journal_offset // f.PAGE, sb.journal_offset // f.PAGE + 1, sb.first_block * f.PAGES_PER_BLOCK]
+    metadata = [0, 1, sb.journal_offset // f.PAGE, sb.journal_offset // f.PAGE + 1, sb.first_block * f.PAGES_PER_BLOCK]
     free = [page for page, kind in walk.pages.items() if kind == f.PAGE_FREE][:3]
     used = [page for page, kind in walk.pages.items() if kind != f.PAGE_FREE]
     total = fs.volume.total_pages
-    return Catalogue(found, [*frame, *free, *used, total - 1, total], walk.inos)
+    return Catalogue(found, [*metadata, *free, *used, total - 1, total], walk.inos)
 
 
-def _record(structure: str, codec: Layout[Any], offset: int, seal: str, at: int) -> Iterator[Field]:
+def _record(structure: str, codec: Layout[Any], offset: int, covered: str, at: int) -> Iterator[Field]:
     ends = [*list(codec.offsets.values())[1:], codec.size]
     for (name, start), end in zip(codec.offsets.items(), ends, strict=True):
-        yield Field(structure, name, offset + start, end - start, seal, at)
+        yield Field(structure, name, offset + start, end - start, covered, at)
 
 
 def _journal(region: Any) -> Iterator[Field]:

@@ -120,13 +120,13 @@ CONTENT: dict[str, Callable[[Filesystem], None]] = {
     "quotas": quotas_in_quotas,
     "domains": domains,
 }
-NAMES = [*CONTENT, "sealed"]
+NAMES = [*CONTENT, "committed"]
 
 
 @functools.cache
 def image_of(name: str) -> int:
     """A memory file with the image."""
-    region = sealed() if name == "sealed" else made(name)
+    region = committed() if name == "committed" else made(name)
     fd = os.memfd_create(name)
     os.write(fd, region.view)
     return fd
@@ -139,8 +139,8 @@ def made(name: str) -> RecordingRegion:
     return region
 
 
-def sealed() -> Region:
-    """The server died between sealing and applying a transaction: a rename over a file that is removed by it."""
+def committed() -> Region:
+    """The server died between committing and applying a transaction: a rename over a file that is removed by it."""
     region = made("one-of-each")
     after = RecordingRegion(image=region.view)
     fs = open_fs(after)

@@ -21,7 +21,7 @@ MODES = [
     0o170644,
     0o644,
 ]
-RESEALED = 0.85  #: how often the checksum is made right again
+CORRECTED = 0.85  #: how often the checksum is made right again
 
 
 def number(rng: random.Random, field: Field, old: int, catalogue: Catalogue) -> int:
@@ -39,18 +39,18 @@ def number(rng: random.Random, field: Field, old: int, catalogue: Catalogue) -> 
     return rng.choice(group) % top
 
 
-def reseal(region: Region, field: Field) -> None:
+def correct_checksum(region: Region, field: Field) -> None:
     """Make the checksum that covers a field right again."""
     at = field.at
-    if field.seal == "page":
+    if field.covered == "page":
         raw = region.read(at, f.PAGE)
         _put(region, at + 4, f.checksum(raw[:4] + bytes(4) + raw[8:]), 4)
-    elif field.seal == "inode":
+    elif field.covered == "inode":
         raw = encode_inode(f.Ino(at // f.INODE_SIZE), f.INODE.unpack(region.view, at))
         region.view[at : at + f.INODE_SIZE] = raw
-    elif field.seal == "superblock":
+    elif field.covered == "superblock":
         _put(region, at + f.SUPERBLOCK.offsets["checksum"], superblock_checksum(region.read(at, f.SUPERBLOCK.size)), 4)
-    elif field.seal == "journal":
+    elif field.covered == "journal":
         header = f.JOURNAL_HEADER.unpack(region.view, at)
         body = region.read(at + f.PAGE, min(header.length, f.BLOCK))
         crc = f.checksum(body, f.checksum(region.read(at + f.JOURNAL_CHECKED_AT, 24)))
@@ -76,8 +76,8 @@ def change(rng: random.Random, region: Region, field: Field, catalogue: Catalogu
             new = other(rng, region, field, old, catalogue)
     region.view[field.offset : field.offset + field.size] = new
     what = f"{field.structure}.{field.name} at {field.offset:#x}: {old[:16].hex()} -> {new[:16].hex()}"
-    if field.seal and field.name != "checksum" and rng.random() < RESEALED:
-        reseal(region, field)
+    if field.covered and field.name != "checksum" and rng.random() < CORRECTED:
+        correct_checksum(region, field)
         return what + ", sealed"
     return what
 
@@ -98,18 +98,18 @@ def other(rng: random.Random, region: Region, field: Field, old: bytes, catalogu
 def copy_whole(rng: random.Random, region: Region, catalogue: Catalogue) -> tuple[str, str]:
     """Put one page or inode in the place of another of its kind; it says that it belongs there."""
     one, two = pick(rng, catalogue), pick(rng, catalogue)
-    if one.seal != two.seal or one.seal not in ("page", "inode"):
+    if one.covered != two.covered or one.covered not in ("page", "inode"):
         return one.structure, ""
-    size = f.PAGE if one.seal == "page" else f.INODE_SIZE
+    size = f.PAGE if one.covered == "page" else f.INODE_SIZE
     raw = region.read(two.at, size)
-    owner = region.read(one.at + 16, 8) if one.seal == "page" else b""
+    owner = region.read(one.at + 16, 8) if one.covered == "page" else b""
     region.view[one.at : one.at + size] = raw
-    if one.seal == "page":
+    if one.covered == "page":
         _put(region, one.at + 8, one.at, 8)
         if rng.random() < 0.7:
             region.view[one.at + 16 : one.at + 24] = owner
-    reseal(region, one)
-    return one.structure, f"{two.seal} {two.at:#x} ({two.structure}) copied to {one.at:#x}"
+    correct_checksum(region, one)
+    return one.structure, f"{two.covered} {two.at:#x} ({two.structure}) copied to {one.at:#x}"
 
 
 def scribble(rng: random.Random, region: Region, catalogue: Catalogue) -> tuple[str, str]:
