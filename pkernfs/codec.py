@@ -82,9 +82,10 @@ def decode_request(line: bytes, server: Server) -> Request[Any]:
     if verb is None or verb.server != server:
         known = [name for name, one in VERBS.items() if one.server == server]
         raise _unknown(errno.EOPNOTSUPP, f"no verb {json.dumps(word)}", known)
-    strange = next((name for name in fields if name not in verb.fields), None)
+    known = verb.fields
+    strange = next((name for name in fields if name not in known), None)
     if strange is not None:
-        raise _unknown(errno.EINVAL, f"{verb.name}: no field {json.dumps(strange)}", verb.fields)
+        raise _unknown(errno.EINVAL, f"{verb.name}: no field {json.dumps(strange)}", known)
     try:
         request: Request[Any] = msgspec.convert(fields, verb.request)
     except msgspec.ValidationError as error:

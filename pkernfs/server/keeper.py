@@ -79,7 +79,7 @@ class Keeper:
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
-        # Here, where the mount is usable already: these load msgspec, which takes as long as a tenth of mounting.
+        # Here, where the mount is usable already: it loads msgspec, 15 to 20 ms of the 300 that mounting takes.
         from pkernfs.server.commands import Commands
 
         keep_resident()
