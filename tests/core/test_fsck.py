@@ -6,11 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pkernfs.cli.fsck import main
+from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fsck.check import Check
 from pkernfs.fsck.problems import PROBLEMS, Code
+from pkernfs.fsck.run import Result, fsck
+from pkernfs.iommu.audit import Audit, audit
 from pkernfs.region import open_region, read_superblock
 from tests.core.support import MiB, digest, mkfile, open_fs, patch_inode, sparse_file
 
@@ -180,6 +185,62 @@ def test_json(made: str, capsys: Capture) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == [problem | {"state": "repaired"}]
     assert [(repair["ino"], repair["path"]) for repair in found["repaired"]] == [(ino, "/f")]
+
+
+class Counts:
+    """How often everything was checked, and how often the page tables were audited."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.checks = self.audits = 0
+
+        def counted_check(*args: Any, **options: Any) -> Check:
+            self.checks += 1
+            return Check(*args, **options)
+
+        def counted_audit(fs: Filesystem) -> Audit:
+            self.audits += 1
+            return audit(fs)
+
+        monkeypatch.setattr("pkernfs.fsck.check.run.Check", counted_check)
+        monkeypatch.setattr("pkernfs.fsck.check.tables.audit", counted_audit)
+
+    def of(self, *words: str) -> tuple[int, int]:
+        """Checks and audits of one run."""
+        self.checks = self.audits = 0
+        main(words)
+        return self.checks, self.audits
+
+
+def test_a_check_before_and_a_check_after(made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is the first round's, too; page tables are audited where nothing else was found."""
+    counts = Counts(monkeypatch)
+    assert counts.of("-y", made) == (1, 1)
+    damage(made)
+    assert counts.of("-n", made) == (1, 0)
+    assert counts.of("-y", made) == (2, 1)
+    assert counts.of("-n", made) == (1, 1)
+    with open_region(made) as region:
+        region.store(100, b"damage")
+    assert counts.of("-y", made) == (1, 1), "before the superblock was restored nothing could be checked"
+
+
+def test_what_is_written_before_the_answer_is_checked_anew(made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody holds the lock while somebody thinks."""
+    damage(made)
+
+    def repaired_by_another(found: Result) -> bool:
+        assert [problem.code for problem in found.problems] == [Code.INODE_PAGES]
+        assert main(["-y", made]) == 1
+        with open_region(made) as region:
+            fs = open_fs(region)
+            patch_inode(fs, fs.resolve(b"f"), nlink=5)
+        return True
+
+    counts = Counts(monkeypatch)
+    done = fsck(made, repaired_by_another)
+    assert counts.checks == 1 + 2 + 2
+    assert ([repair.code for repair in done.repairs], done.left) == ([Code.LINK_COUNT], [])
+    assert main(["-n", made]) == 0
 
 
 def test_a_region_in_use(made: str, hold: Callable[..., subprocess.Popen[str]], capsys: Capture) -> None:

@@ -21,6 +21,7 @@ from pkernfs.iommu.records import Records
 from pkernfs.iommu.walk import walk
 from pkernfs.region import Region
 from tests.core.support import check, open_fs
+from tests.core.test_fsck import Counts
 from tests.iommu.space import DEVICE, OTHER, KiB, MiB
 from tests.iommu.test_audit import FAULTS, IOVA, SMALL, prepared, records
 from tests.mount.site import run
@@ -93,7 +94,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     assert walk(fs, DEVICE, None, IOVA).fault == "not present at level 3"
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fs = prepared()
     FAULTS["leaf-to-other-file"][1](fs)
     path = tmp_path / "region"
@@ -104,6 +105,11 @@ def test_the_command(tmp_path: Path) -> None:
     (problem,) = json.loads(found.stdout)["problems"]
     assert (problem["checker"], problem["path"]) == ("iommu-tables", "/iommu/dom-0")
     assert problem["text"].startswith("foreign: IOVAs 0x1000000")
+    checks, audits = Counts(monkeypatch).of("-n", str(path))
+    assert (checks, audits) == (1, 1)
+    image = path.read_bytes()
+    assert Counts(monkeypatch).of("-y", str(path)) == (2, 2)
+    path.write_bytes(image)
     done = run("fsck.pkernfs", "-y", path)
     assert (done.returncode, "were made anew" in done.stdout) == (1, True)
     assert run("fsck.pkernfs", "-n", path).returncode == 0
