@@ -15,6 +15,7 @@ from pkernfs.format import (
     BLOCK_KINDS,
     BLOCK_SLAB,
     FIRST_FREE_SLOT,
+    INODES_PER_PAGE,
     MAX_FILE_SIZE,
     NODE_MAGIC,
     PAGE,
@@ -32,7 +33,7 @@ from pkernfs.format import (
     PageNo,
 )
 from pkernfs.fs.slab import Slab
-from pkernfs.fs.space import block_of, page_of_inode
+from pkernfs.fs.space import block_of
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import DamagedHeader, Data, Findings, UsedAs, UsedAsData, UsedAsSlab
@@ -54,9 +55,9 @@ class Memory:
         self.first_block = volume.sb.first_block
         self.total_pages = volume.total_pages
         self.blocks = array("Q", bytes(8 * len(self.table)))
-        self.pages: dict[BlockNo, array[int]] = {}  #: by block, for slabs
-        self.slabs: dict[BlockNo, Slab] = {}  #: those whose headers are sound
-        self.headless: dict[BlockNo, bytearray] = {}  #: the others: kinds of their pages as they are used
+        self.pages: dict[int, array[int]] = {}  #: by block, for slabs
+        self.slabs: dict[int, Slab] = {}  #: those whose headers are sound
+        self.headless: dict[int, bytearray] = {}  #: the others: kinds of their pages as they are used
         self.disputed_pages: set[PageNo] = set()  #: used as another kind than their slab says
         self.disputed_blocks: set[BlockNo] = set()  #: used whole by a file, and the table has them as something else
         self.misused_blocks: set[BlockNo] = set()  #: data blocks that a file uses in part, or not in their place
@@ -82,8 +83,8 @@ class Memory:
         """Whether an inode may be read from the slot; all slots of a damaged slab may."""
         if ino < FIRST_FREE_SLOT:
             return ino in RESERVED
-        page, slot = page_of_inode(ino)
-        block, index = block_of(page)
+        page, slot = divmod(ino, INODES_PER_PAGE)
+        block, index = divmod(page, PAGES_PER_BLOCK)
         if block not in self.pages:
             return False
         slab = self.slabs.get(block)
@@ -97,32 +98,36 @@ class Memory:
 
     def in_slab(self, page: PageNo, what: str) -> bool:
         """Whether the page is one of a slab; noted when it is not."""
-        block, _ = block_of(page)
-        if block in self.pages:
+        if page // PAGES_PER_BLOCK in self.pages:
             return True
+        self._note_no_slab(page, what)
+        return False
+
+    def _note_no_slab(self, page: PageNo, what: str) -> None:
+        block, _ = block_of(page)
         where, data = "beyond the region", None
         if 0 <= block < len(self.table):
             where, data = BLOCK_KINDS[self.table[block]], UsedAsSlab(block)
         text = f"{what}: expected a page of a slab, found page {page:#x}, which is {where}"
         self.findings.note(Code.PAGE_RANGE, text, data=data)
-        return False
 
     def claim_runs(self, page: PageNo, count: int, kind: int, what: str) -> list[tuple[PageNo, int]]:
         """The runs (page, count) of these slab pages that the inode at work owns now."""
         good: list[tuple[PageNo, int]] = []
         tally = self.findings.tally
-        for at in map(PageNo, range(page, page + count)):
-            if not self.in_slab(at, what):
+        for at in range(page, page + count):
+            block, index = divmod(at, PAGES_PER_BLOCK)
+            owners = self.pages.get(block)
+            if owners is None:
+                self._note_no_slab(PageNo(at), what)
                 break
-            block, index = block_of(at)
-            owners = self.pages[block]
             slab = self.slabs.get(block)
             tally.pages += 1
             if slab is not None and slab.kinds[index] != kind:
                 code = Code.PAGE_FREE if slab.kinds[index] == PAGE_FREE else Code.PAGE_KIND
                 text = f"{what}: expected kind {PAGE_KINDS[kind]!r}, found {PAGE_KINDS[slab.kinds[index]]!r}"
-                self.findings.note(code, text, offset=at * PAGE, data=UsedAs(at, kind))
-                self.disputed_pages.add(at)
+                self.findings.note(code, text, offset=at * PAGE, data=UsedAs(PageNo(at), kind))
+                self.disputed_pages.add(PageNo(at))
             elif owners[index]:
                 self._note_double_use(what, owners[index], at * PAGE)
             else:
@@ -132,7 +137,7 @@ class Memory:
                 if good and sum(good[-1]) == at:
                     good[-1] = (good[-1][0], good[-1][1] + 1)
                 else:
-                    good.append((at, 1))
+                    good.append((PageNo(at), 1))
         return good
 
     def _note_double_use(self, what: str, owner: int, offset: int) -> None:

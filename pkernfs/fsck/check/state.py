@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from pkernfs.errors import CorruptError
-from pkernfs.format import INODES_PER_PAGE, Attachment, Ino, Inode, IovaPage, Mapping, PageNo
+from pkernfs.format import INODES_PER_PAGE, Attachment, Ino, Inode, IovaPage, Mapping
 from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.memory import Memory
@@ -21,19 +21,13 @@ from pkernfs.fsck.problems import Code
 STEP = 1000  #: inodes from one call of ``tell`` to the next
 
 
-def page_of(ino: int) -> tuple[PageNo, int]:
-    """The page of the region that an inode's slot is in, and which of its slots it is."""
-    page, slot = divmod(ino, INODES_PER_PAGE)
-    return PageNo(page), slot
-
-
 class Reached:
     """Which inodes were reached so far, and what is to be compared when all are."""
 
     def __init__(self) -> None:
         self.files = 0
         self.directories = 0
-        self.slots: dict[PageNo, int] = {}  #: by page of inodes: bitmap of those that were reached
+        self.slots: dict[int, int] = {}  #: by page of inodes: bitmap of those that were reached
         self.damaged: set[Ino] = set()  #: those that cannot be read, which was noted
         self.wrong_flags: set[Ino] = set()  #: those whose flags are to be corrected
         self.names_left: dict[Ino, int] = {}  #: files of which not all names, or too many, were found yet
@@ -42,13 +36,13 @@ class Reached:
 
     def mark(self, ino: Ino) -> bool:
         """Note that the inode was reached; whether for the first time."""
-        page, slot = page_of(ino)
+        page, slot = divmod(ino, INODES_PER_PAGE)
         before = self.slots.get(page, 0)
         self.slots[page] = before | 1 << slot
         return not before >> slot & 1
 
     def __contains__(self, ino: Ino) -> bool:
-        page, slot = page_of(ino)
+        page, slot = divmod(ino, INODES_PER_PAGE)
         return bool(self.slots.get(page, 0) >> slot & 1)
 
 
@@ -148,9 +142,8 @@ class Check:
     def close(self, structure: Structure) -> None:
         """All of the structure was looked at."""
         self.findings.tally.structure = None
-        if not structure.must_change:
-            # A finding may hold on to it.
-            structure.kept, structure.nodes = [], []
+        if structure.kept and not structure.must_change:
+            structure.kept.clear()  # a finding may hold on to the structure
 
 
 InodeCheck: TypeAlias = Callable[[Check, Ino, Inode], None]

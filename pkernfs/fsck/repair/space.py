@@ -28,10 +28,9 @@ from pkernfs.format import (
 )
 from pkernfs.fs.pages import check_page, raw_inode, read_inode
 from pkernfs.fs.slab import Slab
-from pkernfs.fs.space import block_of
+from pkernfs.fs.space import block_of, page_of_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import plausible
-from pkernfs.fsck.check.state import page_of
 from pkernfs.fsck.findings import DamagedHeader, Leak, NamedSlot, NoInodes, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.metadata import is_slab
@@ -156,7 +155,7 @@ def slots(work: Work) -> None:
     memory, volume = work.memory, work.volume
     used: dict[BlockNo, dict[Ino, Code]] = {}
     for code, (ino, mode) in work.found(NamedSlot):
-        page, _ = page_of(ino)
+        page, _ = page_of_inode(ino)
         block, index = block_of(page)
         slab = memory.slabs.get(block)
         if slab is None or not index or memory.pages[block][index] or not is_inode(volume, ino):
