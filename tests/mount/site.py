@@ -231,8 +231,8 @@ class Site(Mounted):
         assert result.returncode == 0, result
         return result.stdout
 
-    def unseal(self) -> None:
-        """Make the journal look as if the server had died between sealing and applying its last transaction."""
+    def commit_again(self) -> None:
+        """Make the journal look as if the server had died between committing and applying its last transaction."""
         with open_region(str(self.region), readonly=False) as region:
             journal = Volume(region).journal
             header = JOURNAL_HEADER.unpack(region.read(journal.header_at, JOURNAL_HEADER.size))

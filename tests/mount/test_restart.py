@@ -78,7 +78,7 @@ def test_everything_survives(site: Site, how: str) -> None:
     else:
         site.crash()
     if how == "kill-and-replay":
-        site.unseal()
+        site.commit_again()
     site.mount()
     assert ("replayed the journal" in site.said) == (how == "kill-and-replay")
     assert snapshot(top) == before
@@ -182,7 +182,7 @@ def test_read_only_mount_changes_no_byte(site: Site, how: str) -> None:
             site.crash()
             assert errno_of(os.close, fd) in (0, *DEAD)
     if how == "kill-and-replay":
-        site.unseal()
+        site.commit_again()
     digest, times = site.digest(), site.region.stat()
     site.mount("ro")
     names = snapshot(site.mnt / "top")

@@ -273,7 +273,7 @@ def test_offline_listing_equals_the_mount(site: Site, how: str) -> None:
         site.umount()
     else:
         site.crash()
-        site.unseal()
+        site.commit_again()
     digest = site.digest()
     found_rows = rows_of(site, "", "-R")
     assert found_rows.keys() == wanted.keys()
