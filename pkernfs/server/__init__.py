@@ -6,7 +6,8 @@ device and relay speak the kernel's messages for it, child and heartbeat are a w
 trio nor pyfuse3 nor a filesystem, and never looks into the region.
 
 A worker: worker (the process), loop, operations (FUSE's requests to fs, and only that), requests, replay, space,
-attributes, xattrs, handles; control and verbs (its socket).  The only trio and pyfuse3 code, 0.3 s to import.
+attributes, xattrs, handles, housekeeping, buffers; control and verbs (its socket).  The only trio and pyfuse3 code,
+0.3 s to import.
 
 May import: fsck and all below.  Invariants: handlers do not await (but for memory to be reclaimed, when the space has
 run out and nothing was changed), so a request is executed from its delivery to its reply without another one in

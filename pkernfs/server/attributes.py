@@ -1,4 +1,4 @@
-"""Our attributes as pyfuse3's, with what the kernel may keep of them, of names and of content: the one place for both.
+"""Our attributes as pyfuse3's and back, and what the kernel may keep of them, of names and of content.
 
 Nothing changes attributes, names or content behind the kernel's back, so it may keep all of them for ever; but for
 
@@ -16,10 +16,11 @@ import stat
 from typing import Final
 
 import pyfuse3
-from pyfuse3 import EntryAttributes, FileInfo
+from pyfuse3 import EntryAttributes, FileInfo, SetattrFields, StatvfsData
 
-from pkernfs.format import BLOCK, FLAG_REGION_MAPPED, GUARDED, PAGE, Ino, Inode
-from pkernfs.fs.filesystem import Filesystem
+from pkernfs.format import BLOCK, FLAG_REGION_MAPPED, GUARDED, NAME_MAX, PAGE, Ino, Inode
+from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.guard import pins
 from pkernfs.server.handles import handle
 
@@ -96,3 +97,28 @@ class Attributes:
         direct_io = bool(inode.flags & GUARDED) or (self.writeback and changing)
         fh = pyfuse3.FileHandleT(handle(ino, flags, uid))
         return FileInfo(fh=fh, keep_cache=keep_cache, direct_io=direct_io)
+
+
+def requested(attr: EntryAttributes, fields: SetattrFields) -> SetAttr:
+    """What a setattr is to change."""
+    return SetAttr(
+        mode=attr.st_mode if fields.update_mode else None,
+        uid=attr.st_uid if fields.update_uid else None,
+        gid=attr.st_gid if fields.update_gid else None,
+        size=attr.st_size if fields.update_size else None,
+        atime=attr.st_atime_ns if fields.update_atime else None,
+        mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        ctime=attr.st_ctime_ns if fields.update_ctime else None,
+    )
+
+
+def statvfs(figures: Statfs) -> StatvfsData:
+    """Figures of the whole, for df."""
+    data = StatvfsData()
+    data.f_bsize = data.f_frsize = PAGE
+    data.f_blocks = figures.blocks
+    data.f_bfree = data.f_bavail = figures.free
+    data.f_files = figures.files
+    data.f_ffree = data.f_favail = figures.free_files
+    data.f_namemax = NAME_MAX
+    return data

@@ -16,11 +16,11 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.format import NAME_MAX, PAGE, Ino
+from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
-from pkernfs.server.attributes import Attributes
+from pkernfs.server.attributes import Attributes, requested, statvfs
 from pkernfs.server.handles import INO, KILL_PRIV, NOATIME
 from pkernfs.server.housekeeping import Housekeeping
 from pkernfs.server.replay import Replay
@@ -79,15 +79,7 @@ class Operations(pyfuse3.Operations):
     def setattr(
         self, inode: Ino, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        change = SetAttr(
-            mode=attr.st_mode if fields.update_mode else None,
-            uid=attr.st_uid if fields.update_uid else None,
-            gid=attr.st_gid if fields.update_gid else None,
-            size=attr.st_size if fields.update_size else None,
-            atime=attr.st_atime_ns if fields.update_atime else None,
-            mtime=attr.st_mtime_ns if fields.update_mtime else None,
-            ctime=attr.st_ctime_ns if fields.update_ctime else None,
-        )
+        change = requested(attr, fields)
         if change == SetAttr(ctime=change.ctime):
             # chown(-1, -1), which clears set-user-ID bits as any change of owner does.
             change = change._replace(uid=self.fs.getattr(inode).uid)
@@ -252,12 +244,4 @@ class Operations(pyfuse3.Operations):
 
     @handler
     def statfs(self, ctx: RequestContext) -> StatvfsData:
-        figures = self.fs.statfs()
-        data = StatvfsData()
-        data.f_bsize = data.f_frsize = PAGE
-        data.f_blocks = figures.blocks
-        data.f_bfree = data.f_bavail = figures.free
-        data.f_files = figures.files
-        data.f_ffree = data.f_favail = figures.free_files
-        data.f_namemax = NAME_MAX
-        return data
+        return statvfs(self.fs.statfs())
