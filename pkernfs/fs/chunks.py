@@ -73,11 +73,10 @@ def _block_behind(filemap: FileMap, chunk: FilePage) -> BlockNo:
 
 def _wants_block(filemap: FileMap, chunk: FilePage, end: FilePage) -> bool:
     """Whether the empty chunk, to be filled from its start to ``end``, is to be a block."""
-    if filemap.find(chunk)[1] < PAGES_PER_BLOCK:
-        return False
-    if not filemap.compact:
-        return end - chunk >= PAGES_PER_BLOCK
-    return end - chunk >= HALF or _block_behind(filemap, chunk) != 0
+    wanted = end - chunk >= (HALF if filemap.compact else PAGES_PER_BLOCK)
+    if not wanted and filemap.compact:
+        wanted = _block_behind(filemap, chunk) != 0
+    return wanted and filemap.find(chunk)[1] >= PAGES_PER_BLOCK
 
 
 def _last_chunk(filemap: FileMap, chunk: FilePage, end: FilePage) -> FilePage:

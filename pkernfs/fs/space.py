@@ -147,30 +147,33 @@ class Space:
         Those are whole data blocks at multiples of 2 MiB, and data pages of slabs.  Raises CorruptError for a damaged
         slab.
         """
+        # divmod and not block_of, here and in inode_in_use: they are asked for every extent and every inode.
         if not self.first_block * PAGES_PER_BLOCK <= page < page + count <= self.blocks * PAGES_PER_BLOCK:
             return False
-        block, index = block_of(page)
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        at = int(start)
         if self.table[block] == BLOCK_SLAB:
             step = min(count, PAGES_PER_BLOCK - index)
-            if self.slab(block).kinds[index : index + step] != bytes([PAGE_DATA]) * step:
+            if self.slab(BlockNo(block)).kinds[index : index + step] != bytes([PAGE_DATA]) * step:
                 return False
-            start, page, count = FilePage(start + step), PageNo(page + step), count - step
-        # What follows are blocks to the end: a slab begins with its header.
-        block, index = block_of(page)
+            if step == count:
+                return True
+            at, count = at + step, count - step
+            block, index = block + 1, 0  # what follows are blocks to the end: a slab begins with its header
         blocks, rest = divmod(count, PAGES_PER_BLOCK)
-        aligned = not (index or start % PAGES_PER_BLOCK)
-        whole = not rest and self.table[block : block + blocks] == bytes([BLOCK_DATA]) * blocks
-        return not count or (aligned and whole)
+        if index or rest or at % PAGES_PER_BLOCK:
+            return False
+        return self.table[block : block + blocks] == bytes([BLOCK_DATA]) * blocks
 
     def inode_in_use(self, ino: Ino) -> bool:
         """Whether the slot is one that an inode may be read from."""
         if 0 < ino < FIRST_FREE_SLOT:
             return True
-        page, slot = page_of_inode(ino)
-        block, index = block_of(page)
-        if not self.is_slab(block):
+        page, slot = divmod(ino, INODES_PER_PAGE)
+        block, index = divmod(page, PAGES_PER_BLOCK)
+        if not self.first_block <= block < self.blocks or self.table[block] != BLOCK_SLAB:
             return False
-        slab = self.slab(block)
+        slab = self.slab(BlockNo(block))
         return slab.kinds[index] == PAGE_INODES and bool(slab.slots[index] >> slot & 1)
 
     def has_pages(self, count: int) -> bool:

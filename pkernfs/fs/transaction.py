@@ -44,19 +44,21 @@ class Transaction:
     def put_inode(self, ino: Ino, inode: Inode) -> None:
         """Change an inode.  Raises FsError(EROFS) when it was found damaged."""
         cache = self.cache
-        cache.damage.check_changeable(ino)
-        self._keep_before(ino)
+        if ino in cache.damage.inodes:
+            cache.damage.check_changeable(ino)
+        if self.charges and ino not in self.before:
+            self._keep_before(ino)
         cache.pieces.pop(ino, None)
         cache.inodes[ino] = inode
         self.inodes[ino] = inode
 
     def _keep_before(self, ino: Ino) -> None:
-        if self.charges and ino not in self.before:
-            self.before[ino] = self.cache.inodes.get(ino) or read_inode(self.cache.region, ino)
+        self.before[ino] = self.cache.inodes.get(ino) or read_inode(self.cache.region, ino)
 
     def free_inode(self, ino: Ino, inode: Inode) -> None:
         """Empty the slot, and free it at the commit."""
-        self._keep_before(ino)
+        if self.charges and ino not in self.before:
+            self._keep_before(ino)
         self.cache.pieces.pop(ino, None)
         self.cache.inodes.pop(ino, None)
         self.inodes[ino] = inode._replace(mode=0, nlink=0, size=0, pages=0, root=NO_PAGE, xattrs=NO_PAGE, inline=b"")

@@ -55,7 +55,7 @@ class Use:
         self.rng = rng
         self.damaged = False
         self.refused: PkernfsError | None = None
-        opened = judged(Filesystem.open, region)
+        opened = judged(open_filesystem, region)
         self._judge_opening()
         if isinstance(opened, PkernfsError):
             self.refused = opened
@@ -238,7 +238,7 @@ ALWAYS_CHANGES = {"chmod", "setxattr", "overwrite", "append", "write-far", "grow
 
 def tools(region: WatchedRegion, rng: random.Random) -> None:
     """What reads a region without a mount.  Nothing is stored."""
-    opened = judged(Filesystem.open, region)
+    opened = judged(open_filesystem, region)
     region.log.clear()
     if not isinstance(opened, PkernfsError):
         fs = opened
