@@ -15,7 +15,8 @@ Print QEMU's -object option for a file of a mount as guest memory, quoted for th
 
 A file that is one piece of the region is mapped directly (mem-path=REGION,offset=N: native speed, and the guest runs on
 while no pkernfs process is there) when QEMU knows offset= (8.1 and later), any other through the mount.  A file that is
-mapped directly is marked so: its memory stays where it is, and reads through the mount see what the guest stores.
+mapped directly is marked so: its memory stays where it is, reads through the mount see what the guest stores, and the
+guest sees what is written through the mount.
 """
 
 

@@ -25,10 +25,10 @@ changes memory; it does not touch hardware.
   pkernfs iommu invalidations /mnt/pkernfs --ack 77     all of the list that ended with the token 77 has been done
   pkernfs iommu invalidations /mnt/pkernfs --ack all    whatever is pending has been done
 
-Until it is acknowledged no page of an old table is used again, so a cache that is late points to old memory, not to
-other tables.  Acknowledge after the IOMMU reported the end of the commands (VT-d: Invalidation Wait Descriptor; AMD:
-COMPLETION_WAIT).  With a token it fails (EAGAIN) when more is pending by now; use one where somebody else may change
-mappings meanwhile.
+Until it is acknowledged no page of an old table, or of a destroyed domain's, is used again, so a cache that is late
+points to old memory, not to other tables.  Acknowledge after the IOMMU reported the end of the commands (VT-d:
+Invalidation Wait Descriptor; AMD: COMPLETION_WAIT).  With a token it fails (EAGAIN) when more is pending by now; use
+one where somebody else may change mappings meanwhile.
 
 `pkernfs iommu iotlb-needed [--done [--token N]]` is the old form of this command, deprecated: it goes with the next
 release.
