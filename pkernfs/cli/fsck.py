@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fsck.pkernfs: cancelled: what was repaired so far is whole; run it again", file=sys.stderr)
         return CANCELLED
     code = CORRECTED * bool(result.repairs or (result.records and result.stored)) | LEFT * bool(result.left)
-    report(arguments, result, code, shown=session.asked)
+    report(arguments, result, code, shown=session.prompted)
     return code
 
 
@@ -106,7 +106,7 @@ class _Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.region: str = arguments.region
-        self.asked = False  #: the problems were shown, with the question
+        self.prompted = False  #: the problems were shown, with the question
         self._quiet: bool = arguments.json
         self._descriptor: int = arguments.C or 0
         self._bar = ExitStack()
@@ -142,7 +142,7 @@ class _Session:
 
         if not found.problems:
             return True
-        self.asked = True
+        self.prompted = True
         self._bar.close()  # it would be drawn over the question
         for line in lines(self.region, found.problems, found.paths):
             print(line)

@@ -28,7 +28,7 @@ def run(*command: str | Path) -> None:
 
 
 def drop_caches() -> None:
-    """Write back and forget the page cache and unused dentries and inodes, so that calls reach the FUSE server again.
+    """Write back and drop the page cache and unused dentries and inodes, so that calls reach the FUSE server again.
 
     What tmpfs holds is no cache: nothing changes for it.
     """

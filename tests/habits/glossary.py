@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 GLOSSARY = ROOT / "pkernfs" / "README.md"
 #: Files that tell of old words because that is what they are for.
-HISTORY = ("CHANGELOG.md", "tests/habits/", "tests/golden/format-")
+HISTORY = (".github/CHANGELOG.md", "tests/habits/", "tests/golden/format-")
 #: A word, or the part of a name: "take_inherited" and "takeInherited" are "take" and "inherited".
 PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 QUOTED = re.compile(r"`([^`\n]+)`")

@@ -23,6 +23,6 @@ def qemu() -> None:
 
 @pytest.fixture
 def machine(qemu: None) -> Iterator[Callable[..., Machine]]:  # noqa: ARG001  # it skips
-    """Starts a machine, as the class does; it is ended with the test."""
+    """Starts a machine, as the class does; the test ends it."""
     with ExitStack() as stack:
         yield lambda *args, **kwargs: stack.enter_context(Machine(*args, **kwargs))

@@ -318,7 +318,7 @@ def test_a_leaf_is_split_and_merged_under_dma(rig: Rig) -> None:
 
 
 @BOTH
-def test_unmapped_memory_is_out_of_reach_after_the_invalidation_that_is_asked_for(rig: Rig) -> None:
+def test_unmapped_memory_is_out_of_reach_after_the_invalidation_that_is_pending(rig: Rig) -> None:
     device = traffic(rig)
     other = traffic(rig, GiB, "dom-1", 1)
     domain = rig.mnt / "iommu/dom-0"

@@ -93,7 +93,7 @@ class Vtd:
         self.qtest = qtest
 
     def set_root(self, physical: int) -> None:
-        """Let RTADDR name a root table, and enable translation if it is not.  Forgets nothing by itself."""
+        """Let RTADDR name a root table, and enable translation if it is not.  Invalidates nothing by itself."""
         self.qtest.writeq(self.BASE + self.RTADDR, physical)
         self._command(self.SET_ROOT)
 

@@ -241,7 +241,7 @@ class Site(Mounted):
             region.store_word(journal.header_at, 2 * header.sequence + 1)
 
     def verify(self) -> None:
-        """The region holds a sound filesystem.  Reads only; a mount must be idle but for what the kernel forgets."""
+        """The region holds a sound filesystem.  Reads only; a mount must be idle but for FORGETs that are under way."""
         problems: list[Finding] = []
 
         def sound() -> bool:

@@ -436,7 +436,7 @@ def test_names_that_the_kernel_has_looked_up(site: Site) -> None:
     assert (folder / "dom-1").stat().st_size == 0
 
 
-def test_create_is_asked_of_the_directory(site: Site) -> None:
+def test_create_is_about_the_directory(site: Site) -> None:
     assert (site.mnt / "iommu").stat().st_ino == IOMMU_INO
     facts = told("create", site.mnt / "iommu" / "five", "--levels", "5")
     assert (facts["name"], facts["levels"], facts["format"]) == ("five", 5, "vtd")

@@ -60,7 +60,7 @@ class Scratch(RecordingRegion):
         return Mark(len(self.undo), self.keys(), self._hashes.copy())
 
     def take_back(self, mark: Mark) -> None:
-        """Undo all stores since ``mark``, and forget the log."""
+        """Undo all stores since ``mark``, and clear the log."""
         for offset, old in reversed(self.undo[mark.stores :]):
             self.view[offset : offset + len(old)] = old
         del self.undo[mark.stores :]
