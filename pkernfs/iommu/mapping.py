@@ -31,7 +31,7 @@ from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import IOVA_START
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replies import commit, replayed
-from pkernfs.iommu.translations import differences, joined, pieces_of
+from pkernfs.iommu.translations import differences, in_portions, pieces_of
 
 BATCH = 1000  #: mappings that one transaction takes away
 ACCESS = {name: access for access, name in ACCESS_NAMES.items() if access}
@@ -123,7 +123,7 @@ def map_file(
         _make_room(tx, domain, roots)
         domain.prepare(tx, roots)
         editor = domain.editor(tx)
-        pieces = list(joined(pieces_of(volume, iova, mapping, filemap)))
+        pieces = list(in_portions(pieces_of(volume, iova, mapping, filemap)))
         editor.enter(domain.record.levels, domain.root, IOVA_START, pieces)
         domain.edited(tx, editor, roots)
         domain.records.put(tx, first, MAPPING.pack(mapping))

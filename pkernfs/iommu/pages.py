@@ -24,6 +24,7 @@ from pkernfs.format import (
 from pkernfs.fs.chunks import allocate
 from pkernfs.fs.damage import NO_PAGE, corrupt_inode
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.runs import joined_runs
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.formats import ADDRESS, ENTRIES
@@ -262,8 +263,8 @@ class TablePages:
                 was, now = (array("Q", value.to_bytes(PAGE, "little")) for value in (old, new))
                 at = self.offset(bitmap_page(number))
                 changed = [index for index in range(ENTRIES) if was[index] != now[index]]
-                for first, last in _runs_of(changed):
-                    stores.append((at + 8 * first, now[first : last + 1].tobytes()))
+                for first, count in joined_runs((index, 1) for index in changed):
+                    stores.append((at + 8 * first, now[first : first + count].tobytes()))
         # Ahead of the tables' own words: only we look at the bitmaps.
         tx.words[:0] = stores
         stamp = self.volume.clock()
@@ -275,14 +276,3 @@ class TablePages:
 def bitmap_page(number: int) -> TablePage:
     """Where a bitmap is: at the beginning of the pages that it tells of."""
     return TablePage(number * BITMAP_PAGES)
-
-
-def _runs_of(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of the runs in a sorted list."""
-    first = None
-    for at, number in enumerate(numbers):
-        if first is None:
-            first = number
-        if at + 1 == len(numbers) or numbers[at + 1] != number + 1:
-            yield first, number
-            first = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from pkernfs.format import PAGE, FilePage, GiB, Iova, IovaPage, Mapping, PhysAddr, TablePage
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.runs import joined
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.edit import Piece
@@ -41,7 +42,7 @@ class Tables:
         """The translations of IOVAs [first, end), by ascending IOVA."""
         if self.root:
             self.seen.add(self.root)
-            yield from joined(self._table(self.levels, self.root, IOVA_START, first, end))
+            yield from in_portions(self._table(self.levels, self.root, IOVA_START, first, end))
 
     def _table(self, level: int, page: TablePage, base: Iova, first: Iova, end: Iova) -> Iterator[Piece]:
         form, size = self.form, span(level)
@@ -119,20 +120,20 @@ def _portions(piece: Piece) -> Iterator[Piece]:
         first = cut
 
 
-def joined(pieces: Iterator[Piece]) -> Iterator[Piece]:
+def goes_on(one: Piece, other: Piece) -> Piece | None:
+    """Both as one piece, when the second goes on in memory where the first ends, and does not begin a PORTION."""
+    if other.iova % PORTION and (other.iova, other.physical, other.access) == (
+        one.iova + one.length,
+        one.physical + one.length,
+        one.access,
+    ):
+        return one._replace(length=one.length + other.length)
+    return None
+
+
+def in_portions(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The same with what goes on in memory in one piece, cut where the IOVA is a multiple of PORTION."""
-    last: Piece | None = None
-    for whole in pieces:
-        for piece in _portions(whole):
-            joins = last and piece == (last.iova + last.length, last.physical + last.length, piece.length, last.access)
-            if last and joins and piece.iova % PORTION:
-                last = last._replace(length=last.length + piece.length)
-            else:
-                if last:
-                    yield last
-                last = piece
-    if last:
-        yield last
+    return joined((portion for piece in pieces for portion in _portions(piece)), goes_on)
 
 
 def expected(domain: Domain, first: Iova = IOVA_START, end: Iova = IOVA_END) -> Iterator[Piece]:
@@ -144,7 +145,7 @@ def expected(domain: Domain, first: Iova = IOVA_START, end: Iova = IOVA_END) -> 
             for piece in pieces_of(domain.volume, Iova(at * PAGE), mapping):
                 yield from clipped(piece, first, end)
 
-    return joined(each())
+    return in_portions(each())
 
 
 def clipped(piece: Piece, first: Iova, end: Iova) -> Iterator[Piece]:

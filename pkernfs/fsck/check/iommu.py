@@ -48,6 +48,7 @@ from pkernfs.format import (
     PageNo,
 )
 from pkernfs.fs.filemap import FileMap
+from pkernfs.fs.runs import joined_runs
 from pkernfs.fsck.check.rules import holds_tables
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import is_record, items
@@ -218,12 +219,7 @@ def _memory(check: Check, file: Ino, found: list[tuple[Ino, IovaPage, Mapping]])
         extents = list(FileMap(check.volume, file, inode).extents())
     except CorruptError:
         return  # noted where the extents were
-    runs: list[list[int]] = []
-    for extent in extents:
-        if runs and runs[-1][1] == extent.start:
-            runs[-1][1] += extent.length
-        else:
-            runs.append([extent.start, extent.start + extent.length])
+    runs = [(first, first + count) for first, count in joined_runs((e.start, e.length) for e in extents)]
     last = 0
     at = 0
     for domain, key, mapping in sorted(found, key=lambda item: item[2].start):

@@ -32,12 +32,18 @@ from pkernfs.format import (
     Ino,
     PageNo,
 )
+from pkernfs.fs.runs import joined, joined_runs
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.space import block_of
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import DamagedHeader, Data, Findings, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
+
+
+def _goes_on(one: Extent, other: Extent) -> Extent | None:
+    """Two extents as one, when the second goes on in memory where the first ends."""
+    return one._replace(length=one.length + other.length) if one.page + one.length == other.page else None
 
 
 class Memory:
@@ -134,11 +140,8 @@ class Memory:
                 owners[index] = tally.owner
                 if slab is None:
                     self.headless[block][index] = kind
-                if good and sum(good[-1]) == at:
-                    good[-1] = (good[-1][0], good[-1][1] + 1)
-                else:
-                    good.append((PageNo(at), 1))
-        return good
+                good.append((PageNo(at), 1))
+        return [(PageNo(first), number) for first, number in joined_runs(good)]
 
     def _note_double_use(self, what: str, owner: int, offset: int) -> None:
         text = f"{what}: expected memory of its own, found memory that inode {owner} has too"
@@ -173,13 +176,9 @@ class Memory:
                 tally.pages += step
                 if not self._claim_block(block, start, index, step, what):
                     runs = []
-            for at, count in runs:
-                if good and good[-1].page + good[-1].length == at:
-                    good[-1] = good[-1]._replace(length=good[-1].length + count)
-                else:
-                    good.append(Extent(FilePage(start + at - page), at, count))
+            good += [Extent(FilePage(start + at - page), at, count) for at, count in runs]
             start, page, left = FilePage(start + step), PageNo(page + step), left - step
-        return good
+        return list(joined(good, _goes_on))
 
     def _claim_block(self, block: BlockNo, start: int, index: int, step: int, what: str) -> bool:
         note = self.findings.note

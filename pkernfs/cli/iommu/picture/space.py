@@ -6,7 +6,7 @@ What is too small to be seen is merged with its neighbours, so that 10,000 mappi
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pkernfs.cli.iommu.picture.merge import OTHERS, Mapping, Span, merge
@@ -231,7 +231,19 @@ def _memory(mappings: list[Mapping], shown: dict[int, int], most: int) -> list[M
 
 def _runs(extents: Sequence[Run], parts: list[tuple[int, int]]) -> list[Run]:
     """Where parts of a file are; both in the order of the file."""
-    runs: list[Run] = []
+    from pkernfs.fs.runs import joined
+
+    return list(joined(_pieces(extents, parts), _goes_on))
+
+
+def _goes_on(one: Run, other: Run) -> Run | None:
+    """Both as one run, when the second goes on where the first ends, in the file and in memory."""
+    if (other.offset, other.physical) == (one.offset + one.length, one.physical + one.length):
+        return one._replace(length=one.length + other.length)
+    return None
+
+
+def _pieces(extents: Sequence[Run], parts: list[tuple[int, int]]) -> Iterator[Run]:
     at = 0
     for start, end in parts:
         while at < len(extents) and extents[at].offset + extents[at].length <= start:
@@ -240,14 +252,8 @@ def _runs(extents: Sequence[Run], parts: list[tuple[int, int]]) -> list[Run]:
         while n < len(extents) and extents[n].offset < end:
             extent = extents[n]
             first, last = max(extent.offset, start), min(extent.offset + extent.length, end)
-            physical = extent.physical + first - extent.offset
-            before = runs[-1] if runs else None
-            if before and before.offset + before.length == first and before.physical + before.length == physical:
-                runs[-1] = before._replace(length=before.length + last - first)
-            else:
-                runs.append(Run(first, physical, last - first))
+            yield Run(first, extent.physical + first - extent.offset, last - first)
             n += 1
-    return runs
 
 
 def _bands(blocks: list[Block], memory: list[Memory], shown: dict[int, int]) -> list[Band]:
