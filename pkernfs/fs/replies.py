@@ -30,7 +30,7 @@ that is there), of a control verb one number, as how many bytes were unmapped.
     the kernel        as with the mount                           as with the mount
 
 One slot is enough for FUSE because handlers do not await (server/requests.py): of all that a worker has read at most
-the last request is executed and not answered, and before it reads another one the word is cleared (``retire``): one
+the last request is executed and not answered, and before it reads another one the word is cleared (``clear``): one
 store of 8 bytes, so that the same request, sent anew, is executed.  Nobody can say when the reply to a verb has arrived
 (the client may be killed too), so its record stays until another key needs the slot.  Slots stand where the verbs'
 other changes do, so that the transaction is the same; the superblock has no room for 64.
@@ -117,7 +117,7 @@ class LastReply(ReplyCache):
         tx.stores.append((REPLY_KEY.offset, key.to_bytes(8, "little")))
         self._stands = True
 
-    def retire(self) -> None:
+    def clear(self) -> None:
         """All requests that have ended are answered."""
         if self._stands:
             self._stands = False

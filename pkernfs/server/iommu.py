@@ -189,7 +189,7 @@ def iommu_verbs(
         await trio.to_thread.run_sync(drop, inos, name, abandon_on_cancel=True)
         return result
 
-    async def look(request: api.WorkerRequest[Any]) -> object:
+    async def answer(request: api.WorkerRequest[Any]) -> object:
         reply = OPERATIONS[type(request)](fs, request)
         if isinstance(reply, api.Domains | api.Walk):
             begun = trio.current_time()
@@ -203,4 +203,4 @@ def iommu_verbs(
         return await _audit(fs)
 
     changing = {verb.request for verb in api.VERBS.values() if verb.changes}
-    return {api.IommuAudit: audit, **{request: change if request in changing else look for request in OPERATIONS}}
+    return {api.IommuAudit: audit, **{request: change if request in changing else answer for request in OPERATIONS}}

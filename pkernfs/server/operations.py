@@ -209,7 +209,7 @@ class Operations(pyfuse3.Operations):
     @handler
     def fsync(self, fh: int, datasync: bool) -> None:
         self.fs.region.flush()
-        self.short_writes.tell(fh & INO)
+        self.short_writes.raise_reason(fh & INO)
 
     @handler
     def fsyncdir(self, fh: int, datasync: bool) -> None:

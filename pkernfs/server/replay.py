@@ -39,7 +39,7 @@ class Replay:
         self.attributes = attributes
         self.lookups, self.replies = fs.lookups, fs.volume.replies
         #: all requests so far are answered, but for those that wait for space, which have changed nothing
-        self.before_read = self.replies.retire
+        self.before_read = self.replies.clear
         self.creates_again = False  #: a setxattr(2) comes again, that must not find the attribute
 
     def relayed(self, header: bytes) -> None:

@@ -70,7 +70,7 @@ class ShortWrites:
                 break
         return done
 
-    def tell(self, ino: Ino) -> None:
+    def raise_reason(self, ino: Ino) -> None:
         """Raise, once, why a write of this file has ended too soon."""
         if ino in self.ends:
             raise self.ends.pop(ino)[1]

@@ -113,7 +113,9 @@ def files() -> list[str]:
     return [
         path
         for path in listed.splitlines()
-        if re.search(r"\.(py|md|txt|sh|toml|service|mount|rules)$|^(examples|mount_helpers)/[^.]*$", path)
+        if re.search(
+            r"\.(py|md|txt|sh|toml|yaml|service|mount|rules)$|^(examples|mount_helpers|tests|[.]ci)/[^.]*$", path
+        )
         and not path.startswith(HISTORY)
         and (ROOT / path).exists()
     ]

@@ -45,13 +45,13 @@ FORGET = (
     "pkernfs/fs/reclaim.py",
     "pkernfs/fs/replies.py",
     "pkernfs/server/*.py",
+    "pkernfs/cli/manual/mount.pkernfs.8.txt",
     "tests/core/*.py",
     "tests/iommu/test_rules.py",
 )
 ALIAS = (
     "pkernfs/api.py",
     "pkernfs/cli/iommu/*.py",
-    "pkernfs/cli/manual/pkernfs-iommu.1.txt",
     "pkernfs/vfio.py",
     "tests/mount/test_control.py",
     "tests/mount/test_iommu_cli.py",

@@ -290,7 +290,7 @@ def chosen_of(pending: list[Store], rng: random.Random, subsets: int) -> Iterato
         yield [piece for store in pending for piece in some_words(store, rng)]
 
 
-#: Ahead of the operation in media mode, so that its first body goes over a transaction that was retired just before.
+#: Ahead of the operation in media mode, so that its first body goes over a transaction just checkpointed.
 PROLOGUE = setattr_(b"", uid=7)
 
 

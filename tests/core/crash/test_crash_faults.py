@@ -55,8 +55,8 @@ class Commit(NamedTuple):
     before_apply: list[Step]
     stores: list[Step]
     discards: list[Step]
-    before_retire: list[Step]
-    retire: list[Step]
+    before_checkpoint: list[Step]
+    checkpoint: list[Step]
 
 
 def named(steps: list[Step]) -> Commit:
@@ -256,7 +256,7 @@ ORDER = {
     "a body without a right checksum": Fault(without("header"), NAMES),
     "applied before the commit": Fault(moved("stores", "before_commit"), NAMES),
     "discarded before the commit": Fault(moved("discards", "before_commit"), [("small", "unlink-big")]),
-    "retired before it is applied": Fault(moved("retire", "stores"), NAMES),
+    "checkpointed before it is applied": Fault(moved("checkpoint", "stores"), NAMES),
     "rename in place": Fault(commits(in_place), [("small", "rename"), ("small", "exchange-directories-elsewhere")]),
     "block table in place": Fault(table_in_place, [("small", "grow-5242880")]),
     "block table in place, cut": Fault(table_in_place, [("small", "unlink-big")]),
@@ -274,12 +274,12 @@ FLUSHES = {
     "before the body": Fault(without("before_body"), NAMES),
     "before the commit": Fault(without("before_commit"), NAMES),
     "before it is applied": Fault(without("before_apply"), NAMES),
-    "before it is retired": Fault(without("before_retire"), NAMES),
+    "before it is checkpointed": Fault(without("before_checkpoint"), NAMES),
     "before the size": Fault(no_barrier_before_size, [("small", "append-in-page"), ("small", "append-behind-gap")]),
 }
 RECOVERY_FLUSHES = {
     "before it is applied": Fault(recovery_without_barrier(1), [("small", "rename")]),
-    "before it is retired": Fault(recovery_without_barrier(2), [("small", "rename")]),
+    "before it is checkpointed": Fault(recovery_without_barrier(2), [("small", "rename")]),
 }
 
 
