@@ -14,7 +14,7 @@ from pkernfs.fsck.problems import Code
 
 def extents(check: Check, _: Ino, inode: Inode) -> None:
     """Of two extents that overlap the first is the one that is too long, for each says where it begins."""
-    if not has_extents(inode):
+    if not has_extents(inode) or not (inode.root or inode.inline.strip(b"\0")):
         return
     structure = check.structure("root", is_extent)
     for extent, end in _ordered(check, structure, inode):
@@ -22,8 +22,9 @@ def extents(check: Check, _: Ino, inode: Inode) -> None:
         good = check.memory.claim_extent(claimed)
         if good != [extent]:
             structure.dropped.append(_memory_of(extent))
-        for part in good:
-            structure.keep(part.start, EXTENT_VALUE.pack(ExtentValue(part.page, part.length)))
+        if structure.keeps:
+            for part in good:
+                structure.keep(part.start, EXTENT_VALUE.pack(ExtentValue(part.page, part.length)))
     check.close(structure)
 
 
@@ -53,20 +54,21 @@ def _place(extent: Extent) -> str:
 
 
 def _all_extents(check: Check, structure: Structure, inode: Inode) -> Iterator[Extent]:
-    what = f"inode {structure.owner:#x}"
     if not inode.root:
         for at in range(0, INLINE_EXTENTS * EXTENT.size, EXTENT.size):
             extent = EXTENT.unpack(inode.inline, at)
             if not extent.length:
                 if inode.inline[at:].strip(b"\0"):
-                    check.note(Code.EXTENT_VALUE, f"{what}: expected {at // EXTENT.size} extents, found more")
+                    text = f"inode {structure.owner:#x}: expected {at // EXTENT.size} extents, found more"
+                    check.note(Code.EXTENT_VALUE, text)
                     structure.dropped.append("what stood behind the extents")
                 return
             yield extent
         return
     for key, value in items(check, structure, inode.root):
         if len(value) != EXTENT_VALUE.size:
-            check.note(Code.EXTENT_VALUE, f"{what}: expected 16 bytes, found an extent of {len(value)}")
+            text = f"inode {structure.owner:#x}: expected 16 bytes, found an extent of {len(value)}"
+            check.note(Code.EXTENT_VALUE, text)
             structure.dropped.append("an extent that cannot be read")
         else:
             yield Extent(FilePage(key), *EXTENT_VALUE.unpack(value))

@@ -27,9 +27,7 @@ def mode(check: Check, ino: Ino, inode: Inode) -> None:
 
 
 def flags(check: Check, ino: Ino, inode: Inode) -> None:
-    """The flags say what the type says."""
-    if not has_type(ino, inode):
-        return
+    """The flags say what the type says; of an inode that cannot be kept nothing is asked."""
     wanted = type_flags(inode.mode)
     if inode.flags & (FLAG_FILE | FLAG_DIR) != wanted:
         right = RESERVED[ino][1] if ino in RESERVED else inode.flags & ~(FLAG_FILE | FLAG_DIR) | wanted
@@ -40,8 +38,9 @@ def flags(check: Check, ino: Ino, inode: Inode) -> None:
         text = "expected no flags of page tables"
     else:
         return
-    check.reached.wrong_flags.add(ino)
-    check.note(Code.INODE_FLAGS, f"inode {ino:#x}: {text}, found {inode.flags:#x}", data=Fields(ino, values))
+    if has_type(ino, inode):
+        check.reached.wrong_flags.add(ino)
+        check.note(Code.INODE_FLAGS, f"inode {ino:#x}: {text}, found {inode.flags:#x}", data=Fields(ino, values))
 
 
 def parent(check: Check, ino: Ino, inode: Inode) -> None:
