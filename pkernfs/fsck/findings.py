@@ -14,7 +14,9 @@ from pkernfs.format import BlockNo, Ino, Inode, PageNo
 from pkernfs.fsck.problems import PROBLEMS, Code, Severity, Stage
 
 NO_INO = Ino(0)  #: it is about no inode
-MAX_FINDINGS = 10_000  #: more are not shown
+#: More are not shown: nobody reads them, and a region that is damaged all over would fill memory with text.  A repair
+#: still gets all that it needs, else it would go in rounds of so many, each with a check of everything.
+MAX_FINDINGS = 10_000
 
 #: whether a key and a value can be an item of a tree: the trees of one inode are told apart by it
 Fits = Callable[[int, bytes], bool]

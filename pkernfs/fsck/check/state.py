@@ -70,7 +70,8 @@ class Check:
     """One check of one volume.
 
     ``for_repair``: it keeps what can be kept of structures that cannot stay, and reads also what no inner node points
-    to any more.  ``each_inode``: the checks of every inode that is reached.  ``tell`` is called every STEP inodes.
+    to any more.  A check that only looks does neither: it would hold all entries of a directory to the last of them.
+    ``each_inode``: the checks of every inode that is reached.  ``tell`` is called every STEP inodes.
     """
 
     def __init__(

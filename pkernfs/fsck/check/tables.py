@@ -15,7 +15,10 @@ from pkernfs.iommu.guard import PageTableGuard
 
 
 def page_tables(check: Check) -> None:
-    """The audit of the IOMMU finds nothing.  It relies on all else, so it is made only where all else is sound."""
+    """The audit of the IOMMU finds nothing.  It relies on all else, so it is made only where all else is sound.
+
+    Elsewhere it would report once more what is wrong with records, and what it says of tables could not be trusted.
+    """
     if check.findings.all:
         return
     # Not on the volume of the check: what is in the region counts, not what is decoded.

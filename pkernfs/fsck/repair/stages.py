@@ -93,6 +93,7 @@ def repair_region(
     found: list[Finding] = []
     done: list[Repair] = []
     seen: set[tuple[tuple[Finding, ...], tuple[Repair, ...]]] = set()
+    # What was mended so far (a superblock, kinds of blocks) is not what the check before went by.
     check = None if repairs else before
     for number in range(1, MAX_ROUNDS + 1):
 
