@@ -21,7 +21,8 @@ pkernfs 0.1 had no versions, and one verb "iommu" with the operation in "op" and
 still answers such requests (``of_first_release``); the next one refuses the verb, as it does any that is not known.
 
 All sizes, offsets and addresses are in bytes; lengths of time in seconds, points of time in nanoseconds since the
-epoch unless a field says otherwise.
+epoch unless a field says otherwise.  Numbers are plain ints, not the types of format.py (Ino, Iova): programs have them
+from stat(2) or a log, and the server gives them a type when it has looked at them.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class FormatError(RegionError):
 class CorruptError(PkernfsError):
     """A structure in the region is damaged.
 
-    ``offset`` is where it begins in the region, in bytes; ``ino`` the inode that it belongs to, 0: none.
+    ``offset`` is where it begins in the region, in bytes; ``ino`` the inode that it belongs to, 0: none; a plain
+    int, as Ino is one room up (format.py), which raises these errors.
     """
 
     errno = _errno.EUCLEAN

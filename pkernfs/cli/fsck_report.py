@@ -7,13 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.text import human, printable
 from pkernfs.format import BLOCK
 from pkernfs.fsck.problems import PROBLEMS
 
 if TYPE_CHECKING:
+    from pkernfs.format import Ino
     from pkernfs.fsck.check import Check
     from pkernfs.fsck.findings import Finding
     from pkernfs.fsck.repair import Repair
@@ -53,7 +54,7 @@ def report(arguments: argparse.Namespace, result: Result, code: int, *, shown: b
             print(f"{name}: {line}")
 
 
-def lines(name: str, problems: Sequence[Finding], paths: dict[int, str]) -> Iterator[str]:
+def lines(name: str, problems: Sequence[Finding], paths: dict[Ino, str]) -> Iterator[str]:
     """One for each problem: which invariant, what was expected and found, and the path where there is one."""
     for problem in problems:
         yield f"{name}: {problem.code}: {problem.text}{_path(problem.ino, paths)}"
@@ -64,7 +65,7 @@ def count(items: Sequence[object], noun: str) -> str:
     return f"{len(items)} {noun}" + "s" * (len(items) != 1)
 
 
-def _path(ino: int, paths: dict[int, str]) -> str:
+def _path(ino: Ino, paths: dict[Ino, str]) -> str:
     return f" ({printable(paths[ino])})" if ino in paths else ""
 
 
@@ -83,7 +84,7 @@ def _figures(check: Check) -> Iterator[str]:
     yield f"{sum(slab.inodes for slab in slabs)} inodes in use, {len(check.reached.listed)} of them orphans"
 
 
-def _object(region: str, result: Result, code: int) -> dict[str, Any]:
+def _object(region: str, result: Result, code: int) -> dict[str, object]:
     check, left = result.check, set(result.left)
     state = "repaired" if result.stored else "found"
     return {
@@ -103,11 +104,11 @@ def _object(region: str, result: Result, code: int) -> dict[str, Any]:
     }
 
 
-def _problem(problem: Finding, paths: dict[int, str]) -> dict[str, Any]:
+def _problem(problem: Finding, paths: dict[Ino, str]) -> dict[str, object]:
     return {"checker": problem.code, "invariant": PROBLEMS[problem.code].statement, **_place(problem, paths)}
 
 
-def _place(what: Finding | Repair, paths: dict[int, str]) -> dict[str, Any]:
+def _place(what: Finding | Repair, paths: dict[Ino, str]) -> dict[str, object]:
     return {
         "text": what.text,
         "ino": what.ino or None,

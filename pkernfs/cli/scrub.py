@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import printable, show
 from pkernfs.errors import PkernfsError
+from pkernfs.format import Ino
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -51,9 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             region, (structures, problems) = target, _offline(target, advance)
     paths = _paths(region, {problem.ino for problem in problems} - {0})
-    lines = [(f"{printable(paths[one.ino])}: " if one.ino in paths else "") + one.text for one in problems]
+    lines = [(f"{printable(paths[Ino(one.ino)])}: " if one.ino in paths else "") + one.text for one in problems]
     lines.append(f"{target}: {structures} structures verified, {len(problems)} damaged")
-    found = [to_builtins(one) | {"path": paths.get(one.ino)} for one in problems]
+    found = [to_builtins(one) | {"path": paths.get(Ino(one.ino))} for one in problems]
     show(arguments, {"structures": structures, "clean": not problems, "problems": found}, lines)
     return DAMAGED if problems else 0
 
@@ -104,7 +105,7 @@ def _all(steps: Iterable[tuple[api.Scrubbed, int]], advance: Advance | None) -> 
     return structures, problems
 
 
-def _paths(region_path: str, inos: set[int]) -> dict[int, str]:
+def _paths(region_path: str, inos: set[int]) -> dict[Ino, str]:
     """A path of each inode that has one and whose directories can be read."""
     from pkernfs.fs.paths import a_path_of
     from pkernfs.fs.volume import Volume

@@ -48,7 +48,10 @@ class Page(Protocol):
 
 
 def encode_page(magic: int, offset: int, owner: int, keys: int, level: int, *body: bytes | bytearray) -> bytes:
-    """The 4096 bytes of a page with a header; ``body``, one part after the other, is padded with zeros."""
+    """The 4096 bytes of a page with a header; ``body``, one part after the other, is padded with zeros.
+
+    ``owner`` is a plain int: of a node it is an Ino, of a slab a BlockNo, of the block table the number of its page.
+    """
     page = b"".join((PAGE_HEADER_LAYOUT.pack_values(magic, 0, offset, owner, keys, level, 0), *body))
     page += bytes(PAGE - len(page))
     return page[:4] + _CHECKSUM.pack(checksum(page)) + page[8:]
@@ -59,7 +62,7 @@ def check_page(
 ) -> PageHeader:
     """Check the header of a page that was read at ``offset`` and, if ``verify``, the checksum.
 
-    Raises CorruptError (of ``ino``).
+    ``owner`` as for ``encode_page``.  Raises CorruptError (of ``ino``).
     """
     header = PAGE_HEADER_LAYOUT.unpack(raw)
     expected = (magic, offset, owner)

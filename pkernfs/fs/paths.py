@@ -56,14 +56,14 @@ def _portions(volume: Volume, ino: Ino) -> Iterator[list[Entry]]:
         yield entries
 
 
-def paths_of(volume: Volume, inos: Collection[int]) -> dict[int, list[bytes]]:
+def paths_of(volume: Volume, inos: Collection[int]) -> dict[Ino, list[bytes]]:
     """All paths of each inode, sorted; inodes without a name are missing.  One walk over the region as it stands."""
     found: dict[int, list[bytes]] = {}
     for _ in search(volume, inos, found):
         pass
-    return {ino: sorted(paths) for ino, paths in found.items()}
+    return {Ino(ino): sorted(paths) for ino, paths in found.items()}
 
 
-def a_path_of(volume: Volume, inos: Collection[int]) -> dict[int, str]:
+def a_path_of(volume: Volume, inos: Collection[int]) -> dict[Ino, str]:
     """The first path of each inode that has one."""
     return {ino: os.fsdecode(paths[0]) for ino, paths in paths_of(volume, inos).items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, RegionBusyError
-from pkernfs.format import PAGE, SUPERBLOCK
+from pkernfs.format import PAGE, SUPERBLOCK, Ino
 from pkernfs.fs.journal import Journal
 from pkernfs.fs.paths import a_path_of
 from pkernfs.fs.volume import Volume
@@ -26,7 +26,7 @@ class Result(NamedTuple):
     records: int  #: records of the journal that were replayed
     stored: bool  #: they are in the region now, not in memory only: it was opened for writing
     warnings: list[str]
-    paths: dict[int, str]  #: of the inodes concerned, where they have one
+    paths: dict[Ino, str]  #: of the inodes concerned, where they have one
 
 
 def fsck(
@@ -98,7 +98,7 @@ def _waiting(region: FileRegion) -> int:
         return 0
 
 
-def _paths(volume: Volume, concerned: Sequence[Finding | Repair]) -> dict[int, str]:
+def _paths(volume: Volume, concerned: Sequence[Finding | Repair]) -> dict[Ino, str]:
     """Of the inodes that are concerned, those that have one: a walk over all names, so not for nothing."""
     inos = {one.ino for one in concerned} - {0}
     return a_path_of(volume, inos) if inos else {}

@@ -56,7 +56,7 @@ class Damage(NamedTuple):
 class Scrubbed(NamedTuple):
     """What a step did.  ``next``: the page to go on with; the number of pages of the region when all are done."""
 
-    next: int
+    next: PageNo
     structures: int  #: whose checksums were verified
     problems: list[Damage]
 
@@ -68,14 +68,14 @@ class Scrubbed(NamedTuple):
         return api.Scrubbed(next=self.next, structures=self.structures, problems=problems)
 
 
-def scrub_step(fs: Filesystem, page: int) -> Scrubbed:
+def scrub_step(fs: Filesystem, page: PageNo) -> Scrubbed:
     """Verify some of the structures with checksums from ``page`` on; 0: all that is not in slabs."""
     step = _Step(fs)
     if page <= 0:
         step.metadata()
-        return Scrubbed(_next_slab(fs, 0), step.structures, step.problems)
+        return Scrubbed(_next_slab(fs, BlockNo(0)), step.structures, step.problems)
     while page < fs.volume.total_pages and step.structures < STEP:
-        block = page // PAGES_PER_BLOCK
+        block = BlockNo(page // PAGES_PER_BLOCK)
         # It may have become something else since it was named.
         if fs.volume.space.table[block] == BLOCK_SLAB:
             page = step.slab(block, page % PAGES_PER_BLOCK)
@@ -86,17 +86,17 @@ def scrub_step(fs: Filesystem, page: int) -> Scrubbed:
 
 def scrub_all(fs: Filesystem) -> Iterator[Scrubbed]:
     """All steps, one after the other."""
-    page = 0
+    page = PageNo(0)
     while page < fs.volume.total_pages:
         step = scrub_step(fs, page)
         yield step
         page = step.next
 
 
-def _next_slab(fs: Filesystem, block: int) -> int:
+def _next_slab(fs: Filesystem, block: BlockNo) -> PageNo:
     """The first page of the first slab behind ``block``, or the number of pages."""
     found = fs.volume.space.table.find(BLOCK_SLAB, block + 1)
-    return found * PAGES_PER_BLOCK if found >= 0 else fs.volume.total_pages
+    return PageNo(found * PAGES_PER_BLOCK if found >= 0 else fs.volume.total_pages)
 
 
 class _Step:
@@ -148,12 +148,12 @@ class _Step:
         except CorruptError as error:
             self.damaged(error)
 
-    def slab(self, block: int, first: int) -> int:
+    def slab(self, block: BlockNo, first: int) -> PageNo:
         """A slab from its page ``first`` on; the page of the region to go on with, the one behind it at the end."""
-        end = (block + 1) * PAGES_PER_BLOCK
+        end = PageNo((block + 1) * PAGES_PER_BLOCK)
         self.structures += not first
         try:
-            slab = Slab.decode(self.region.read(block * PAGES_PER_BLOCK * PAGE, PAGE), BlockNo(block))
+            slab = Slab.decode(self.region.read(block * PAGES_PER_BLOCK * PAGE, PAGE), block)
         except CorruptError as error:
             if not first:
                 self.damaged(error)

@@ -67,27 +67,25 @@ def detach(fs: Filesystem, requester: Requester, key: int = 0) -> None:
     volume = fs.volume
     if replayed(fs, key) is not None:
         return
-    if Records(volume, ROOT_PGTABLES_INO).attachment(requester) is None:
+    attachment = Records(volume, ROOT_PGTABLES_INO).attachment(requester)
+    if attachment is None:
         raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
 
     def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         contexts = Contexts(volume, roots)
-        detach_within(tx, contexts, requester)
+        detach_within(tx, contexts, requester, DomainId(attachment.id))
         contexts.finish(tx)
         return 0
 
     commit(fs, key, change)
 
 
-def detach_within(tx: Transaction, contexts: Contexts, requester: Requester) -> None:
-    """Detach a device within a transaction."""
-    roots = contexts.records
-    attachment = roots.attachment(requester)
-    assert attachment is not None
+def detach_within(tx: Transaction, contexts: Contexts, requester: Requester, domain_id: DomainId) -> None:
+    """Detach a device from the domain with an id, within a transaction."""
     for number in FORMATS:
         if contexts.entry(number, requester) != DEVICES[number].blocked:
             contexts.block(tx, number, requester)
-    drop_attachment(tx, roots, requester, DomainId(attachment.id))
+    drop_attachment(tx, contexts.records, requester, domain_id)
 
 
 def drop_attachment(tx: Transaction, roots: Records, requester: Requester, domain_id: DomainId) -> None:

@@ -102,7 +102,7 @@ class Domain:
     def entry(self) -> tuple[int, ...]:
         """The words that point a device to the tables of this domain."""
         record = self.record
-        return ENTRY_OF[record.tables](self.pages.physical(self.root), record.levels, record.id)
+        return ENTRY_OF[record.tables](self.pages.physical(self.root), record.levels, self.id)
 
     def prepare(self, tx: Transaction, roots: Records) -> None:
         """See to it that there are an id and a root table."""

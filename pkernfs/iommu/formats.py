@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from pkernfs.format import PAGE, TABLES_AMD, TABLES_VTD, GiB, Iova, MiB
+from pkernfs.format import PAGE, TABLES_AMD, TABLES_VTD, DomainId, GiB, Iova, MiB, PhysAddr
 
 ENTRIES: Final = 512
 IOVA_START, IOVA_END = Iova(0), Iova(1 << 64)  #: all IOVAs
@@ -101,12 +101,12 @@ class DeviceFormat(NamedTuple):
     root: bool  #: whether a root table points to one such table for each bus
 
 
-def vtd_context(tables: int, levels: int, domain_id: int) -> tuple[int, ...]:
+def vtd_context(tables: PhysAddr, levels: int, domain_id: DomainId) -> tuple[int, ...]:
     """A context entry: translation type 0 (untranslated requests through second-level tables), faults reported."""
     return (tables | 1, domain_id << 8 | levels - 2)
 
 
-def amd_device(tables: int, levels: int, domain_id: int) -> tuple[int, ...]:
+def amd_device(tables: PhysAddr, levels: int, domain_id: DomainId) -> tuple[int, ...]:
     """A device table entry: V, TV, mode = levels, IR, IW; interrupts are not remapped."""
     return (tables | 3 | levels << 9 | 3 << 61, domain_id, 0, 0)
 

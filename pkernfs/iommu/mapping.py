@@ -43,7 +43,7 @@ def hexadecimal(*numbers: int) -> str:
 
 
 def check_range(domain: Domain, iova: int, length: int) -> Iova:
-    """The IOVA.  Raises FsError(EINVAL), with the rule, for a range that no mapping can have."""
+    """The IOVA that a number from outside is.  Raises FsError(EINVAL), with the rule, where no mapping can be."""
     end = iova + length
     if iova % PAGE or length % PAGE:
         raise FsError(errno.EINVAL, f"IOVA {iova:#x}, length {length:#x}: expected multiples of 4 KiB")
@@ -76,6 +76,8 @@ def map_file(
     key: int = 0,
 ) -> Mapped:
     """Map ``length`` bytes (0: up to the end) of a file from ``offset`` on to ``iova`` of a domain.
+
+    ``iova`` is any number that somebody sends: ``check_range`` makes an Iova of it.
 
     Holes get memory.  ``live_update``: check that just this is there already, in the tables too, and change nothing.
     """
@@ -164,7 +166,10 @@ def check_mapped(domain: Domain, first: IovaPage, mapping: Mapping) -> None:
 
 
 def unmap(fs: Filesystem, ino: Ino, iova: int, length: int, key: int = 0) -> int:
-    """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped."""
+    """Take [iova, iova + length) from a domain, parts of mappings too; how many bytes were mapped.
+
+    ``iova`` is any number that somebody sends, as for ``map_file``.
+    """
     volume = fs.volume
     domain = Domain(volume, ino)
     iova = check_range(domain, iova, length)

@@ -23,6 +23,6 @@ def parse(word: str) -> Requester:
     return Requester(segment << 16 | bus << 8 | device << 3 | function)
 
 
-def text(requester: int) -> str:
+def text(requester: Requester) -> str:
     """The name of a requester, with its segment: 0000:00:05.0."""
     return f"{requester >> 16:04x}:{requester >> 8 & 0xFF:02x}:{requester >> 3 & 0x1F:02x}.{requester & 7}"

@@ -6,7 +6,7 @@ import errno
 
 from pkernfs import api
 from pkernfs.errors import FsError
-from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, Ino, Iova, IovaPage, Requester
+from pkernfs.format import ACCESS_NAMES, PAGE, ROOT_PGTABLES_INO, Ino, Iova, IovaPage, PhysAddr, Requester
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import pci
 from pkernfs.iommu.contexts import Contexts
@@ -16,19 +16,20 @@ from pkernfs.iommu.formats import ADDRESS, DEVICES, LEAF_NAMES, span
 from pkernfs.iommu.records import Records
 
 
-def walk(fs: Filesystem, requester: Requester | None, ino: Ino | None, iova: int) -> api.Walk:
-    """What the tables make of an IOVA of a device (or of domain ``ino``), step by step, as hardware does it.
+def walk_device(fs: Filesystem, requester: Requester, iova: int) -> api.Walk:
+    """What the tables make of an IOVA of a device, as ``walk``.  Raises FsError(ENOENT): it is not attached."""
+    attachment = Records(fs.volume, ROOT_PGTABLES_INO).attachment(requester)
+    if attachment is None:
+        raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
+    return walk(fs, attachment.domain, iova, requester)
 
-    What the file there is called is not looked up: see ``names``.
 
-    Raises FsError(ENOENT) for a device that is not attached, CorruptError.
+def walk(fs: Filesystem, ino: Ino, iova: int, requester: Requester | None = None) -> api.Walk:
+    """What the tables make of an IOVA of domain ``ino``, step by step, as hardware does it for a device of it.
+
+    ``iova`` is any number that somebody asks for: beyond what tables can hold it has a fault.  What the file there is
+    called is not looked up: see ``names``.  Raises CorruptError.
     """
-    if requester is not None:
-        attachment = Records(fs.volume, ROOT_PGTABLES_INO).attachment(requester)
-        if attachment is None:
-            raise FsError(errno.ENOENT, f"{pci.text(requester)} is not attached")
-        ino = attachment.domain
-    assert ino is not None
     domain = Domain(fs.volume, ino)
     result = api.Walk(
         device=None if requester is None else pci.text(requester),
@@ -44,7 +45,7 @@ def walk(fs: Filesystem, requester: Requester | None, ino: Ino | None, iova: int
         offset=None,
     )
     if requester is not None:
-        result.fault = _walk_device(fs, domain, requester, result.steps)
+        result.fault = _walk_contexts(fs, domain, requester, result.steps)
     if not 0 <= iova < domain.aperture:
         result.fault = result.fault or f"the IOVA is beyond the {domain.aperture.bit_length() - 1} bits of the tables"
     for reserved in domain.form.reserved:
@@ -59,7 +60,7 @@ def walk(fs: Filesystem, requester: Requester | None, ino: Ino | None, iova: int
     return result
 
 
-def file_at(domain: Domain, iova: Iova) -> tuple[int, int] | None:
+def file_at(domain: Domain, iova: Iova) -> tuple[Ino, int] | None:
     """(inode, offset) of what a domain's mappings say of an IOVA."""
     page, skip = divmod(iova, PAGE)
     for at, mapping in domain.records.mappings(IovaPage(page), IovaPage(page)):
@@ -67,11 +68,11 @@ def file_at(domain: Domain, iova: Iova) -> tuple[int, int] | None:
     return None
 
 
-def _step(level: str | int, table: int, index: int, entry: int, means: str, *, size: int = 8) -> api.Step:
+def _step(level: str | int, table: PhysAddr, index: int, entry: int, means: str, *, size: int = 8) -> api.Step:
     return api.Step(level=level, table=table, index=index, address=table + index * size, entry=entry, means=means)
 
 
-def _walk_device(fs: Filesystem, domain: Domain, requester: Requester, steps: list[api.Step]) -> str | None:
+def _walk_contexts(fs: Filesystem, domain: Domain, requester: Requester, steps: list[api.Step]) -> str | None:
     """The steps to the domain's tables; why it ends there, or None."""
     contexts = Contexts(fs.volume)
     number = domain.record.tables

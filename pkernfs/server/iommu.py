@@ -18,7 +18,7 @@ from pkernfs.fs.names import Caller
 from pkernfs.iommu import devices, domain, mapping, names, pci, reclaim, replace, views
 from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.directory import called, name_of
-from pkernfs.iommu.walk import walk
+from pkernfs.iommu.walk import walk, walk_device
 from pkernfs.server.control import Handler, inode_of
 
 STEP = 0.005  #: seconds of an audit, or of a search for names, after which other requests are served
@@ -96,8 +96,8 @@ def _root(fs: Filesystem, request: api.IommuRoot) -> api.RootTable:
 
 def _walk(fs: Filesystem, request: api.IommuWalk) -> api.Walk:
     if request.device is not None:
-        return walk(fs, pci.parse(request.device), None, request.iova)
-    return walk(fs, None, inode_of(request), request.iova)
+        return walk_device(fs, pci.parse(request.device), request.iova)
+    return walk(fs, inode_of(request), request.iova)
 
 
 def _replace(fs: Filesystem, request: api.IommuReplace) -> api.Replaced:

@@ -12,6 +12,7 @@ from msgspec.structs import asdict
 
 from pkernfs import api
 from pkernfs.errors import CorruptError, FsError
+from pkernfs.format import PageNo
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.control import Handler, inode_of
@@ -36,7 +37,7 @@ def verbs(
         return file_facts(fs, inode_of(request))
 
     async def scrub(request: api.Scrub) -> api.Scrubbed:
-        return scrub_step(fs, request.page).reply()
+        return scrub_step(fs, PageNo(request.page)).reply()
 
     async def direct(request: api.Direct) -> api.FileInfo:
         ino = inode_of(request)

@@ -8,7 +8,7 @@ import pytest
 
 from pkernfs.cli.main import run
 from pkernfs.errors import PkernfsError, UsageError
-from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK
+from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK, PageNo
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.paths import paths_of
@@ -180,12 +180,12 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
 def test_scrub_of_a_block_that_is_no_slab_any_more(fs: Filesystem) -> None:
     """The caller remembers where to go on; what was a slab then may be free now."""
     slab = fs.volume.space.slab_blocks()[0]
-    assert scrub_step(fs, slab * PAGES_PER_BLOCK).structures > 0
-    assert scrub_step(fs, (slab - 1) * PAGES_PER_BLOCK).structures > 0
+    assert scrub_step(fs, PageNo(slab * PAGES_PER_BLOCK)).structures > 0
+    assert scrub_step(fs, PageNo((slab - 1) * PAGES_PER_BLOCK)).structures > 0
     assert fs.volume.space.table[fs.volume.sb.first_block] == BLOCK_FREE
-    last = scrub_step(fs, fs.volume.total_pages - 1)
+    last = scrub_step(fs, PageNo(fs.volume.total_pages - 1))
     assert (last.next, last.problems) == (fs.volume.total_pages, [])
-    assert scrub_step(fs, 10**9) == (10**9, 0, [])
+    assert scrub_step(fs, PageNo(10**9)) == (10**9, 0, [])
 
 
 @pytest.mark.parametrize("name", [b"\xff", b"\x1b[2J", b"two\nlines"], ids=["not-utf-8", "escape", "newline"])

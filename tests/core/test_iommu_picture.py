@@ -13,7 +13,7 @@ from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import FILES, Space, short, space
 from pkernfs.cli.iommu.picture.svg import svg
 from pkernfs.cli.iommu.picture.text import ASCII, COLOURS, UNICODE, picture
-from pkernfs.format import GiB, KiB, MiB, TiB
+from pkernfs.format import GiB, Ino, KiB, MiB, TiB
 
 TITLE = "{http://www.w3.org/2000/svg}title"
 NAMES = {20: "vms/guest-ram", 21: "<svg onload=\"x\"> & 'y' \u202e\x1b[31m", 22: None, 23: "vms/rom"}
@@ -201,7 +201,7 @@ def test_text_for_a_terminal(some: Space) -> None:
     pieces = [piece for line in picture(some, COLOURS) for piece in line if piece.ino is not None]
     colours = some.colours()
     assert {piece.ino for piece in pieces} == set(NAMES)
-    assert len({colours[ino] for ino in NAMES}) == len(NAMES)
+    assert len({colours[Ino(ino)] for ino in NAMES}) == len(NAMES)
     assert {char for piece in pieces for char in piece.text} == {"█"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pkernfs.errors import UsageError
+from pkernfs.format import Requester
 from pkernfs.iommu.pci import parse, text
 
 
@@ -39,12 +40,12 @@ from pkernfs.iommu.pci import parse, text
 def test_parse(word: str, requester: int | None) -> None:
     if requester is not None:
         assert parse(word) == requester
-        assert parse(text(requester)) == requester
+        assert parse(text(Requester(requester))) == requester
         return
     with pytest.raises(UsageError, match=r"\[SSSS:\]BB:DD\.F"):
         parse(word)
 
 
 def test_text() -> None:
-    assert text(0x28) == "0000:00:05.0"
-    assert text(0xFFFFFFFF) == "ffff:ff:1f.7"
+    assert text(Requester(0x28)) == "0000:00:05.0"
+    assert text(Requester(0xFFFFFFFF)) == "ffff:ff:1f.7"

@@ -15,7 +15,7 @@ from pkernfs.iommu.audit import KINDS
 from pkernfs.iommu.contexts import Contexts
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.walk import walk
+from pkernfs.iommu.walk import walk, walk_device
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
 IOVA = 16 * MiB
@@ -38,7 +38,7 @@ def prepared() -> Filesystem:
 
 def entry_of(fs: Filesystem, iova: int, level: int = 0, name: bytes = b"dom-0") -> tuple[int, int]:
     """(region offset, value) of the entry of a level (0: the last) for an IOVA."""
-    steps = walk(fs, None, fs.resolve(b"iommu/" + name), iova).steps
+    steps = walk(fs, fs.resolve(b"iommu/" + name), iova).steps
     step = next((step for step in steps if step.level == level), steps[-1])
     return step.address - BASE, step.entry
 
@@ -193,7 +193,7 @@ def test_tables_are_made_anew(name: str) -> None:
     assert {one.kind for one in views.pending_facts(fs)} == {"context", "iotlb"}
     reclaim.acknowledge(fs)
     assert views.audit(fs).problems == []
-    assert walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
+    assert walk_device(fs, DEVICE, SMALL + 5 * KiB).offset == 65 * KiB
 
 
 #: What else is true then.

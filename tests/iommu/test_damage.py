@@ -12,7 +12,7 @@ from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.restore import restore
-from pkernfs.iommu.walk import walk
+from pkernfs.iommu.walk import walk, walk_device
 from tests.core.support import fails, open_fs
 from tests.iommu.space import BASE, DEVICE, OTHER, THIRD, GiB, KiB, MiB, guest, make, new
 
@@ -58,12 +58,12 @@ def test_a_wrong_bitmap_gives_no_table_away(
     fs.region.store_word(first_word(fs, path), word)
     fs = open_fs(fs.region)
     dom = fs.resolve(b"iommu/dom-1")
-    before = walk(fs, OTHER, None, IOVA)
+    before = walk_device(fs, OTHER, IOVA)
     tables = bytes(fs.region.view[first_word(fs, path) + 4096 : first_word(fs, path) + 2 * MiB])
     with pytest.raises(CorruptError):
         change(fs, dom, fs.resolve(b"guest"))
     assert bytes(fs.region.view[first_word(fs, path) + 4096 : first_word(fs, path) + 2 * MiB]) == tables
-    assert walk(fs, OTHER, None, IOVA) == before
+    assert walk_device(fs, OTHER, IOVA) == before
 
 
 @pytest.mark.parametrize("word", [0, 1])
@@ -71,7 +71,7 @@ def test_tables_are_made_anew_after_damage_was_noticed(word: int) -> None:
     fs = used()
     dom = fs.resolve(b"iommu/dom-0")
     fs.region.store_word(first_word(fs, b"iommu/dom-0"), word)
-    fs.region.store_word(walk(fs, None, dom, IOVA).steps[-1].address - BASE, 0)
+    fs.region.store_word(walk(fs, dom, IOVA).steps[-1].address - BASE, 0)
     for look in (
         lambda: mapping.map_file(fs, dom, IOVA, fs.resolve(b"guest"), live_update=True),
         lambda: replace.replace(fs, dom),

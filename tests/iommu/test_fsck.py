@@ -18,7 +18,7 @@ from pkernfs.fsck.findings import Finding
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair import Repair, repair_region
 from pkernfs.iommu.records import Records
-from pkernfs.iommu.walk import walk
+from pkernfs.iommu.walk import walk_device
 from pkernfs.region import Region
 from tests.core.support import check, open_fs
 from tests.core.test_fsck import Counts
@@ -68,9 +68,9 @@ def test_a_fault_is_mended(name: str) -> None:
     assert mend_tables(region) == []
     fs = open_fs(region)
     assert check(fs.volume) == []
-    assert walk(fs, DEVICE, None, SMALL + 5 * KiB).offset == 65 * KiB
-    assert walk(fs, DEVICE, None, IOVA + 3 * MiB).physical is not None
-    assert walk(fs, OTHER, None, MiB).fault is None
+    assert walk_device(fs, DEVICE, SMALL + 5 * KiB).offset == 65 * KiB
+    assert walk_device(fs, DEVICE, IOVA + 3 * MiB).physical is not None
+    assert walk_device(fs, OTHER, MiB).fault is None
 
 
 def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
@@ -91,7 +91,7 @@ def test_a_mapping_that_is_dropped_leaves_no_translation() -> None:
     fs = open_fs(region)
     fs.setattr(fs.resolve(b"guest"), SetAttr(size=0))
     assert check_tables(region) == []
-    assert walk(fs, DEVICE, None, IOVA).fault == "not present at level 3"
+    assert walk_device(fs, DEVICE, IOVA).fault == "not present at level 3"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.restore import restore
-from pkernfs.iommu.walk import walk
+from pkernfs.iommu.walk import walk, walk_device
 from tests.core.support import ME, ROOT, check, mkdir
 from tests.iommu.space import BASE, DEVICE, OTHER, GiB, KiB, MiB, guest, make, new
 
@@ -131,7 +131,7 @@ def test_devices() -> None:
     assert "attached to dom-0" in refused(fs, errno.EBUSY, lambda: devices.attach(fs, other, DEVICE))
     assert "attached to dom-0" in refused(fs, errno.EBUSY, lambda: devices.attach(fs, dom, DEVICE))
     refused(fs, errno.EBUSY, lambda: domain.destroy(fs, dom))
-    refused(fs, errno.ENOENT, lambda: walk(fs, OTHER, None, 0))
+    refused(fs, errno.ENOENT, lambda: walk_device(fs, OTHER, 0))
     devices.detach(fs, DEVICE)
     domain.destroy(fs, dom)
 
@@ -197,6 +197,6 @@ def test_a_hole_gets_memory_when_it_is_mapped() -> None:
     mapping.map_file(fs, dom, 0, ino)
     assert views.audit(fs).bytes == 6 * MiB + 4 * KiB
     assert fs.getattr(ino).pages * 4096 >= 6 * MiB + 4 * KiB
-    assert (walk(fs, None, dom, 5).physical or 0) > BASE
+    assert (walk(fs, dom, 5).physical or 0) > BASE
     assert fs.read(ino, 0, MiB) == bytes(MiB)
     assert [entry.name for entry in fs.readdir(ROOT)] != []

@@ -10,7 +10,7 @@ from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.iommu.arguments import existing
 from pkernfs.cli.text import printable
 from pkernfs.errors import UsageError
-from pkernfs.format import Ino
+from pkernfs.format import Ino, Iova
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -36,7 +36,7 @@ class Source:
 
         return client.ask(self.path, api.IommuRoot(format=form, segment=segment))
 
-    def walk(self, iova: int, device: str | None = None) -> api.Walk:
+    def walk(self, iova: Iova, device: str | None = None) -> api.Walk:
         """One translation, of a device or of the domain that ``path`` is."""
         from pkernfs import api, client
 
@@ -48,11 +48,11 @@ class Source:
 
         return client.ask(self.path, api.IommuAudit())
 
-    def ino(self) -> int:
+    def ino(self) -> Ino:
         """The inode of the domain."""
-        return os.stat(self.path).st_ino
+        return Ino(os.stat(self.path).st_ino)
 
-    def file(self, ino: int) -> api.FileInfo:
+    def file(self, ino: Ino) -> api.FileInfo:
         """The memory of a file, which need not have a name.  Raises PkernfsError."""
         from pkernfs import api, client
 
@@ -83,15 +83,15 @@ class Offline(Source):
 
         return self._use(lambda fs: views.root(fs, form, segment))
 
-    def walk(self, iova: int, device: str | None = None) -> api.Walk:
+    def walk(self, iova: Iova, device: str | None = None) -> api.Walk:
         """One translation, of a device or of the domain that ``path`` is."""
         from pkernfs.iommu import names, pci
-        from pkernfs.iommu.walk import walk
+        from pkernfs.iommu.walk import walk, walk_device
 
         if device is not None:
             requester = pci.parse(device)
-            return self._use(lambda fs: names.at_once(fs, walk(fs, requester, None, iova)))
-        return self._use(lambda fs: names.at_once(fs, walk(fs, None, fs.resolve(os.fsencode(self.path)), iova)))
+            return self._use(lambda fs: names.at_once(fs, walk_device(fs, requester, iova)))
+        return self._use(lambda fs: names.at_once(fs, walk(fs, fs.resolve(os.fsencode(self.path)), iova)))
 
     def audit(self) -> api.Audited:
         """The proof, and what contradicts it."""
@@ -99,15 +99,15 @@ class Offline(Source):
 
         return self._use(views.audit)
 
-    def ino(self) -> int:
+    def ino(self) -> Ino:
         """The inode of the domain."""
         return self._use(lambda fs: fs.resolve(os.fsencode(self.path)))
 
-    def file(self, ino: int) -> api.FileInfo:
+    def file(self, ino: Ino) -> api.FileInfo:
         """The memory of a file.  Raises PkernfsError."""
         from pkernfs.fs.facts import file_facts
 
-        return self._use(lambda fs: file_facts(fs, Ino(ino)))
+        return self._use(lambda fs: file_facts(fs, ino))
 
 
 def source(word: str, *, domain: bool = False) -> Source:

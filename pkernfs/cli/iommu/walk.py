@@ -16,6 +16,7 @@ from pkernfs.errors import UsageError
 
 if TYPE_CHECKING:
     from pkernfs import api
+    from pkernfs.format import Iova
 
 WALK = """\
 Follow the tables as hardware would, and print each entry on the way: where it is, what it holds, what that means; then
@@ -50,7 +51,7 @@ def _walk(arguments: argparse.Namespace) -> int:
     return 0 if result.fault is None else 1
 
 
-def _find(where: list[str]) -> Callable[[int], api.Walk]:
+def _find(where: list[str]) -> Callable[[Iova], api.Walk]:
     """The walk from a device or a domain.  Raises UsageError."""
     if len(where) > 2:
         raise UsageError(f"{' '.join(where)}: expected MOUNT DEVICE IOVA, DEVICE IOVA or DOMAIN IOVA")

@@ -158,7 +158,7 @@ def records(check: Check, ino: Ino, inode: Inode) -> None:
         pages = check.volume.total_pages
     structure = check.structure("iommu", is_record)
     end = 0
-    for key, value in items(check, structure, inode.iommu):
+    for key, value in items(check, structure, PageNo(inode.iommu)):
         found = record(ino, key, value, pages)
         if found is None:
             text = f"record {key:#x} of inode {ino:#x}: expected another form, found {value[:32].hex()}"

@@ -47,19 +47,19 @@ def is_record(key: int, value: bytes) -> bool:
     return len(value) == MAPPING.size if key <= LAST_MAPPING else key >= ROOT_TABLE_KEY and len(value) <= DOMAIN.size
 
 
-def items(check: Check, structure: Structure, root: int) -> Iterable[tuple[int, bytes]]:
+def items(check: Check, structure: Structure, root: PageNo) -> Iterable[tuple[int, bytes]]:
     """The items of a tree; in the order of their keys even where nodes are not, when they may be kept elsewhere."""
     found = _items(check, structure, root)
     return sorted(found) if structure.keeps else found
 
 
-def _items(check: Check, structure: Structure, root: int) -> Iterator[tuple[int, bytes]]:
+def _items(check: Check, structure: Structure, root: PageNo) -> Iterator[tuple[int, bytes]]:
     """The items of a tree of the inode at work, whose nodes are checked and claimed on the way.
 
     A node that names another owner is not claimed.  One that was seen before is not read again, so that loops end.
     """
     findings, owner = check.findings, structure.owner
-    todo: list[tuple[PageNo, int | None, int, int]] = [(PageNo(root), None, 0, KEY_END)] if root else []
+    todo: list[tuple[PageNo, int | None, int, int]] = [(root, None, 0, KEY_END)] if root else []
     while todo:
         page, level, low, high = todo.pop()
         what = f"tree node {page:#x} of inode {owner}"

@@ -58,7 +58,7 @@ def _attach_devices(fs: Filesystem) -> None:
             contexts = Contexts(volume, records)
             domain = Domain(volume, attachment.domain) if attachment.domain in known else None
             if domain is None:
-                detach_within(tx, contexts, requester)
+                detach_within(tx, contexts, requester, DomainId(attachment.id))
             elif contexts.entry(domain.record.tables, requester) != domain.entry:
                 contexts.store(tx, domain.record.tables, requester, domain.entry)
                 add(tx, records, Invalidation(DomainId(attachment.id), requester=requester))

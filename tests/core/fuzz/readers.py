@@ -19,7 +19,7 @@ from pkernfs.cli import explain as cli_explain
 from pkernfs.cli import info, ls
 from pkernfs.cli.ls import _collect
 from pkernfs.errors import CorruptError, FsError, PkernfsError
-from pkernfs.format import Ino
+from pkernfs.format import Ino, PageNo
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.directory import Entry
 from pkernfs.fs.facts import file_facts, region_facts
@@ -243,7 +243,7 @@ def tools(region: WatchedRegion, rng: random.Random) -> None:
     if not isinstance(opened, PkernfsError):
         fs = opened
         judged(shown, fs, steps="check")
-        page = 0
+        page = PageNo(0)
         while page < fs.volume.total_pages:
             step = judged(scrub_step, fs, page, steps="check")
             if isinstance(step, PkernfsError):

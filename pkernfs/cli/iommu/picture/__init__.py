@@ -11,11 +11,12 @@ from pkernfs.cli.iommu.source import Source, source
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import show
 from pkernfs.errors import PkernfsError, UsageError
-from pkernfs.format import PAGE
+from pkernfs.format import PAGE, Iova
 
 if TYPE_CHECKING:
     from pkernfs import api
     from pkernfs.cli.iommu.picture.space import Block, Space
+    from pkernfs.format import Ino
 
 DESCRIPTION = """\
 Draw an address space: what is mapped at which IOVA, with which rights and leaves, of which file and where in memory;
@@ -57,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _extents(where: Source, ino: int) -> list[api.Extent]:
+def _extents(where: Source, ino: Ino) -> list[api.Extent]:
     """Of a file, or none when it cannot be asked."""
     try:
         return where.file(ino).extents
@@ -69,7 +70,7 @@ def _leaves(where: Source, block: Block) -> tuple[int, ...]:
     """The sizes of leaves at the first, a middle and the last page of a block; 0: there is none."""
     middle = block.mappings[len(block.mappings) // 2]
     pages = {block.start, middle.iova + middle.length // 2 // PAGE * PAGE, block.end - PAGE}
-    walks = [where.walk(page) for page in sorted(pages)]
+    walks = [where.walk(Iova(page)) for page in sorted(pages)]
     return tuple(sorted({(walk.page_size or 0) if walk.fault is None else 0 for walk in walks}))
 
 

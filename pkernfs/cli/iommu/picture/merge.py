@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Self, TypeVar
 
-OTHERS = 0  #: stands for their inode
+from pkernfs.format import Ino, Iova
+
+OTHERS = Ino(0)  #: stands for their inode
 #: How much more a merge costs that mixes files, adds to what is mixed, mixes rights.
 MIXES_FILES, MIXES_MORE, MIXES_ACCESS = 64, 2, 4
 
@@ -15,9 +17,9 @@ MIXES_FILES, MIXES_MORE, MIXES_ACCESS = 64, 2, 4
 class Mapping(NamedTuple):
     """A range of the address space that translates to a range of a file; bytes."""
 
-    iova: int
+    iova: Iova
     length: int
-    ino: int
+    ino: Ino
     offset: int
     access: str  #: "rw", "ro" or "wo"
 
@@ -25,7 +27,7 @@ class Mapping(NamedTuple):
 class Span:
     """Neighbouring mappings that are drawn as one block; from ``start`` to ``end``, of which ``length`` is mapped."""
 
-    def __init__(self, start: int, end: int, mappings: list[Mapping], ino: int) -> None:
+    def __init__(self, start: int, end: int, mappings: list[Mapping], ino: Ino) -> None:
         self.start = start
         self.end = end
         self.mappings = mappings

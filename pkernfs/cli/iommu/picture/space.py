@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from pkernfs.cli.iommu.picture.merge import OTHERS, Mapping, Span, merge
 from pkernfs.cli.text import human, plural, span
+from pkernfs.format import Ino, Iova, PhysAddr
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -40,7 +41,7 @@ class Run(NamedTuple):
     """A part of a file that is contiguous in memory; bytes."""
 
     offset: int
-    physical: int
+    physical: PhysAddr
     length: int
 
 
@@ -58,7 +59,7 @@ class Block(Span):
         """The sizes of its leaves, for people."""
         return f"leaves {', '.join(human(leaf) if leaf else 'missing' for leaf in self.leaves)}"
 
-    def texts(self, names: dict[int, str]) -> list[str]:
+    def texts(self, names: dict[Ino, str]) -> list[str]:
         """What to write on it, the most important first; ``names`` of files, as they are to be shown."""
         inos = {mapping.ino for mapping in self.mappings}
         size, first = human(self.length), self.mappings[0]
@@ -71,7 +72,7 @@ class Block(Span):
         leaves = self.leaf_sizes() if self.leaves else ""
         return [text for text in (f"{size} {self.access}", what, line, leaves) if text]
 
-    def tip(self, names: dict[int, str]) -> str:
+    def tip(self, names: dict[Ino, str]) -> str:
         """Every mapping of it, as far as a tooltip can, and its leaves."""
         lines = [
             f"{span(m.iova, m.length)} ({human(m.length)}, {m.access}): {names[m.ino]}, offset {m.offset:#x}"
@@ -85,7 +86,7 @@ class Memory(Span):
 
     runs: tuple[Run, ...] = ()  #: where what is mapped of it is, in the order of the file
 
-    def __init__(self, start: int, end: int, mappings: list[Mapping], ino: int) -> None:
+    def __init__(self, start: int, end: int, mappings: list[Mapping], ino: Ino) -> None:
         super().__init__(start, end, mappings, ino)
         self.parts = [(start, end)]  #: what is mapped of it
 
@@ -103,7 +104,7 @@ class Memory(Span):
         in_parts = "" if self.length == self.end - self.start else " in parts of it"
         return [f"offset {self.start:#x} to {self.end - 1:#x}", size + in_parts]
 
-    def tip(self, names: dict[int, str]) -> str:
+    def tip(self, names: dict[Ino, str]) -> str:
         """Where it is."""
         if self.ino == OTHERS:
             return f"{names[OTHERS]}: {plural(len(self.mappings), 'mapping')}"
@@ -128,7 +129,7 @@ class Space(NamedTuple):
     """All of the picture."""
 
     domain: api.Domain
-    names: dict[int, str]  #: of files, by inode; of OTHERS how many they are
+    names: dict[Ino, str]  #: of files, by inode; of OTHERS how many they are
     blocks: list[Block]
     memory: list[Memory]  #: by file, then offset
     bands: list[Band]
@@ -138,14 +139,14 @@ class Space(NamedTuple):
         first = band.block.mappings[0]
         return _runs(band.memory.runs, [(first.offset, first.offset + first.length)])
 
-    def colours(self) -> dict[int, str]:
+    def colours(self) -> dict[Ino, str]:
         """One for each file, by inode."""
         kept = [ino for ino in dict.fromkeys(part.ino for part in self.memory) if ino != OTHERS]
         return {ino: PALETTE[n % len(PALETTE)] for n, ino in enumerate(kept)} | {OTHERS: GREY}
 
-    def usage(self) -> dict[int, int]:
+    def usage(self) -> dict[Ino, int]:
         """What is mapped of each file, in bytes."""
-        use: dict[int, int] = {}
+        use: dict[Ino, int] = {}
         for part in self.memory:
             use[part.ino] = use.get(part.ino, 0) + part.length
         return use
@@ -181,16 +182,18 @@ class Space(NamedTuple):
 
 def space(
     domain: api.Domain,
-    extents: Callable[[int], list[api.Extent]],
+    extents: Callable[[Ino], list[api.Extent]],
     most: int,
 ) -> Space:
     """The picture of a domain with at most ``most`` blocks of IOVAs, and fewer of memory.
 
     ``domain``: as `list` tells it; ``extents`` gives those of an inode, in order, or none where they are not known.
     """
-    mappings = sorted(Mapping(one.iova, one.length, one.ino, one.offset, one.access) for one in domain.mappings)
-    names = {one.ino: one.file if one.file is not None else f"inode {one.ino}" for one in domain.mappings}
-    use: dict[int, int] = {}
+    mappings = sorted(
+        Mapping(Iova(one.iova), one.length, Ino(one.ino), one.offset, one.access) for one in domain.mappings
+    )
+    names = {Ino(one.ino): one.file if one.file is not None else f"inode {one.ino}" for one in domain.mappings}
+    use: dict[Ino, int] = {}
     for mapping in mappings:
         use[mapping.ino] = use.get(mapping.ino, 0) + mapping.length
     largest = sorted(use, key=lambda ino: -use[ino])
@@ -202,7 +205,7 @@ def space(
     blocks = merge([Block(m.iova, m.iova + m.length, [m], shown[m.ino]) for m in mappings], most)
     memory = _memory(mappings, shown, max(FILES + 1, most * 3 // 4))
     known = {
-        ino: [Run(one.file_offset, one.physical, one.length) for one in extents(ino)]
+        ino: [Run(one.file_offset, PhysAddr(one.physical), one.length) for one in extents(ino)]
         for ino in sorted({part.ino for part in memory} - {OTHERS})
     }
     for part in memory:
@@ -210,9 +213,9 @@ def space(
     return Space(domain, names, blocks, memory, _bands(blocks, memory, shown))
 
 
-def _memory(mappings: list[Mapping], shown: dict[int, int], most: int) -> list[Memory]:
+def _memory(mappings: list[Mapping], shown: dict[Ino, Ino], most: int) -> list[Memory]:
     """What is mapped of each file, the files in the order in which the address space comes to them."""
-    first: dict[int, int] = {}
+    first: dict[Ino, int] = {}
     for mapping in mappings:
         first.setdefault(shown[mapping.ino], len(first))
     parts: list[Memory] = []
@@ -252,13 +255,13 @@ def _pieces(extents: Sequence[Run], parts: list[tuple[int, int]]) -> Iterator[Ru
         while n < len(extents) and extents[n].offset < end:
             extent = extents[n]
             first, last = max(extent.offset, start), min(extent.offset + extent.length, end)
-            yield Run(first, extent.physical + first - extent.offset, last - first)
+            yield Run(first, PhysAddr(extent.physical + first - extent.offset), last - first)
             n += 1
 
 
-def _bands(blocks: list[Block], memory: list[Memory], shown: dict[int, int]) -> list[Band]:
+def _bands(blocks: list[Block], memory: list[Memory], shown: dict[Ino, Ino]) -> list[Band]:
     """One for each block and each memory that something in it translates to."""
-    by_file: dict[int, list[Memory]] = {}
+    by_file: dict[Ino, list[Memory]] = {}
     for part in memory:
         by_file.setdefault(part.ino, []).append(part)
     starts = {ino: [part.start for part in parts] for ino, parts in by_file.items()}

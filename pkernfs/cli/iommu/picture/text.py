@@ -9,7 +9,7 @@ from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import Block, Space, short
 from pkernfs.cli.iommu.replies import about
 from pkernfs.cli.text import human, plural, printable
-from pkernfs.format import PAGE
+from pkernfs.format import PAGE, Ino
 
 WIDTH = 16  #: of a block, in characters
 NAME = 48  #: of a file's name
@@ -19,7 +19,7 @@ class Piece(NamedTuple):
     """Part of a line; ``ino``: of the file whose colour it has, None: none."""
 
     text: str
-    ino: int | None = None
+    ino: Ino | None = None
 
 
 class Marks(NamedTuple):
@@ -79,7 +79,7 @@ def _free(space: Space, start: int, end: int, width: int, marks: Marks) -> list[
     return [Piece(f"{'':{width}} {marks.free}{'':{WIDTH}}{marks.free} {space.gap(start, end)}")]
 
 
-def _block(space: Space, block: Block, width: int, marks: Marks, fills: dict[int, str]) -> list[list[Piece]]:
+def _block(space: Space, block: Block, width: int, marks: Marks, fills: dict[Ino, str]) -> list[list[Piece]]:
     names = {ino: short(printable(name), NAME) for ino, name in space.names.items()}
     texts = block.texts(names)
     # What it is, where in the file, how it is mapped; and where in memory.
