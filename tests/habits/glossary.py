@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from tests.habits.commits import ROOT, git
+
 GLOSSARY = ROOT / "pkernfs" / "README.md"
 #: Files that tell of old words because that is what they are for.
 HISTORY = (".github/CHANGELOG.md", "tests/habits/", "tests/golden/format-")
@@ -108,16 +107,16 @@ def places(old: list[Old], path: str, content: str) -> Iterator[Place]:
 
 
 def files() -> list[str]:
-    """The text files of the repository."""
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], stdout=subprocess.PIPE, text=True, check=False).stdout
+    """The text files of the repository, or of what was made from it."""
+    listed = git("ls-files").splitlines() or [str(path.relative_to(ROOT)) for path in ROOT.rglob("[!.]*")]
     return [
         path
-        for path in listed.splitlines()
+        for path in listed
         if re.search(
             r"\.(py|md|txt|sh|toml|yaml|service|mount|rules)$|^(examples|mount_helpers|tests|[.]ci)/[^.]*$", path
         )
         and not path.startswith(HISTORY)
-        and (ROOT / path).exists()
+        and (ROOT / path).is_file()
     ]
 
 

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pkernfs import client
 from pkernfs.api import to_builtins
 from pkernfs.format import JOURNAL_HEADER, MiB
@@ -39,6 +41,11 @@ DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 PATIENCE = 60.0
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(sysconfig.get_path("scripts"))
+#: For tests in which another user runs the Python that runs us.
+PYTHON_FOR_ALL = pytest.mark.skipif(
+    not all(path.stat().st_mode & 0o001 for path in Path(sys.base_prefix).resolve().parents),
+    reason=f"other users cannot run the Python in {sys.base_prefix}",
+)
 #: What a server must not have to say.
 COMPLAINT = re.compile(r"WARNING|ERROR|CRITICAL|Traceback")
 

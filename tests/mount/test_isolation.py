@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.site import MiB, Site, below, errno_of, run
+from tests.mount.site import PYTHON_FOR_ALL, MiB, Site, below, errno_of, run
 from tests.mount.twin import Users
 
 PAGE = 4096
@@ -263,6 +263,7 @@ true
 """
 
 
+@PYTHON_FOR_ALL
 @pytest.mark.skipif(not shutil.which("fusermount3"), reason="needs fusermount3")
 def test_a_users_mount_is_closed_to_everybody_else(unmounted: Site) -> None:
     """Mounted with fusermount3; root is somebody else."""

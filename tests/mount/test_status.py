@@ -20,7 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pkernfs.client import keeper_address
-from tests.mount.site import MiB, Site, find_program, run, wait_for
+from tests.mount.site import PYTHON_FOR_ALL, MiB, Site, find_program, run, wait_for
 
 
 def figures(text: str) -> dict[str, float]:
@@ -95,6 +95,7 @@ def test_dirty_and_pinned_memory(site: Site) -> None:
         assert site.status()["pinned"] == 3 * MiB
 
 
+@PYTHON_FOR_ALL
 @pytest.mark.usefixtures("users")
 def test_the_status_is_for_the_owner_of_the_mount(site: Site) -> None:
     address = Path(keeper_address(str(site.mnt)))

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.mount.site import ROOT, Site, run
+from tests.mount.site import PYTHON_FOR_ALL, ROOT, Site, run
 
 UID = 1  # one that /etc/passwd knows everywhere
 
@@ -84,6 +84,7 @@ print("done")
 """
 
 
+@PYTHON_FOR_ALL
 @pytest.mark.skipif(not shutil.which("fusermount3"), reason="needs fusermount3")
 def test_takeovers_and_upgrades_of_a_users_mount(unmounted: Site) -> None:
     home = unmounted.tmp / "home"
