@@ -606,7 +606,7 @@ def file(victim: Filesystem) -> Iterator[Callable[[str], str]]:
         yield make
 
 
-COMMANDS = ["superblock-damaged", "journal-sealed-and-damaged", "slab-header-damaged", "lost-file", "node-damaged"]
+COMMANDS = ["superblock-damaged", "journal-committed-and-damaged", "slab-header-damaged", "lost-file", "node-damaged"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
