@@ -12,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pkernfs.errors import PkernfsError
-from pkernfs.server.messages import Failure, Instruction, Up
+from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.sockets import receive_fds
+
+Answer = TypeVar("Answer", Up, Checked, Opened, Ready, Pulse)
 
 PROTOCOL = 1  #: version of the messages between a keeper and its workers
 MESSAGE_MAX = 1 << 16
@@ -90,8 +92,8 @@ class Child:
         except OSError:
             raise WorkerGoneError(f"worker {self.pid} has ended") from None
 
-    def receive(self, timeout: float | None = None) -> Any:
-        """Its next message.  Raises WorkerGoneError, WorkerError for a Failure."""
+    def receive(self, answer: type[Answer], timeout: float | None = None) -> Answer:  # noqa: ARG002  # says the type
+        """Its next message, an ``answer``.  Raises WorkerGoneError, WorkerError for a Failure."""
         if not select.select([self.socket], [], [], timeout)[0]:
             raise WorkerStuckError(f"worker {self.pid} does not answer within {timeout:g} s")
         try:
@@ -101,18 +103,17 @@ class Child:
         if message is None:
             raise WorkerGoneError(f"worker {self.pid} has ended")
         if "error" in message:
-            failure: Failure = message
+            failure = cast(Failure, message)
             error = WorkerError(failure["error"])
             error.exit_code = failure["exit_code"]
             error.errno = failure.get("errno", error.errno)
             raise error
-        return message
+        return cast(Answer, message)
 
     def wait_until_up(self, timeout: float) -> Up:
         """Wait until it has imported everything; what it says of itself.  Raises WorkerGoneError, WorkerError."""
         if self.facts is None:
-            facts: Up = self.receive(timeout)
-            self.facts = facts
+            self.facts = facts = self.receive(Up, timeout)
             if (found := facts.get("protocol")) != PROTOCOL:
                 raise WorkerError(
                     f"worker {self.pid}: expected protocol {PROTOCOL} of its keeper, found {found}",

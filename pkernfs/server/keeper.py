@@ -19,7 +19,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.server.buffers import keep_resident
@@ -28,6 +28,7 @@ from pkernfs.server.device import umount_command
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
 from pkernfs.server.memory import dirty_bytes, pinned_bytes
+from pkernfs.server.messages import Pulse
 from pkernfs.server.phase import Life, Phase
 from pkernfs.server.serving import Serving, Started
 from pkernfs.server.signals import Wakeup
@@ -111,11 +112,11 @@ class Keeper:
                     handle()
                     continue
                 try:
-                    heartbeat.on_answer(worker.receive(0))
+                    heartbeat.on_answer(worker.receive(Pulse, 0))
                 except WorkerError as error:
                     log.error("%s", error)
                 except WorkerGoneError:
-                    return self.serving.wait_for_end()
+                    return self.serving.wait_for_end(worker)
             self._handle_commands()
             self._check_umount()
             self.service.notify_watchdog()
@@ -188,20 +189,25 @@ class Keeper:
     # -- commands -------------------------------------------------------------------------------------------------
 
     def _handle_commands(self) -> None:
-        from pkernfs import api
-
         while (command := self.commands.next()) is not None:
             try:
-                if isinstance(command.request, api.Upgrade):
-                    self.life.check(Phase.UPGRADING, "upgrade")
-                    self.upgrade = Upgrade(command, command.request)
-                    self.life.enter(Phase.UPGRADING)
-                else:
-                    self._hand_over(command)
+                self.handlers()[type(command.request)](command, command.request)
             except PkernfsError as error:
                 command.refuse(error)
 
-    def _hand_over(self, command: Command) -> None:
+    def handlers(self) -> dict[type[api.Request[Any]], Callable[[Command, Any], None]]:
+        """What handles each command; the status needs none, as nobody is to wait for it (commands.py)."""
+        from pkernfs import api
+
+        return {api.Upgrade: self._begin_upgrade, api.HandOver: self._hand_over}
+
+    def _begin_upgrade(self, command: Command, request: api.Upgrade) -> None:
+        """Start a worker of another program.  Raises PkernfsError."""
+        self.life.check(Phase.UPGRADING, "upgrade")
+        self.upgrade = Upgrade(command, request)
+        self.life.enter(Phase.UPGRADING)
+
+    def _hand_over(self, command: Command, _: api.HandOver) -> None:
         """Give everything to another keeper, which says when it has it.  Raises PkernfsError."""
         if self.service:
             raise RegionError("systemd started this keeper", hint="systemctl restart its service")

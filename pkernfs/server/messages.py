@@ -43,6 +43,12 @@ class Instruction(TypedDict):
     revive: NotRequired[bool]  #: with serve: start another keeper when this one is gone
 
 
+class Checked(TypedDict):
+    """The answer to check."""
+
+    checked: Literal[True]  #: what it cannot read is a failure
+
+
 class Opened(TypedDict):
     """The answer to open."""
 

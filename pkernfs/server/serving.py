@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pkernfs.mountinfo import mount_at
 from pkernfs.server.child import Child, WorkerGoneError
 from pkernfs.server.device import Device, mount_device, umount_command
-from pkernfs.server.messages import Instruction, Opened, Ready
+from pkernfs.server.messages import Instruction, Opened, Pulse, Ready
 from pkernfs.server.relay import Relay
 from pkernfs.server.state import FD_NAMES, Descriptors, State
 from pkernfs.server.systemd import service
@@ -67,7 +67,7 @@ class Serving:
             self._listen(device)
             self._connect(device)
             self._hand_over(worker, takeover=False)
-            ready: Ready = worker.receive(START)
+            ready = worker.receive(Ready, START)
             self._note(worker)
             return Started(opened["opened"], ready["warning"])
         except BaseException:
@@ -93,8 +93,7 @@ class Serving:
         worker.wait_until_up(START)
         message = Instruction(verb="open", state=self.state.to_json(), first=first)
         worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
-        opened: Opened = worker.receive(START)
-        return opened
+        return worker.receive(Opened, START)
 
     def let_serve(self, worker: Child, begin: float) -> float:
         """Open and hand over, nobody serves since ``begin``; for how long that was so, in seconds.
@@ -124,20 +123,19 @@ class Serving:
         self.publish_state()
 
     def drain(self) -> None:
-        """End the worker when it has answered what it has read."""
+        """End the worker, if one serves, when it has answered what it has read."""
         worker = self.worker
-        assert worker is not None
+        if worker is None:
+            return
         with suppress(WorkerGoneError):
             worker.send({"verb": "drain"})
             while True:
-                worker.receive(self.state.options.hang)
+                worker.receive(Pulse, self.state.options.hang)
         worker.kill()
         self.worker = None
 
-    def wait_for_end(self) -> str:
-        """Wait for the end of the worker, which is about to end; how it ended."""
-        worker = self.worker
-        assert worker is not None
+    def wait_for_end(self, worker: Child) -> str:
+        """Wait for the end of the worker that serves, which is about to end; how it ended."""
         self.worker = None
         return worker.wait()
 
@@ -167,8 +165,9 @@ class Serving:
         self._service.store({"worker": worker.socket.fileno()})
 
     def give_away(self, command: Command) -> bool:
-        """Give everything to the keeper that sent a command; whether it has taken it."""
-        assert self.worker is not None
+        """Give everything to the keeper that sent a command; whether it has taken it.  Raises WorkerGoneError."""
+        if self.worker is None:
+            raise WorkerGoneError("no worker serves the mount", hint="try again")
         command.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
         command.connection.settimeout(HAND_OVER)
         try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pkernfs.errors import PkernfsError
 from pkernfs.server.child import Child, WorkerStuckError
 from pkernfs.server.heartbeat import kill_stuck
+from pkernfs.server.messages import Pulse
 from pkernfs.server.serving import Serving
 
 log = logging.getLogger("pkernfs")
@@ -44,11 +45,13 @@ class Standby:
 
     def on_message(self) -> None:
         """It is up, or has ended: when it ends again and again, the next one is not started at once."""
-        assert self.worker is not None
+        worker = self.worker
+        if worker is None:  # a takeover, in the same turn of the keeper's loop, has taken it
+            return
         try:
-            if self.worker.facts:  # nothing more comes from it: it has ended
-                self.worker.receive(0)
-            self.worker.wait_until_up(0)
+            if worker.facts:  # nothing more comes from it: it has ended
+                worker.receive(Pulse, 0)
+            worker.wait_until_up(0)
             self._failures = 0
         except PkernfsError as error:
             log.error("standby: %s", error)

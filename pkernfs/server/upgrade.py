@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import PkernfsError
 from pkernfs.server.child import Child
+from pkernfs.server.messages import Checked
 from pkernfs.server.state import State
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Upgrade:
         try:
             self.worker.wait_until_up(0)
             self.worker.send({"verb": "check", "state": state.to_json()}, [region_fd])
-            self.worker.receive(CHECK)
+            self.worker.receive(Checked, CHECK)
         except PkernfsError as error:
             return Decision(Action.FALL_BACK, str(error))
         return Decision(Action.SERVE)

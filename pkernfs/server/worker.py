@@ -38,7 +38,7 @@ from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import PROTOCOL, receive, send
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
-from pkernfs.server.messages import Failure, Instruction, Opened, Pulse, Ready, Up
+from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
 from pkernfs.server.state import State
@@ -94,7 +94,7 @@ class Worker:
         self.drained = False
         self.fds: list[int] = []  #: what another keeper needs
         stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
-        self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115
+        self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
 
     def run(self) -> None:
         """All messages, to the end of the mount."""
@@ -124,11 +124,11 @@ class Worker:
                 reply = Failure(error=str(error), exit_code=error.exit_code, errno=error.errno)
             send(self.keeper, reply)
 
-    def check(self, region_fd: int) -> Mapping[str, object]:
+    def check(self, region_fd: int) -> Checked:
         """Whether this version can read the region.  Raises FormatError."""
         with open_region(self.state.region, readonly=True, fd=region_fd) as region:
             read_superblock(region, readonly=self.state.options.readonly)
-        return {"checked": True}
+        return Checked(checked=True)
 
     def open(self, message: Instruction, region_fd: int, references_fd: int, stats_fd: int) -> Opened:
         """Open and recover the region, and apply the options that change its root.  Raises PkernfsError."""

@@ -149,7 +149,7 @@ class Case(NamedTuple):
     """
 
     plant: Plant
-    damaged: set[bytes] = set()  # noqa: RUF012
+    damaged: set[bytes] = set()  # noqa: RUF012  # a NamedTuple's default, which nobody changes
     refused: str = ""
 
 

@@ -203,7 +203,7 @@ def test_an_aborted_change_leaves_the_tree(twin: Twin) -> None:
         twin.put(rng.randrange(1 << 60), b"x" * 100)
     root, pages = twin.tree.root, twin.tree.pages
     for n in range(20):
-        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction() as tx:  # noqa: PT012
+        with pytest.raises(ZeroDivisionError), twin.fs.volume.transaction() as tx:  # noqa: PT012  # the transaction ends as a whole
             for _ in range(n * 20):
                 twin.tree.put(tx, rng.randrange(1 << 60), b"y" * 100)
             for key in rng.sample(list(twin.items), n * 10):

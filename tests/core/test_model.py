@@ -103,8 +103,8 @@ class Machine(RuleBasedStateMachine):
         number: int,
         operation: Callable[[], Any],
         *,
-        content: bool = False,  # noqa: ARG002
-        last: bool = True,  # noqa: ARG002
+        content: bool = False,  # noqa: ARG002  # both are
+        last: bool = True,  # noqa: ARG002  # for subclasses
     ) -> Any:
         """Run; ``number``: the errno that the model says.  None when there is no space, which the model cannot know.
 

@@ -104,7 +104,7 @@ def no_host(fs: Filesystem) -> None:
     assert fs.volume.space.free_blocks * PAGES_PER_BLOCK == fs.statfs().free > 0
 
 
-def _reserve_nothing(offset: int, length: int) -> None:  # noqa: ARG001
+def _reserve_nothing(offset: int, length: int) -> None:  # noqa: ARG001  # in place of Region.reserve
     raise FsError(errno.ENOSPC, "no memory on the host")
 
 
