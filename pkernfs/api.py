@@ -202,7 +202,7 @@ class Upgrade(Request["Upgraded"], kw_only=True, tag="upgrade"):
     probation: Annotated[float, Meta(ge=0, le=3600)] = 5.0  #: seconds
 
 
-class HandOver(Request[dict[str, Any]], tag="hand-over"):
+class HandOver(Request[dict[str, object]], tag="hand-over"):
     """Give the mount to the keeper that asks: the reply is the state (server/state.py), with all descriptors.
 
     It has taken over when it sends one byte more; when the connection ends before, the old keeper goes on.
@@ -613,7 +613,7 @@ VERBS: Final[dict[str, Verb]] = {
         _worker(IommuAudit, Audited, slow=True),
         _keeper(GetStatus, Status),
         _keeper(Upgrade, Upgraded, changes=True, slow=True),
-        _keeper(HandOver, dict[str, Any], changes=True),
+        _keeper(HandOver, dict[str, object], changes=True),
     )
 }
 

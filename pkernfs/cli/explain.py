@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Verb, add_json
@@ -14,6 +14,7 @@ from pkernfs.errors import UsageError
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
+    from pkernfs.fsck.explain import Explained
 
 DESCRIPTION = """\
 Say what owns a block of 2 MiB, a page, or the byte at an address of a region: which structure, which files, which
@@ -52,13 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     from pkernfs.cli.offline import region_of, with_filesystem
 
     number, unit = parse(arguments.what, arguments.unit)
-    facts = with_filesystem(region_of(arguments.region), lambda fs: _explain(fs, number, unit))
+    found = with_filesystem(region_of(arguments.region), lambda fs: _explain(fs, number, unit))
     if arguments.json:
-        print(json.dumps(facts, indent=2))
+        from pkernfs.api import to_builtins
+
+        print(json.dumps(to_builtins(found), indent=2))
         return 0
-    where = f"block {facts['block']}, page {facts['page']:#x}"
-    print(f"offset {facts['offset']:#x}, physical {facts['physical']:#x}: {where}")
-    for line in _lines(facts):
+    where = f"block {found.block}, page {found.page:#x}"
+    print(f"offset {found.offset:#x}, physical {found.physical:#x}: {where}")
+    for line in _lines(found):
         print(line)
     return 0
 
@@ -80,7 +83,7 @@ def parse(word: str, unit: str | None) -> tuple[int, str]:
     return number, unit or ("block" if word.isdecimal() else "physical")
 
 
-def _explain(fs: Filesystem, number: int, unit: str) -> dict[str, Any]:
+def _explain(fs: Filesystem, number: int, unit: str) -> Explained:
     from pkernfs.format import BLOCK, PAGE
     from pkernfs.fsck.explain import explain
 
@@ -99,28 +102,28 @@ def _explain(fs: Filesystem, number: int, unit: str) -> dict[str, Any]:
     return explain(fs, (number - base) * step)
 
 
-def _lines(facts: dict[str, Any]) -> list[str]:
+def _lines(found: Explained) -> list[str]:
     """What it is, in a line; other names, and the extent, in more."""
-    text: str = facts["structure"]
+    text = found.structure
     more = []
-    if facts.get("tree"):
-        text += f" ({facts['tree']})"
-    if facts.get("attribute"):
-        text += f" ({printable(facts['attribute'])})"
-    if "ino" in facts:
-        text += f" of inode {facts['ino']}" if not text.endswith("inode") else f" {facts['ino']}"
-        gone = ", which was removed and is still open" if facts.get("orphan") else ", which has no name"
-        text += f", {printable(facts['path'])}" if facts["path"] else gone
-        more += [f"also {printable(path)}" for path in facts["paths"][1:]]
-    if "file_offset" in facts:
-        text += f", at file offset {facts['file_offset']:#x}"
-        text += " (beyond its end)" if facts["beyond_end"] else ""
-        extent = facts["extent"]
-        first, last = extent["file_offset"], extent["file_offset"] + extent["length"] - 1
-        more.append(f"extent: file offset {first:#x} to {last:#x} at region offset {extent['region_offset']:#x}")
-    if "record" in facts:
-        record = facts["record"]
-        more.append(f"{record['kind']} of {record['length']} bytes at region offset {record['offset']:#x}")
+    if found.tree:
+        text += f" ({found.tree})"
+    if found.attribute:
+        text += f" ({printable(found.attribute)})"
+    if found.ino is not None:
+        text += f" of inode {found.ino}" if not text.endswith("inode") else f" {found.ino}"
+        gone = ", which was removed and is still open" if found.orphan else ", which has no name"
+        text += f", {printable(found.path)}" if found.path else gone
+        more += [f"also {printable(path)}" for path in (found.paths or [])[1:]]
+    if found.extent is not None:
+        extent = found.extent
+        text += f", at file offset {found.file_offset:#x}"
+        text += " (beyond its end)" if found.beyond_end else ""
+        first, last = extent.file_offset, extent.file_offset + extent.length - 1
+        more.append(f"extent: file offset {first:#x} to {last:#x} at region offset {extent.region_offset:#x}")
+    if found.record is not None:
+        record = found.record
+        more.append(f"{record.kind} of {record.length} bytes at region offset {record.offset:#x}")
     return [text, *more]
 
 

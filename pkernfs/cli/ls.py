@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.parsers import Verb, add_json
@@ -26,6 +26,25 @@ replayed in memory.
   pkernfs ls -l /dev/shm/pkernfs.img
   pkernfs ls -lR /dev/shm/pkernfs.img:/vms
 """
+
+
+class Row(NamedTuple):
+    """A file.  The names of its fields are those of --json."""
+
+    folder: str
+    name: str
+    ino: Ino
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    rdev: int
+    allocated: int
+    atime: int
+    mtime: int
+    ctime: int
+    target: str | None  #: of a symbolic link
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,24 +66,24 @@ def run(arguments: argparse.Namespace) -> int:
     for error in damage:
         print(f"pkernfs: {printable(str(error))}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps([row._asdict() for row in rows], indent=2))
         return 1 if damage else 0
     folder = None
     for row in rows:
-        if arguments.recursive and row["folder"] != folder:
-            print(f"{'' if folder is None else chr(10)}{printable(row['folder'])}:")
-            folder = row["folder"]
+        if arguments.recursive and row.folder != folder:
+            print(f"{'' if folder is None else chr(10)}{printable(row.folder)}:")
+            folder = row.folder
         print(_line(row, arguments))
     return 1 if damage else 0
 
 
-def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str, Any]], list[CorruptError]]:
+def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[Row], list[CorruptError]]:
     """The rows, and what could not be listed because it is damaged."""
     raw = os.fsencode(path)
     ino = fs.resolve(raw)
     if not stat.S_ISDIR(fs.getattr(ino).mode):
         return [_row(fs, ino, raw.rstrip(b"/").rpartition(b"/")[2], os.path.dirname(path) or "/")], []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     damage: list[CorruptError] = []
     todo = [("/" + path.strip("/"), ino)]
     seen = {ino}
@@ -92,39 +111,37 @@ def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[dict[str,
     return rows, damage
 
 
-def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> dict[str, Any]:
+def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> Row:
     inode = fs.getattr(ino)
-    return {
-        "folder": folder,
-        "name": os.fsdecode(name),
-        "ino": ino,
-        "mode": inode.mode,
-        "nlink": inode.nlink,
-        "uid": inode.uid,
-        "gid": inode.gid,
-        "size": inode.size,
-        "rdev": inode.rdev,
-        "allocated": inode.pages * 4096,
-        "atime": inode.atime,
-        "mtime": inode.mtime,
-        "ctime": inode.ctime,
-        "target": os.fsdecode(fs.readlink(ino)) if stat.S_ISLNK(inode.mode) else None,
-    }
+    return Row(
+        folder=folder,
+        name=os.fsdecode(name),
+        ino=ino,
+        mode=inode.mode,
+        nlink=inode.nlink,
+        uid=inode.uid,
+        gid=inode.gid,
+        size=inode.size,
+        rdev=inode.rdev,
+        allocated=inode.pages * 4096,
+        atime=inode.atime,
+        mtime=inode.mtime,
+        ctime=inode.ctime,
+        target=os.fsdecode(fs.readlink(ino)) if stat.S_ISLNK(inode.mode) else None,
+    )
 
 
-def _line(row: dict[str, Any], arguments: argparse.Namespace) -> str:
-    name = printable(row["name"])
-    prefix = f"{row['ino']:>10} " if arguments.inode else ""
+def _line(row: Row, arguments: argparse.Namespace) -> str:
+    name = printable(row.name)
+    prefix = f"{row.ino:>10} " if arguments.inode else ""
     if not (arguments.long or arguments.numeric):
         return prefix + name
-    target = f" -> {printable(row['target'])}" if row["target"] is not None else ""
-    device = stat.S_ISBLK(row["mode"]) or stat.S_ISCHR(row["mode"])
-    size = f"{os.major(row['rdev'])}, {os.minor(row['rdev'])}" if device else row["size"]
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["mtime"] / 1e9))
-    owner, group = (row["uid"], row["gid"]) if arguments.numeric else (_user(row["uid"]), _group(row["gid"]))
-    return (
-        f"{prefix}{stat.filemode(row['mode'])} {row['nlink']:>4} {owner:<8} {group:<8} {size:>12} {when} {name}{target}"
-    )
+    target = f" -> {printable(row.target)}" if row.target is not None else ""
+    device = stat.S_ISBLK(row.mode) or stat.S_ISCHR(row.mode)
+    size = f"{os.major(row.rdev)}, {os.minor(row.rdev)}" if device else row.size
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.mtime / 1e9))
+    owner, group = (row.uid, row.gid) if arguments.numeric else (_user(row.uid), _group(row.gid))
+    return f"{prefix}{stat.filemode(row.mode)} {row.nlink:>4} {owner:<8} {group:<8} {size:>12} {when} {name}{target}"
 
 
 def _user(uid: int) -> str:

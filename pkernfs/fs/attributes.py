@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from pkernfs.errors import FsError, quoted
 from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, Ino, Inode
@@ -149,9 +149,18 @@ class Attributes:
             tx.put_inode(ino, xattrs.finish(self.volume.clock()))
 
 
-def _changes(inode: Inode, change: SetAttr, now: int, privileged: bool) -> dict[str, Any]:
+class _Changes(TypedDict, total=False):
+    mode: int
+    uid: int
+    gid: int
+    atime: int
+    mtime: int
+    ctime: int
+
+
+def _changes(inode: Inode, change: SetAttr, now: int, privileged: bool) -> _Changes:
     """The fields, but for the size, that are to change."""
-    changed: dict[str, Any] = {"ctime": now if change.ctime is None else clamp_time(change.ctime)}
+    changed: _Changes = {"ctime": now if change.ctime is None else clamp_time(change.ctime)}
     mode = inode.mode
     if change.mode is not None:
         mode = stat.S_IFMT(mode) | stat.S_IMODE(change.mode)

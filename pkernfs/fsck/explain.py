@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Any
 
+from msgspec import Struct
+
+from pkernfs import api
 from pkernfs.errors import UsageError
 from pkernfs.format import (
     BLOCK,
@@ -37,6 +39,7 @@ from pkernfs.format import (
     Ino,
     Inode,
     PageNo,
+    PhysAddr,
 )
 from pkernfs.fs.btree import Tree
 from pkernfs.fs.filesystem import Filesystem
@@ -48,71 +51,107 @@ from pkernfs.fsck.check import FILESYSTEM, run_check
 RECORD_KINDS = {STORE: "store", DISCARD: "discard", WORDS: "words"}
 
 
-def explain(fs: Filesystem, offset: int) -> dict[str, Any]:
-    """What is at region offset ``offset`` (bytes).
+class Record(Struct):
+    """A record of the journal's last transaction, and what it is for."""
 
-    The result has ``offset``, ``physical``, ``block``, ``page``, ``structure``; where something owns it ``ino``,
-    ``paths`` (of all its names), ``path`` (the first, or None) and ``orphan`` (removed, and still open); for content
-    ``file_offset``, ``size``, ``beyond_end`` and ``extent``; for tree nodes ``tree``, for values of attributes
-    ``attribute``, for the journal ``record``.  All in bytes.  Raises UsageError outside the region, CorruptError.
-    """
+    sequence: int
+    kind: str
+    offset: int
+    length: int
+
+
+class Explained(Struct, omit_defaults=True):
+    """What is at an offset, all in bytes.  --json prints the fields that are not as they are here."""
+
+    offset: int
+    physical: PhysAddr
+    block: BlockNo
+    page: PageNo
+    block_kind: str
+    page_kind: str | None = None  #: in slabs
+    structure: str = ""
+    record: Record | None = None  #: in the journal
+    # Where something owns it:
+    ino: Ino | None = None
+    path: str | None = ""  #: the first of ``paths``; None: it has no name
+    paths: list[str] | None = None  #: all of its names
+    orphan: bool | None = None  #: removed, and still open
+    tree: str | None = None  #: of a tree's nodes: which one
+    attribute: str | None = ""  #: of attributes' values: the name, None where that cannot be told
+    # Where it is content of a file:
+    file_offset: int | None = None
+    beyond_end: bool | None = None
+    size: int | None = None
+    extent: api.Extent | None = None
+
+
+def explain(fs: Filesystem, offset: int) -> Explained:
+    """What is at region offset ``offset`` (bytes).  Raises UsageError outside the region, CorruptError."""
     sb = fs.volume.sb
     if not 0 <= offset < sb.blocks * BLOCK:
         raise UsageError(f"offset {offset:#x}: expected less than {sb.blocks * BLOCK:#x}, the size of the region")
-    block, page = offset // BLOCK, offset // PAGE
-    facts: dict[str, Any] = {
-        "offset": offset,
-        "physical": fs.volume.physical(offset),
-        "block": block,
-        "page": page,
-        "block_kind": BLOCK_KINDS[fs.volume.space.table[block]],
-    }
+    block, page = BlockNo(offset // BLOCK), PageNo(offset // PAGE)
     kind = fs.volume.space.table[block]
+    found = Explained(offset, PhysAddr(fs.volume.physical(offset)), block, page, BLOCK_KINDS[kind])
     if kind == BLOCK_META:
-        return facts | _of_metadata(fs, offset)
-    if kind == BLOCK_FREE:
-        return facts | {"structure": "free"}
-    if kind == BLOCK_DATA:
-        return facts | _owned(fs, offset, "data")
-    slab = fs.volume.space.slab(BlockNo(block))
-    index = page % PAGES_PER_BLOCK
-    structure = PAGE_KINDS[slab.kinds[index]]
-    facts["page_kind"] = structure
+        _metadata(fs, found)
+    elif kind == BLOCK_FREE:
+        found.structure = "free"
+    elif kind == BLOCK_DATA:
+        found.structure = "data"
+        _owner(fs, found)
+    else:
+        _in_slab(fs, found)
+    return found
+
+
+def _in_slab(fs: Filesystem, found: Explained) -> None:
+    slab = fs.volume.space.slab(found.block)
+    index = found.page % PAGES_PER_BLOCK
+    found.structure = found.page_kind = PAGE_KINDS[slab.kinds[index]]
     if slab.kinds[index] in (PAGE_FREE, PAGE_HEADER):
-        return facts | {"structure": structure}
-    if slab.kinds[index] == PAGE_INODES:
-        ino = Ino(offset // INODE_SIZE)
-        used = slab.slots[index] >> ino % INODES_PER_PAGE & 1
-        return facts | (_named(fs, "inode", ino) if used else {"structure": "free inode"})
-    return facts | _owned(fs, offset, structure)
+        return
+    if slab.kinds[index] != PAGE_INODES:
+        _owner(fs, found)
+        return
+    ino = Ino(found.offset // INODE_SIZE)
+    if slab.slots[index] >> ino % INODES_PER_PAGE & 1:
+        found.structure = "inode"
+        _name(fs, found, ino)
+    else:
+        found.structure = "free inode"
 
 
-def _of_metadata(fs: Filesystem, offset: int) -> dict[str, Any]:
-    sb = fs.volume.sb
+def _metadata(fs: Filesystem, found: Explained) -> None:
+    sb, offset = fs.volume.sb, found.offset
     journal = fs.volume.journal
     if offset < SUPERBLOCK.size:
-        return {"structure": "superblock"}
-    if offset < PAGE:
+        found.structure = "superblock"
+    elif offset < PAGE:
         ino = Ino(offset // INODE_SIZE)
-        used = read_inode(fs.region, ino).mode
-        return _named(fs, "reserved inode", ino) if used else {"structure": "reserved inode, free"}
-    if offset < PAGE * (1 + sb.table_pages):
-        return {"structure": f"block table, page {offset // PAGE - 1}"}
-    if sb.journal_offset <= offset < sb.journal_offset + PAGE:
-        return {"structure": "copy of the superblock"}
-    if journal.header_at <= offset < journal.body_at:
-        return {"structure": "journal header"}
-    if journal.body_at <= offset < journal.body_at + journal.capacity:
-        return _journal_record(fs, offset)
-    return {"structure": "unused metadata"}
+        found.structure = "reserved inode, free"
+        if read_inode(fs.region, ino).mode:
+            found.structure = "reserved inode"
+            _name(fs, found, ino)
+    elif offset < PAGE * (1 + sb.table_pages):
+        found.structure = f"block table, page {offset // PAGE - 1}"
+    elif sb.journal_offset <= offset < sb.journal_offset + PAGE:
+        found.structure = "copy of the superblock"
+    elif journal.header_at <= offset < journal.body_at:
+        found.structure = "journal header"
+    elif journal.body_at <= offset < journal.body_at + journal.capacity:
+        _journal_record(fs, found)
+    else:
+        found.structure = "unused metadata"
 
 
-def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
+def _journal_record(fs: Filesystem, found: Explained) -> None:
     """Which record of the last transaction stands at an offset in the journal's body, and what it is for.
 
     The transaction is checkpointed, or the body of one that was never committed: nothing of it is relied on.
     """
-    volume = fs.volume
+    volume, offset = fs.volume, found.offset
+    found.structure = "journal body, not in use"
     at = volume.journal.body_at
     header = JOURNAL_HEADER.unpack(fs.region.read(volume.journal.header_at, JOURNAL_HEADER.size))
     end = min(at + header.length, at + volume.journal.capacity)
@@ -124,46 +163,43 @@ def _journal_record(fs: Filesystem, offset: int) -> dict[str, Any]:
             break
         after = at + JOURNAL_RECORD.size + (0 if record.kind == DISCARD else record.length)
         if offset < after:
-            return {
-                "structure": f"journal record {number} of the last transaction",
-                "record": {
-                    "sequence": header.sequence,
-                    "kind": RECORD_KINDS[record.kind],
-                    "offset": record.offset,
-                    "length": record.length * PAGE if record.kind == DISCARD else record.length,
-                },
-            }
+            found.structure = f"journal record {number} of the last transaction"
+            length = record.length * PAGE if record.kind == DISCARD else record.length
+            found.record = Record(header.sequence, RECORD_KINDS[record.kind], record.offset, length)
+            return
         at = after
-    return {"structure": "journal body, not in use"}
 
 
-def _owned(fs: Filesystem, offset: int, structure: str) -> dict[str, Any]:
+def _owner(fs: Filesystem, found: Explained) -> None:
     """Of a data block, or of a page that is neither free nor of inodes nor a header."""
     check = run_check(fs.volume, FILESYSTEM)
-    page = PageNo(offset // PAGE)
+    page = found.page
     ino = check.memory.owner_of(page)
     if not ino:
         unread = ", or by something that cannot be read: run fsck.pkernfs" if check.findings.incomplete else ""
-        return {"structure": f"{structure}, allocated but owned by nobody{unread}"}
-    facts = _named(fs, structure, ino)
+        found.structure += f", allocated but owned by nobody{unread}"
+        return
+    _name(fs, found, ino)
     inode = read_inode(fs.region, ino)
-    facts["orphan"] = ino in check.reached.listed
-    if structure == PAGE_KINDS[PAGE_NODE]:
-        return facts | {"tree": _tree_of(fs, ino, inode, page)}
-    if structure == PAGE_KINDS[PAGE_XATTR]:
-        return facts | {"attribute": _attribute_at(fs, ino, inode, page)}
+    found.orphan = ino in check.reached.listed
+    if found.page_kind == PAGE_KINDS[PAGE_NODE]:
+        found.tree = _tree_of(fs, ino, inode, page)
+        return
+    if found.page_kind == PAGE_KINDS[PAGE_XATTR]:
+        found.attribute = _attribute_at(fs, ino, inode, page)
+        return
     for extent in fs.content.extents(ino):
         if extent.page <= page < extent.page + extent.length:
-            facts["file_offset"] = extent.start * PAGE + offset - extent.page * PAGE
-            facts["beyond_end"] = facts["file_offset"] >= inode.size
-            facts["size"] = inode.size
-            facts["extent"] = {
-                "file_offset": extent.start * PAGE,
-                "region_offset": extent.page * PAGE,
-                "physical": fs.volume.physical(extent.page * PAGE),
-                "length": extent.length * PAGE,
-            }
-    return facts
+            start, at = extent.start * PAGE, extent.page * PAGE
+            found.file_offset = start + found.offset - at
+            found.beyond_end = found.file_offset >= inode.size
+            found.size = inode.size
+            found.extent = api.Extent(
+                file_offset=start,
+                region_offset=at,
+                physical=fs.volume.physical(at),
+                length=extent.length * PAGE,
+            )
 
 
 def _tree_of(fs: Filesystem, ino: Ino, inode: Inode, page: PageNo) -> str:
@@ -183,6 +219,7 @@ def _attribute_at(fs: Filesystem, ino: Ino, inode: Inode, page: PageNo) -> str |
     return None
 
 
-def _named(fs: Filesystem, structure: str, ino: Ino) -> dict[str, Any]:
-    paths = [os.fsdecode(path) for path in paths_of(fs.volume, {ino}).get(ino, [])]
-    return {"structure": structure, "ino": ino, "path": paths[0] if paths else None, "paths": paths}
+def _name(fs: Filesystem, found: Explained, ino: Ino) -> None:
+    found.ino = ino
+    found.paths = [os.fsdecode(path) for path in paths_of(fs.volume, {ino}).get(ino, [])]
+    found.path = found.paths[0] if found.paths else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from pkernfs.errors import CorruptError
 from pkernfs.format import BlockNo, Ino, Inode, PageNo
@@ -78,11 +78,27 @@ class Unusable(NamedTuple):
     why: str  #: behind "was"
 
 
+class Values(TypedDict, total=False):
+    """Fields of an inode that a check can tell the right value of."""
+
+    mode: int
+    nlink: int
+    flags: int
+    size: int
+    pages: int
+    parent: Ino
+    project: Ino
+    root: PageNo
+    xattrs: PageNo
+    iommu: int  #: pins; or, of page tables, the page of the root of their records' tree
+    inline: bytes
+
+
 class Fields(NamedTuple):
     """What fields of an inode should be."""
 
     ino: Ino
-    values: dict[str, Any]
+    values: Values
 
 
 class NotEmpty(NamedTuple):
@@ -151,6 +167,10 @@ Data = (
 )
 
 
+#: The field of an inode that holds the root of a structure.
+StructureField = Literal["root", "xattrs", "iommu"]
+
+
 class Structure:
     """A tree of an inode, or the extents inside it: what of it can be kept where it cannot stay as it is.
 
@@ -159,9 +179,9 @@ class Structure:
 
     __slots__ = ("broken", "damaged", "dropped", "field", "fits", "keeps", "kept", "nodes", "noted", "owner")
 
-    def __init__(self, owner: Ino, field: str, fits: Fits, *, keeps: bool) -> None:
+    def __init__(self, owner: Ino, field: StructureField, fits: Fits, *, keeps: bool) -> None:
         self.owner = owner
-        self.field = field  #: of the inode, that holds its root: root, xattrs, iommu
+        self.field = field
         self.fits = fits
         self.keeps = keeps
         self.kept: list[tuple[int, bytes]] = []  #: key (may be the wrong one, for names) and value

@@ -12,7 +12,7 @@ from pkernfs.format import BLOCK, BLOCK_DATA, BLOCK_FREE, PAGE, PAGES_PER_BLOCK,
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.paths import paths_of
-from pkernfs.fsck.explain import explain
+from pkernfs.fsck.explain import Record, explain
 from pkernfs.fsck.scrub import Damage, scrub_all, scrub_step
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import MemoryRegion, open_region
@@ -28,24 +28,24 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     fs.setattr(large, SetAttr(size=3 * MiB))
     fs.setxattr(small, b"user.big", b"v" * 9000)
     sb = fs.volume.sb
-    assert explain(fs, 8)["structure"] == "superblock"
-    assert explain(fs, 256)["path"] == "/"
-    assert explain(fs, PAGE)["structure"] == "block table, page 0"
-    assert explain(fs, sb.journal_offset)["structure"] == "copy of the superblock"
-    assert explain(fs, sb.journal_offset + PAGE)["structure"] == "journal header"
-    assert explain(fs, (sb.blocks // 2) * BLOCK)["structure"] == "free"
+    assert explain(fs, 8).structure == "superblock"
+    assert explain(fs, 256).path == "/"
+    assert explain(fs, PAGE).structure == "block table, page 0"
+    assert explain(fs, sb.journal_offset).structure == "copy of the superblock"
+    assert explain(fs, sb.journal_offset + PAGE).structure == "journal header"
+    assert explain(fs, (sb.blocks // 2) * BLOCK).structure == "free"
     extent = fs.content.extents(large)[0]
     facts = explain(fs, extent.page * PAGE + 2 * MiB + 7)
-    assert (facts["path"], facts["file_offset"], facts["beyond_end"]) == ("/large", 2 * MiB + 7, False)
-    assert explain(fs, extent.page * PAGE + 3 * MiB)["beyond_end"]
+    assert (facts.path, facts.file_offset, facts.beyond_end) == ("/large", 2 * MiB + 7, False)
+    assert explain(fs, extent.page * PAGE + 3 * MiB).beyond_end
     page = fs.content.extents(small)[0].page
     facts = explain(fs, page * PAGE + PAGE + 1)
-    assert (facts["structure"], facts["ino"], facts["file_offset"]) == ("data", small, PAGE + 1)
-    assert facts["path"] in ("/small", "/d/other")
-    assert explain(fs, small * 256)["structure"] == "inode"
-    assert explain(fs, fs.getattr(small).xattrs * PAGE)["structure"] == "tree node"
-    assert explain(fs, fs.getattr(ROOT).root * PAGE)["path"] == "/"
-    assert explain(fs, page // 512 * BLOCK)["structure"] == "slab header"
+    assert (facts.structure, facts.ino, facts.file_offset) == ("data", small, PAGE + 1)
+    assert facts.path in ("/small", "/d/other")
+    assert explain(fs, small * 256).structure == "inode"
+    assert explain(fs, fs.getattr(small).xattrs * PAGE).structure == "tree node"
+    assert explain(fs, fs.getattr(ROOT).root * PAGE).path == "/"
+    assert explain(fs, page // 512 * BLOCK).structure == "slab header"
     with pytest.raises(UsageError, match="the size of the region") as refused:
         explain(fs, sb.blocks * BLOCK)
     assert refused.value.errno == errno.EINVAL
@@ -56,16 +56,16 @@ def test_page_tables(fs: Filesystem) -> None:
     domain = mkdomain(fs)
     map_file(fs, domain, 7, mkfile(fs, b"f", b"x"))
     facts = explain(fs, fs.getattr(domain).iommu * PAGE)
-    assert (facts["path"], facts["structure"], facts["tree"]) == ("/iommu/dom-0", "tree node", "records")
+    assert (facts.path, facts.structure, facts.tree) == ("/iommu/dom-0", "tree node", "records")
     (extent,) = fs.content.extents(domain)
-    assert explain(fs, extent.page * PAGE + 9)["path"] == "/iommu/dom-0"
+    assert explain(fs, extent.page * PAGE + 9).path == "/iommu/dom-0"
     with fs.volume.transaction() as tx:
         tx.put_inode(domain, fs.getattr(domain))
         tx.words.append((extent.page * PAGE + 8, b"w" * 16))
     at = fs.volume.journal.body_at + 16 + 256
-    record = {"sequence": fs.volume.journal.sequence, "kind": "words", "offset": extent.page * PAGE + 8, "length": 16}
-    assert explain(fs, at + 31)["record"] == record
-    assert "record" not in explain(fs, at + 32)
+    record = Record(fs.volume.journal.sequence, "words", extent.page * PAGE + 8, 16)
+    assert explain(fs, at + 31).record == record
+    assert explain(fs, at + 32).record is None
 
 
 def test_records_of_the_journal(fs: Filesystem) -> None:
@@ -73,14 +73,14 @@ def test_records_of_the_journal(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f")
     at = fs.volume.journal.body_at
     found = []
-    while "record" in (facts := explain(fs, at)):
-        found.append(facts["record"])
-        assert facts["structure"] == f"journal record {len(found) - 1} of the last transaction"
-        at += 16 + facts["record"]["length"] * (facts["record"]["kind"] == "store")
-        assert explain(fs, at - 1)["record"] == found[-1]
-    assert facts["structure"] == "journal body, not in use"
-    assert {record["sequence"] for record in found} == {fs.volume.journal.sequence}
-    assert any(record["offset"] <= ino * 256 < record["offset"] + record["length"] for record in found)
+    while (record := (facts := explain(fs, at)).record) is not None:
+        found.append(record)
+        assert facts.structure == f"journal record {len(found) - 1} of the last transaction"
+        at += 16 + record.length * (record.kind == "store")
+        assert explain(fs, at - 1).record == found[-1]
+    assert facts.structure == "journal body, not in use"
+    assert {record.sequence for record in found} == {fs.volume.journal.sequence}
+    assert any(record.offset <= ino * 256 < record.offset + record.length for record in found)
 
 
 def test_a_journal_record_of_no_kind(fs: Filesystem) -> None:
@@ -88,7 +88,7 @@ def test_a_journal_record_of_no_kind(fs: Filesystem) -> None:
     mkfile(fs, b"f")
     at = fs.volume.journal.body_at
     fs.region.store_word(at + 8, 160 << 32 | 8)
-    assert explain(fs, at)["structure"] == "journal body, not in use"
+    assert explain(fs, at).structure == "journal body, not in use"
 
 
 def test_trees_and_attributes(fs: Filesystem) -> None:
@@ -97,29 +97,29 @@ def test_trees_and_attributes(fs: Filesystem) -> None:
         fs.write(ino, n * 3 * PAGE, b"x")
     fs.setxattr(ino, b"user.big", b"v" * 9000)
     inode = fs.getattr(ino)
-    assert explain(fs, inode.root * PAGE)["tree"] == "extents"
-    assert explain(fs, inode.xattrs * PAGE)["tree"] == "attributes"
-    assert explain(fs, fs.getattr(ROOT).root * PAGE)["tree"] == "directory"
+    assert explain(fs, inode.root * PAGE).tree == "extents"
+    assert explain(fs, inode.xattrs * PAGE).tree == "attributes"
+    assert explain(fs, fs.getattr(ROOT).root * PAGE).tree == "directory"
     facts = explain(fs, bytes(fs.region.view).index(b"v" * 9000) + 4096)
-    assert (facts["structure"], facts["attribute"], facts["path"]) == ("attribute value", "user.big", "/f")
-    assert "file_offset" not in facts
+    assert (facts.structure, facts.attribute, facts.path) == ("attribute value", "user.big", "/f")
+    assert facts.file_offset is None
 
 
 def test_an_orphan_has_no_path(fs: Filesystem) -> None:
     ino = mkfile(fs, b"f", b"x")
     offset = fs.content.extents(ino)[0].page * PAGE
-    assert explain(fs, offset)["orphan"] is False
+    assert explain(fs, offset).orphan is False
     fs.lookups.add(ino)
     fs.unlink(ROOT, b"f")
     facts = explain(fs, offset)
-    assert (facts["ino"], facts["paths"], facts["path"], facts["orphan"]) == (ino, [], None, True)
+    assert (facts.ino, facts.paths, facts.path, facts.orphan) == (ino, [], None, True)
 
 
 def test_memory_without_an_owner(fs: Filesystem) -> None:
     leak_blocks(fs)
     again = open_fs(fs.region)
     block = again.volume.space.table.find(BLOCK_DATA)
-    assert explain(again, block * BLOCK)["structure"] == "data, allocated but owned by nobody"
+    assert explain(again, block * BLOCK).structure == "data, allocated but owned by nobody"
     set_block(fs, block, BLOCK_FREE)
 
 

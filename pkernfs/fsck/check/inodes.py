@@ -6,10 +6,11 @@ import stat
 
 from pkernfs.errors import file_type, quoted
 from pkernfs.format import FIRST_FREE_SLOT, FLAG_DIR, FLAG_FILE, GUARDED, INLINE_SIZE, Ino, Inode
+from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
 from pkernfs.fsck.check.rules import RESERVED, TYPES, has_type, may_hold_tables, type_flags
 from pkernfs.fsck.check.state import Check
-from pkernfs.fsck.findings import Fields, Unusable
+from pkernfs.fsck.findings import NO_INO, Fields, Unusable, Values
 from pkernfs.fsck.problems import Code
 
 
@@ -31,7 +32,7 @@ def flags(check: Check, ino: Ino, inode: Inode) -> None:
     wanted = type_flags(inode.mode)
     if inode.flags & (FLAG_FILE | FLAG_DIR) != wanted:
         right = RESERVED[ino][1] if ino in RESERVED else inode.flags & ~(FLAG_FILE | FLAG_DIR) | wanted
-        values = {"flags": right}
+        values: Values = {"flags": right}
         text = f"expected the flags of {file_type(inode.mode)}"
     elif ino >= FIRST_FREE_SLOT and not may_hold_tables(inode):
         values = {"flags": inode.flags & ~GUARDED, "iommu": 0}
@@ -47,7 +48,7 @@ def parent(check: Check, ino: Ino, inode: Inode) -> None:
     """Only directories have a parent; theirs is compared where they are named."""
     if inode.parent and not stat.S_ISDIR(inode.mode):
         text = f"inode {ino:#x}: expected no parent, found {inode.parent:#x}"
-        check.note(Code.INODE_PARENT, text, data=Fields(ino, {"parent": 0}))
+        check.note(Code.INODE_PARENT, text, data=Fields(ino, {"parent": NO_INO}))
 
 
 def size(check: Check, ino: Ino, inode: Inode) -> None:
@@ -66,7 +67,7 @@ def symlink(check: Check, ino: Ino, inode: Inode) -> None:
         found = quoted(inode.inline.rstrip(b"\0"))
         text = f"inode {ino:#x}: expected a target of {inode.size} bytes, found {found}"
         inline = inode.inline[: inode.size] + bytes(INLINE_SIZE - inode.size)
-        check.note(Code.SYMLINK, text, data=Fields(ino, {"root": 0, "inline": inline}))
+        check.note(Code.SYMLINK, text, data=Fields(ino, {"root": NO_PAGE, "inline": inline}))
 
 
 def no_pins(check: Check, ino: Ino, inode: Inode) -> None:
@@ -81,7 +82,7 @@ def no_content(check: Check, ino: Ino, inode: Inode) -> None:
     kind = stat.S_IFMT(inode.mode)
     if not SIZE_LIMITS.get(kind) and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
         text = f"inode {ino:#x}: expected no content for {file_type(inode.mode)}, found some"
-        check.note(Code.INODE_CONTENT, text, data=Fields(ino, {"root": 0, "inline": bytes(INLINE_SIZE)}))
+        check.note(Code.INODE_CONTENT, text, data=Fields(ino, {"root": NO_PAGE, "inline": bytes(INLINE_SIZE)}))
 
 
 def pages(check: Check, ino: Ino, inode: Inode) -> None:

@@ -22,6 +22,7 @@ from pkernfs.format import (
     Ino,
     PageNo,
 )
+from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.pages import check_page
 from pkernfs.fsck.check.rules import RESERVED
@@ -97,7 +98,7 @@ def reserved_inodes(check: Check) -> None:
             continue
         if ino == ORPHANS_INO and (inode.pages or inode.root or inode.size or inode.xattrs):
             text = f"inode {ino}: expected the head of a list, found content"
-            data = Fields(ino, {"pages": 0, "root": 0, "size": 0, "xattrs": 0})
+            data = Fields(ino, {"pages": 0, "root": NO_PAGE, "size": 0, "xattrs": NO_PAGE})
             check.note(Code.RESERVED_INODE, text, ino=ino, data=data)
         kind, flags = RESERVED.get(ino, (0, 0))
         found = stat.S_IFMT(inode.mode)

@@ -15,7 +15,7 @@ from pkernfs.fs.pages import raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.memory import Memory
 from pkernfs.fsck.check.rules import plausible
-from pkernfs.fsck.findings import Findings, Fits, Plausible, Structure, Tally, Unusable
+from pkernfs.fsck.findings import Findings, Fits, Plausible, Structure, StructureField, Tally, Unusable
 from pkernfs.fsck.problems import Code
 
 STEP = 1000  #: inodes from one call of ``tell`` to the next
@@ -134,7 +134,7 @@ class Check:
             if inode:
                 self.content(ino, inode)
 
-    def structure(self, field: str, fits: Fits) -> Structure:
+    def structure(self, field: StructureField, fits: Fits) -> Structure:
         """A structure of the inode at work, which is looked at from now on until ``close``."""
         tally = self.findings.tally
         tally.structure = Structure(tally.owner, field, fits, keeps=self.for_repair)

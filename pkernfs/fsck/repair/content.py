@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import stat
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -30,7 +29,7 @@ from pkernfs.fs.node import Node
 from pkernfs.fs.pages import read_inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
-from pkernfs.fsck.findings import Structure
+from pkernfs.fsck.findings import Structure, Values
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import BATCH, Work
 
@@ -89,7 +88,9 @@ def _made_anew(volume: Volume, tx: Transaction, inode: Inode, structure: Structu
     """The inode with the structure made anew."""
     if what == "extents" and not inode.root:
         return inode._replace(inline=inline_extents(structure.kept))
-    inode = inode._replace(**dict[str, Any]({structure.field: _tree(volume, tx, structure, what)}))
+    values: Values = {}
+    values[structure.field] = _tree(volume, tx, structure, what)
+    inode = inode._replace(**values)
     return inode._replace(inline=bytes(INLINE_SIZE)) if what == "extents" and not inode.root else inode
 
 
@@ -100,7 +101,7 @@ def inline_extents(items: Iterable[tuple[int, bytes]]) -> bytes:
     return raw + bytes(INLINE_SIZE - len(raw))
 
 
-def _tree(volume: Volume, tx: Transaction, structure: Structure, what: str) -> int:
+def _tree(volume: Volume, tx: Transaction, structure: Structure, what: str) -> PageNo:
     """Make the tree anew within a transaction; the page of its root."""
     tree = NewTree(volume, structure.owner, list(reversed(structure.nodes)))
     items: dict[int, bytes] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from typing import Any
 
 from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
@@ -23,7 +22,7 @@ from pkernfs.fs.node import Node
 from pkernfs.fs.pages import new_inode, raw_inode, read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.rules import RESERVED
-from pkernfs.fsck.findings import Fields, NotEmpty, Unlisted, Unusable
+from pkernfs.fsck.findings import Fields, NotEmpty, Unlisted, Unusable, Values
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
 
@@ -103,7 +102,7 @@ def free_slots(work: Work) -> None:
 def fields(work: Work) -> None:
     """Types, flags, parents, sizes and counts are what the walk found."""
     volume = work.volume
-    wrong: dict[Ino, dict[Code, dict[str, Any]]] = {}  #: by inode, and by the invariant that they are to mend
+    wrong: dict[Ino, dict[Code, Values]] = {}  #: by inode, and by the invariant that they are to mend
     for code, data in work.found(Fields):
         wrong.setdefault(data.ino, {}).setdefault(code, {}).update(data.values)
     for batch in batches(wrong.items()):
