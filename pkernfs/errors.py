@@ -25,6 +25,11 @@ def file_type(mode: int) -> str:
     return FILE_TYPES.get(_stat.S_IFMT(mode), f"no type ({_stat.S_IFMT(mode):o})")
 
 
+def mode_text(mode: int) -> str:
+    """A mode in octal, and its type in words."""
+    return f"mode 0{mode:o} ({FILE_TYPES.get(_stat.S_IFMT(mode), 'no type')})"
+
+
 def printable(name: bytes | str) -> str:
     """A name as part of a line: what is no printable UTF-8 becomes an escape."""
     text = name if isinstance(name, str) else name.decode(errors="backslashreplace")

@@ -11,7 +11,7 @@ options became a file.
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, quoted
 
 
 class Choice(NamedTuple):
@@ -207,7 +207,7 @@ def parse_options(lists: list[str]) -> MountOptions:
                 fields[name] = option.parse(value)
             except ValueError:
                 raise UsageError(
-                    f"-o {word}: expected {option.expected}, found {value!r}",
+                    f"-o {word}: expected {option.expected}, found {quoted(value)}",
                     hint=f"for example {name}={option.example}",
                 ) from None
         elif word in KERNEL:

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, quoted
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 
@@ -13,7 +13,7 @@ def size(word: str) -> int:
     """A size or an address in bytes: 4096, 0x1000, 512M, 1GiB (powers of 1024).  For argparse."""
     match = re.fullmatch(r"(0[xX][0-9a-fA-F]+|[0-9]+)(?:([KMGTP])(?:i?B)?)?", word, re.IGNORECASE | re.ASCII)
     if match is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 4096, 0x1000, 512M or 1G, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 4096, 0x1000, 512M or 1G, found {quoted(word)}")
     return int(match[1], 0 if match[1][:2].lower() == "0x" else 10) * UNITS[(match[2] or "").upper()]
 
 
@@ -24,7 +24,7 @@ def seconds(word: str) -> float:
     except ValueError:
         number = -1.0
     if not 0.01 <= number <= 86400:
-        raise argparse.ArgumentTypeError(f"expected seconds, 0.01 to 86400, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected seconds, 0.01 to 86400, found {quoted(word)}")
     return number
 
 

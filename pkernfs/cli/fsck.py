@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Parser, add_version
+from pkernfs.errors import quoted
 
 if TYPE_CHECKING:
     from pkernfs.cli.progress import Advance
@@ -57,7 +58,7 @@ def _descriptor(word: str) -> int:
     try:
         os.fstat(int(word))
     except (ValueError, OverflowError, OSError):
-        raise argparse.ArgumentTypeError(f"expected an open file descriptor, found {word!r}") from None
+        raise argparse.ArgumentTypeError(f"expected an open file descriptor, found {quoted(word)}") from None
     return int(word)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_mount
-from pkernfs.errors import PkernfsError
+from pkernfs.errors import PkernfsError, quoted
 
 DESCRIPTION = """\
 Show the status of a mount as Prometheus reads it: once, or at a port or in a file until the mount ends.
@@ -48,7 +48,7 @@ def address(word: str) -> tuple[str, int]:
     """[ADDRESS:]PORT.  For argparse."""
     host, _, port = word.rpartition(":")
     if not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"expected [ADDRESS:]PORT, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected [ADDRESS:]PORT, found {quoted(word)}")
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

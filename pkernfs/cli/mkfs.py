@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Parser, add_version
 from pkernfs.cli.text import human, printable
-from pkernfs.errors import RegionError, UsageError
+from pkernfs.errors import RegionError, UsageError, quoted
 
 DESCRIPTION = """\
 Make a pkernfs region: a file (on tmpfs, hugetlbfs or a disk) or a device-DAX device that holds a filesystem for state
@@ -56,7 +56,7 @@ def _uuid(word: str) -> uuid.UUID:
     try:
         return uuid.UUID(word)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a UUID, found {word!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a UUID, found {quoted(word)}") from None
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         facts = client.set_direct(path)
         if not facts.contiguous or facts.size != size:
             client.set_direct(path, on=False)
-            raise UsageError(f"{arguments.file}: it was changed meanwhile", hint="try again")
+            raise UsageError(f"{arguments.file}: the file was changed while its extents were read", hint="try again")
         mem_path, offset = facts.region, facts.extents[0].region_offset
     if arguments.json:
         properties = {"qom-type": "memory-backend-file", "id": arguments.id, "size": size, "mem-path": mem_path}

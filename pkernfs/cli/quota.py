@@ -8,7 +8,7 @@ from pathlib import PurePath
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, quoted
 
 DESCRIPTION = """\
 Limit what a directory of a mount and all that is below it may use; beyond that, EDQUOT ("Disk quota exceeded").
@@ -28,7 +28,7 @@ def limit(word: str) -> int:
     """SIZE or "none".  For argparse."""
     number = 0 if word == "none" else size(word)
     if number >= 1 << 63:
-        raise argparse.ArgumentTypeError(f"expected less than 8 EiB, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected less than 8 EiB, found {quoted(word)}")
     return number
 
 

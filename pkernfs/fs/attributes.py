@@ -56,7 +56,8 @@ class Attributes:
         now = self.volume.clock()
         changed = _changes(inode, change, now, privileged)
         if change.size is not None and not stat.S_ISREG(inode.mode):
-            raise FsError(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL, f"inode {ino}")
+            number = errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL
+            raise FsError(number, f"inode {ino} is not a regular file")
         guarded = inode.flags & GUARDED
         if change.size is not None and guarded:
             self.guard.may_resize(ino, inode, change.size)

@@ -40,10 +40,10 @@ class Cache:
         if inode is None:
             self.trim()
             if not self.space.inode_in_use(ino):
-                raise FsError(errno.ESTALE, f"inode {ino}")
+                raise FsError(errno.ESTALE, f"inode {ino} is not in use any more")
             inode = read_inode(self.region, ino)
             if not inode.mode:
-                raise FsError(errno.ESTALE, f"inode {ino}")
+                raise FsError(errno.ESTALE, f"inode {ino} is not in use any more")
             check_inode(ino, inode, self.total_pages)
             self.inodes[ino] = inode
         return inode
@@ -53,7 +53,7 @@ class Cache:
         try:
             return self.inode(ino)
         except FsError:
-            raise corrupt_inode(owner, f"it names inode {ino:#x}, which is free") from None
+            raise corrupt_inode(owner, f"it names inode {ino}, which is free") from None
 
     def trim(self) -> None:
         """Keep no more decoded objects than there is room for; while a transaction is open it may need them all."""

@@ -57,7 +57,7 @@ def chain(cache: Cache, tx: Transaction | None, ino: Ino, project: Ino) -> Itera
             if stat.S_ISDIR(before.mode) and has_quota(before):
                 # It is the directory's own record that is wrong.
                 ino, project = project, before.project
-            raise corrupt_inode(ino, f"{project:#x} as its project")
+            raise corrupt_inode(ino, f"inode {project} as its project, which is no directory with a quota around it")
         seen.add(project)
         ino = project
         if inode.project == project:
@@ -97,7 +97,8 @@ def charge(tx: Transaction) -> None:
         if not quota.limit or not amount:
             continue
         if not -amount <= quota.used <= cache.total_pages * PAGE:
-            cache.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, f"{quota}"))
+            found = f"{quota.used} bytes used, in a region of {cache.total_pages * PAGE}"
+            cache.damage.note(CorruptError(f"the quota of inode {project}", project * INODE_SIZE, found))
         elif amount > 0 and quota.used + amount > quota.limit:
             raise FsError(errno.EDQUOT, f"{quota.used} of {quota.limit} bytes are used, {amount} more wanted")
         if project in cache.damage.inodes:

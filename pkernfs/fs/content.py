@@ -109,7 +109,7 @@ class Content:
         EDQUOT, EPERM for page tables.
         """
         if offset >= MAX_FILE_SIZE and data:
-            raise FsError(errno.EFBIG, f"offset {offset}")
+            raise FsError(errno.EFBIG, f"inode {ino}: expected an offset below {MAX_FILE_SIZE}, found {offset}")
         data = data[: MAX_FILE_SIZE - offset]
         if not data:
             return 0
@@ -209,7 +209,7 @@ class Content:
         beyond the end is still mapped.  Raises FsError: EFBIG, ENOSPC, EDQUOT.
         """
         if size > MAX_FILE_SIZE:
-            raise FsError(errno.EFBIG, f"size {size}")
+            raise FsError(errno.EFBIG, f"inode {ino}: expected a size of at most {MAX_FILE_SIZE}, found {size}")
         self.volume.damage.check_changeable(ino)
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         if size > inode.size:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError, FsError, PkernfsError, quoted
+from pkernfs.errors import CorruptError, FsError, PkernfsError, file_type, mode_text, quoted
 from pkernfs.format import DIRENT, KEY_SLOTS, NAME_MAX, ORPHANS_INO, ROOT_INO, Ino, Inode
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.named import NamedTree
@@ -93,15 +93,15 @@ class Directory:
         """
         ino = entry.ino
         if ino in (ROOT_INO, ORPHANS_INO):
-            raise self._bad(f"{quoted(entry.name)} names inode {ino}")
+            raise self._bad(f"{quoted(entry.name)} names inode {ino}, which has no name of its own")
         inode = self.volume.inode_named_by(self.ino, ino)
         found = ""
         if stat.S_IFMT(inode.mode) != entry.mode:
-            found = f"mode {inode.mode:o}, its name has {entry.mode:o}"
+            found = f"{mode_text(inode.mode)}, its name says {file_type(entry.mode)}"
         elif stat.S_ISDIR(inode.mode) and inode.parent != self.ino:
             if self._is_stranger(ino, inode):
-                raise self._bad(f"{quoted(entry.name)} names directory {ino:#x}, which is in {inode.parent:#x}")
-            found = f"parent {inode.parent:#x}, its name is in {self.ino:#x}"
+                raise self._bad(f"{quoted(entry.name)} names directory {ino}, which is in directory {inode.parent}")
+            found = f"parent {inode.parent}, its name is in directory {self.ino}"
         if found:
             raise corrupt_inode(ino, found)
         return inode
@@ -150,5 +150,5 @@ def open_directory(volume: Volume, ino: Ino) -> Directory:
     """The directory ``ino``.  Raises FsError: ESTALE, ENOTDIR."""
     inode = volume.inode(ino)
     if not stat.S_ISDIR(inode.mode):
-        raise FsError(errno.ENOTDIR, f"inode {ino}")
+        raise FsError(errno.ENOTDIR, f"inode {ino} is not a directory")
     return Directory(volume, ino, inode)

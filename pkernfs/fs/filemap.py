@@ -37,6 +37,10 @@ def end_of(size: int) -> FilePage:
     return FilePage(-(-size // PAGE))
 
 
+def _place(extent: Extent) -> str:
+    return f"the extent of pages {extent.start} to {extent.start + extent.length - 1}"
+
+
 class FileMap:
     """The extents of inode ``ino``.  ``finish`` gives the changed inode.
 
@@ -61,7 +65,7 @@ class FileMap:
                 break
             self._check(extent)
             if extent.start < end:
-                raise self._bad(f"{extent} overlaps the one before")
+                raise self._bad(f"{_place(extent)} overlaps the one before")
             end = extent.start + extent.length
             extents.append(extent)
         return extents
@@ -71,13 +75,14 @@ class FileMap:
 
     def _check(self, extent: Extent) -> None:
         if extent.start + extent.length > MAX_FILE_SIZE // PAGE or not self.volume.space.is_data(*extent):
-            raise self._bad(f"{extent} is not memory for data")
+            at = f"{extent.length} pages from page {extent.page} of the region on"
+            raise self._bad(f"{_place(extent)} is at {at}, which is not memory for data")
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _tree_extent(self, item: tuple[int, bytes]) -> Extent:
         if len(item[1]) != EXTENT_VALUE.size:
-            raise self._bad(f"a value of {len(item[1])} bytes")
+            raise self._bad(f"an extent of {len(item[1])} bytes, expected {EXTENT_VALUE.size}")
         extent = Extent(FilePage(item[0]), *EXTENT_VALUE.unpack(item[1]))
         self._check(extent)
         return extent
@@ -94,7 +99,7 @@ class FileMap:
         for item in self.tree.scan(below[0] if below else first):
             extent = self._tree_extent(item)
             if extent.start < end:
-                raise self._bad(f"{extent} overlaps the one before")
+                raise self._bad(f"{_place(extent)} overlaps the one before")
             end = extent.start + extent.length
             if end > first:
                 yield extent
@@ -193,7 +198,7 @@ class FileMap:
             block, index = block_of(page)
             if table[block] == BLOCK_DATA:
                 if index or count < PAGES_PER_BLOCK:
-                    raise self._bad(f"part of data block {block}")
+                    raise self._bad(f"a part of data block {block}, which belongs to one file as a whole")
                 blocks = 1
                 while (blocks + 1) * PAGES_PER_BLOCK <= count and self.is_block(
                     PageNo((block + blocks) * PAGES_PER_BLOCK)

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pkernfs.errors import mode_text
 from pkernfs.format import INODES_PER_PAGE, PAGES_PER_BLOCK, ROOT_INO
 from pkernfs.fs.attributes import Attributes
 from pkernfs.fs.content import Content
@@ -70,7 +71,7 @@ class Filesystem:
         fs = cls(Volume(region), guard, lookups)
         root = fs.volume.inode_named_by(ROOT_INO, ROOT_INO)
         if not stat.S_ISDIR(root.mode) or root.parent != ROOT_INO:
-            found = f"expected a directory, its own parent, found mode {root.mode:o}, parent {root.parent:#x}"
+            found = f"expected a directory, its own parent, found {mode_text(root.mode)}, parent {root.parent}"
             raise corrupt_inode(ROOT_INO, found, "the root directory")
         if not region.readonly:
             fs.reclaimer.finish_listed()

@@ -111,7 +111,9 @@ class Journal:
         """
         commit = self.region.word(self.header_at)
         if commit >> 1 > MAX_SEQUENCE:
-            raise CorruptError("the journal header", self.header_at, f"sequence {commit >> 1:#x}")
+            raise CorruptError(
+                "the journal header", self.header_at, f"sequence {commit >> 1}, expected at most {MAX_SEQUENCE}"
+            )
         return list(self.records(commit >> 1)) if commit & 1 else []
 
     def recover(self) -> int:
@@ -150,7 +152,9 @@ class Journal:
         raw = region.read(self.header_at, JOURNAL_HEADER.size)
         header = JOURNAL_HEADER.unpack(raw)
         if header.magic != JOURNAL_MAGIC or header.sequence != sequence or header.length > self.capacity:
-            raise CorruptError("the journal header", self.header_at, f"{header}")
+            wanted = f"magic {JOURNAL_MAGIC:#x}, sequence {sequence}, at most {self.capacity} bytes"
+            found = f"magic {header.magic:#x}, sequence {header.sequence}, {header.length} bytes"
+            raise CorruptError("the journal header", self.header_at, f"expected {wanted}, found {found}")
         body = region.read(self.body_at, header.length)
         crc = checksum(body, checksum(raw[JOURNAL_CHECKED_AT:]))
         if crc != header.checksum:
@@ -162,7 +166,8 @@ class Journal:
             record = JOURNAL_RECORD.unpack(body, at)
             at += JOURNAL_RECORD.size
             if not self._is_possible(record):
-                raise CorruptError("a journal record", self.body_at + at, f"{record}")
+                found = f"kind {record.kind} of length {record.length} for region offset {record.offset:#x}"
+                raise CorruptError("a journal record", self.body_at + at, f"{found}, which no transaction has")
             if record.kind == DISCARD:
                 yield record, b""
             else:

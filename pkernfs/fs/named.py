@@ -15,7 +15,7 @@ def free_key(tree: Tree, first: int) -> int:
     for key in range(first, first + KEY_SLOTS):
         if key not in taken:
             return key
-    raise FsError(errno.ENOSPC, f"{KEY_SLOTS} names with one hash")
+    raise FsError(errno.ENOSPC, f"inode {tree.owner} holds {KEY_SLOTS} names of this hash already")
 
 
 class NamedTree(Tree):

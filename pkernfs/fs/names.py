@@ -200,7 +200,7 @@ class Names:
         if not inode.nlink:
             raise FsError(errno.ENOENT, "the file was removed")
         if inode.nlink >= LINK_MAX:
-            raise FsError(errno.EMLINK, f"{LINK_MAX} names")
+            raise FsError(errno.EMLINK, f"the file has {inode.nlink} names, the most there may be")
         now = self.volume.clock()
         directory = self._new_name(parent, name)
         self.guard.may_link(inode, directory.inode)

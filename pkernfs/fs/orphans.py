@@ -28,7 +28,9 @@ class Orphans:
         ino = self._linked(ORPHANS_INO).orphan_next
         while ino != ORPHANS_INO:
             if not ino or ino in seen:
-                raise self._bad(f"inode {ino} after {found[-3:]}")
+                before = found[-1] if found else ORPHANS_INO
+                why = f"back to inode {ino}, which is in it already" if ino else "nowhere, and not to its beginning"
+                raise self._bad(f"inode {before} points {why}")
             seen.add(ino)
             found.append(ino)
             ino = self._linked(ino).orphan_next
@@ -71,7 +73,9 @@ class Orphans:
             return
         before, after = inode.orphan_prev, inode.orphan_next
         if self._linked(before).orphan_next != ino or self._linked(after).orphan_prev != ino:
-            raise self._bad(f"inode {ino} between {before} and {after}, which name others")
+            raise self._bad(
+                f"inode {ino} points to {before} before it and {after} behind it, which do not both point back"
+            )
         tx.put_inode(before, volume.inode(before)._replace(orphan_next=after))
         tx.put_inode(after, volume.inode(after)._replace(orphan_prev=before))
         tx.put_inode(ino, volume.inode(ino)._replace(orphan_next=NO_INO, orphan_prev=NO_INO))

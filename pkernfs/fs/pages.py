@@ -4,7 +4,7 @@ import stat
 import struct
 from typing import Protocol
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, mode_text
 from pkernfs.format import (
     FLAG_DIR,
     FLAG_FILE,
@@ -136,7 +136,7 @@ def check_inode(ino: Ino, inode: Inode, total_pages: int) -> None:
     kind = stat.S_IFMT(inode.mode)
     limit = total_pages * PAGE if kind == stat.S_IFDIR else SIZE_LIMITS.get(kind, -1)
     if limit < 0 or inode.mode >> 16:
-        found = f"mode {inode.mode:o}"
+        found = f"{mode_text(inode.mode)}, expected a type and permissions"
     elif inode.size > limit:
         found = f"a size of {inode.size}, expected at most {limit}"
     elif inode.pages > total_pages:

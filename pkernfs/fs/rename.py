@@ -31,7 +31,7 @@ class Renames:
         other filesystems have it).
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
-            raise FsError(errno.EINVAL, f"flags {flags:#x}")
+            raise FsError(errno.EINVAL, f"expected no flags, RENAME_NOREPLACE or RENAME_EXCHANGE, found {flags:#x}")
         check_name(new_name)
         source = self.names.directory(parent)
         target = source if new_parent == parent else self.names.directory(new_parent)

@@ -67,7 +67,7 @@ class Xattrs:
         size_ok = len(payload) % EXTENT_VALUE.size == 0 if head.external else len(payload) == head.size
         name_ok = len(name) == head.name_length and name and b"\0" not in name
         if not name_ok or head.external > 1 or head.size > XATTR_SIZE_MAX or not size_ok:
-            raise self._bad(f"{head} with {len(payload)} bytes")
+            raise self._bad(f"an item with a name of {len(name)} bytes, a value of {head.size} bytes in {len(payload)}")
         return Attribute(key, name, head, payload)
 
     def runs(self, attribute: Attribute) -> list[ExtentValue]:
@@ -79,7 +79,7 @@ class Xattrs:
         if any(not 0 < r.length <= 17 or r.page + r.length > total for r in runs) or (
             sum(r.length for r in runs) != -(-attribute.head.size // PAGE)
         ):
-            raise self._bad(f"a value of {attribute.head.size} bytes in {runs}")
+            raise self._bad(f"a value of {attribute.head.size} bytes in {sum(r.length for r in runs)} pages")
         for run in runs:
             for page in range(run.page, run.page + run.length):
                 self.volume.space.check_page_kind(
@@ -116,9 +116,11 @@ class Xattrs:
     def set(self, tx: Transaction, name: bytes, value: bytes) -> None:
         """Create or replace.  Raises FsError: ERANGE (name), E2BIG (value), ENOSPC."""
         if not 0 < len(name) <= NAME_MAX:
-            raise FsError(errno.ERANGE, f"attribute name of {len(name)} bytes")
+            raise FsError(errno.ERANGE, f"expected an attribute name of 1 to {NAME_MAX} bytes, found {len(name)}")
         if len(value) > XATTR_SIZE_MAX:
-            raise FsError(errno.E2BIG, f"attribute value of {len(value)} bytes")
+            raise FsError(
+                errno.E2BIG, f"expected an attribute value of at most {XATTR_SIZE_MAX} bytes, found {len(value)}"
+            )
         old = self.find(name)
         if old:
             self._free_value(tx, old)

@@ -70,7 +70,9 @@ class Domain:
     def _checked(self, record: DomainRecord) -> DomainRecord:
         form = record.tables in FORMATS and 3 <= record.levels <= 5 and 1 <= record.leaf <= 3
         if not form or record.id > LAST_DOMAIN_ID:
-            raise corrupt_inode(self.ino, f"{record}", f"domain {self.ino}")
+            found = f"format {record.tables}, levels {record.levels}, leaf {record.leaf}, id {record.id}"
+            wanted = f"format {' or '.join(map(str, FORMATS))}, levels 3 to 5, leaf 1 to 3, id up to {LAST_DOMAIN_ID}"
+            raise corrupt_inode(self.ino, f"expected {wanted}, found {found}", f"domain {self.ino}")
         return record
 
     def check_named(self) -> None:

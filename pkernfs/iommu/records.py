@@ -78,9 +78,13 @@ class Records(Tree):
     def mapping(self, key: int, value: bytes) -> Mapping:
         """The mapping that a record is.  Raises CorruptError."""
         mapping = self.decode(MAPPING, key, value)
-        in_file = mapping.start + mapping.length <= MAX_FILE_SIZE // PAGE
-        if not (in_file and 0 < mapping.length <= LAST_MAPPING + 1 - key and 0 < mapping.access <= 3):
-            raise self._bad_record(key, f"{mapping}")
+        start, length = mapping.start, mapping.length
+        if start + length > MAX_FILE_SIZE // PAGE:
+            raise self._bad_record(key, f"a mapping to pages {start} to {start + length - 1}, which no file can have")
+        if not 0 < length <= LAST_MAPPING + 1 - key:
+            raise self._bad_record(key, f"a mapping of {length} pages, expected 1 to {LAST_MAPPING + 1 - key}")
+        if not 0 < mapping.access <= 3:
+            raise self._bad_record(key, f"a mapping with access {mapping.access}, expected 1 to 3")
         return mapping
 
     def attachments(self) -> Iterator[tuple[Requester, Attachment]]:
@@ -97,7 +101,7 @@ class Records(Tree):
     def _attachment(self, key: int, value: bytes) -> Attachment:
         attachment = self.decode(ATTACHMENT, key, value)
         if not 0 < attachment.id <= LAST_DOMAIN_ID:
-            raise self._bad_record(key, f"{attachment}")
+            raise self._bad_record(key, f"domain id {attachment.id}, expected 1 to {LAST_DOMAIN_ID}")
         return attachment
 
     def finish(self, tx: Transaction) -> Inode:

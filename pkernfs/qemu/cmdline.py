@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pkernfs.errors import quoted
 from pkernfs.qemu.errors import QemuError
 
 BINARY = "qemu-system-x86_64"
@@ -71,7 +72,7 @@ def find_qemu(needed: Version = CPR_SINCE, binary: str = BINARY) -> Qemu:
     version = parse_version(answer.stdout)
     if version is None:
         first = next(iter((answer.stdout or answer.stderr).splitlines()), "")
-        raise QemuError(f"{path} --version to tell a version", repr(first), hint)
+        raise QemuError(f"{path} --version to tell a version", quoted(first), hint)
     if version < needed:
         raise QemuError(f"{binary} >= {needed}", f"{version} at {path}", hint)
     return Qemu(path, version)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from pkernfs.errors import quoted
 from pkernfs.qemu.errors import QemuError
 
 BEAT = re.compile(
@@ -94,6 +95,6 @@ class Console:
             if time.monotonic() > deadline:
                 tail = self.text().strip().splitlines()[-1:] or ["nothing"]
                 hint = f"see {self.path}; a slow machine may need more than {timeout:g} s"
-                raise QemuError(f"tick {tick} of the guest", repr(tail[0]), hint)
+                raise QemuError(f"tick {tick} of the guest", quoted(tail[0]), hint)
             check()
             time.sleep(POLL)

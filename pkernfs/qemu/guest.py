@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pkernfs.errors import quoted
 from pkernfs.qemu.cmdline import Machine, Qemu, find_qemu, guest_command
 from pkernfs.qemu.console import Beat, Console
 from pkernfs.qemu.errors import QemuError
@@ -167,7 +168,7 @@ class Guest:
         for option in self.machine.backend.replace(",,", "\0").split(","):
             if option.startswith("mem-path="):
                 return Path(option.removeprefix("mem-path=").replace("\0", ","))
-        raise QemuError("a backend with mem-path=", repr(self.machine.backend), "make it with backend_option()")
+        raise QemuError("a backend with mem-path=", quoted(self.machine.backend), "make it with backend_option()")
 
     @contextlib.contextmanager
     def _spawned(self, *, incoming: bool) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from pkernfs.errors import CorruptError, FsError, PkernfsError
+from pkernfs.errors import CorruptError, FsError, PkernfsError, quoted
 from pkernfs.format import Ino
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
@@ -94,7 +94,7 @@ class Operations(pyfuse3.Operations):
             except PkernfsError as error:
                 self.fs.volume.damage.complain(error)
             except Exception:
-                log.exception("a bug: forgetting inode %d failed", ino)
+                log.exception("a bug: FORGET of inode %d failed", ino)
         if self.fs.reclaimer.pending:
             self.housekeeping.wake()
 
@@ -220,7 +220,7 @@ class Operations(pyfuse3.Operations):
     @handler
     def getxattr(self, inode: Ino, name: bytes, ctx: RequestContext) -> bytes:
         if self.replay.hides_xattr(inode, name):
-            raise FsError(errno.ENODATA, "it is made by a request that comes again")
+            raise FsError(errno.ENODATA, f"attribute {quoted(name)} was made by this request, which comes again")
         if name.startswith(FACTS):
             return self.facts.value(inode, name, ctx.uid)
         check_namespace(name)

@@ -11,9 +11,10 @@ from typing import Any, Protocol, TypeVar
 import trio
 from pyfuse3 import FUSEError
 
-from pkernfs.errors import CorruptError, PkernfsError
+from pkernfs.errors import CorruptError, PkernfsError, quoted
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
+from pkernfs.server.handles import INO
 from pkernfs.server.housekeeping import Housekeeping
 from pkernfs.server.replay import COUNTING, KEYED, Replay
 from pkernfs.server.space import wait_for_space
@@ -59,6 +60,14 @@ class Server(Protocol):
     housekeeping: Housekeeping
 
 
+def subject(args: tuple[Any, ...]) -> str:
+    """What a request is about, for the log: its inode, and the name in it; nothing of its data, which is a guest's."""
+    if not args or not isinstance(args[0], int):
+        return "the filesystem"
+    name = f", name {quoted(args[1])}" if len(args) > 1 and isinstance(args[1], bytes) else ""
+    return f"inode {args[0] & INO}{name}"
+
+
 def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]:
     """Make a FUSE handler of a plain method, which raises PkernfsError.
 
@@ -91,7 +100,7 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
                 fs.volume.damage.note(error)
             raise FUSEError(error.errno) from None
         except Exception:
-            log.exception("a bug: %s%r failed", name, args)
+            log.exception("a bug: %s of %s failed", name, subject(args))
             requests.counters[BUGS] += 1
             raise FUSEError(errno.EIO) from None
         finally:

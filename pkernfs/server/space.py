@@ -10,8 +10,8 @@ Each level begins when the one before has given up, and stands around it:
    that fits, down to one page.
 3. **The rest of it** (``ShortWrites.rest``).  As a caller of write(2) would, we ask for the rest, until nothing fits:
    the count is the reply, and why it ended is kept for fsync(2).  With that a region can be filled to the last page.
-4. **Waiting** (``wait_for_space``).  What was removed may be just what is missing, and is freed when the kernel forgets
-   it: the FORGET is sent behind the reply to unlink(2), and can come behind the request that needs the memory.  Nothing
+4. **Waiting** (``wait_for_space``).  What was removed may be just what is missing, and is freed with the kernel's
+   FORGET, which is sent behind the reply to unlink(2), and can come behind the request that needs the memory.  Nothing
    of this request has been changed, so others may come in between: it waits up to four times, 75 ms in all, as long as
    there are removed files that are still referred to, and frees what has come.
 
@@ -34,7 +34,7 @@ from pkernfs.fs.volume import OUT_OF_SPACE
 
 R = TypeVar("R")
 
-#: Seconds to wait, one after the other, for the kernel to forget removed files when the space has run out.
+#: Seconds to wait, one after the other, for the kernel's FORGET of removed files when the space has run out.
 FORGETS = (0.001, 0.004, 0.02, 0.05)
 
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FsError, quoted
 from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 
@@ -20,19 +20,23 @@ NAMESPACES: Final = (b"user", b"trusted", b"security")
 ROOT_ONLY: Final = b"trusted."  #: only root gets to see that there are such names; the kernel checks the rest
 
 
+def _called(name: bytes) -> str:
+    return f"extended attribute {quoted(name)}"
+
+
 def check_namespace(name: bytes) -> None:
     """Raise FsError(EOPNOTSUPP) for a name in another namespace, EINVAL for one that is a namespace only."""
     namespace, _, rest = name.partition(b".")
     if namespace not in NAMESPACES:
-        raise FsError(errno.EOPNOTSUPP, f"extended attribute {name!r}")
+        raise FsError(errno.EOPNOTSUPP, f"{_called(name)} is in no namespace that is served")
     if not rest:
-        raise FsError(errno.EINVAL, f"extended attribute {name!r}")
+        raise FsError(errno.EINVAL, f"{_called(name)} has no name behind its namespace")
 
 
 def check_changeable(name: bytes) -> None:
     """As check_namespace, and raise FsError(EPERM) for a fact."""
     if name.startswith(FACTS):
-        raise FsError(errno.EPERM, f"extended attribute {name!r}")
+        raise FsError(errno.EPERM, f"{_called(name)} is a fact of the file, and cannot be set")
     check_namespace(name)
 
 
@@ -54,14 +58,14 @@ class Facts:
     def value(self, ino: Ino, name: bytes, uid: int) -> bytes:
         """For the owner of the mount and root only, as the control socket is.  Raises FsError: EPERM, ENODATA."""
         if uid not in (0, os.getuid()):
-            raise FsError(errno.EPERM, f"extended attribute {name!r}")
+            raise FsError(errno.EPERM, f"{_called(name)} is for root and the owner of the mount")
         fact = name.removeprefix(FACTS).decode("ascii", "replace")
         facts = self.of_mount()
         if fact in facts:
             return str(facts[fact]).encode(errors="surrogateescape")
         of_file = self._of_file(ino) if stat.S_ISREG(self.fs.getattr(ino).mode) else {}
         if fact not in of_file:
-            raise FsError(errno.ENODATA, f"extended attribute {name!r}")
+            raise FsError(errno.ENODATA, f"{_called(name)} is no fact of inode {ino}")
         return json.dumps(of_file[fact]).encode()
 
     def _of_file(self, ino: Ino) -> dict[str, object]:

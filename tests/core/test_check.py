@@ -129,7 +129,7 @@ def test_problems_say_where(victim: Filesystem) -> None:
         ("inode-pages", ino, 0),
         ("tree-node", page, offset),
     ]
-    assert f"inode {ino:#x}: expected 1024 pages, found a count of 7" in problems[0].text + problems[1].text
+    assert f"inode {ino}: expected 1024 pages, found a count of 7" in problems[0].text + problems[1].text
 
 
 def test_a_check_of_a_live_volume_looks_at_the_region(victim: Filesystem) -> None:

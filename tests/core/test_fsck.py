@@ -23,11 +23,13 @@ OPTIONS = [["-n"], ["-y"], ["-p"], ["-a"], ["-f", "-n"], ["-f", "-y"]]
 Capture = pytest.CaptureFixture[str]
 
 
-def damage(path: str) -> None:
-    """One wrong count."""
+def damage(path: str) -> int:
+    """One wrong count; the inode that has it."""
     with open_region(path) as region:
         fs = open_fs(region)
-        patch_inode(fs, fs.resolve(b"f"), pages=99)
+        ino = fs.resolve(b"f")
+        patch_inode(fs, ino, pages=99)
+    return ino
 
 
 def commit_again(path: str) -> None:
@@ -62,12 +64,12 @@ def test_a_clean_region(made: str, options: list[str], capsys: Capture) -> None:
 
 @pytest.mark.parametrize("options", [["-n"], ["-f", "-n"]], ids=" ".join)
 def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> None:
-    damage(made)
+    ino = damage(made)
     before = digest(made)
     assert main([*options, made]) == 4
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
+    assert lines[0].startswith(f"{made}: inode-pages: inode {ino}: ")
     assert lines[0].endswith(": expected 1 pages, found a count of 99 (/f)")
     assert lines[1] == f"{made}: 1 problem found; -y repairs what can be repaired"
     assert digest(made) == before
@@ -75,12 +77,12 @@ def test_a_problem_is_left(made: str, options: list[str], capsys: Capture) -> No
 
 @pytest.mark.parametrize("options", [["-y"], ["-p"], ["-a"], ["-f", "-y"]], ids=" ".join)
 def test_a_problem_is_repaired(made: str, options: list[str], capsys: Capture) -> None:
-    damage(made)
+    ino = damage(made)
     assert main([*options, made]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith(f"{made}: inode-pages: inode 0x")
-    assert lines[1].startswith(f"{made}: repaired: inode 0x")
+    assert lines[0].startswith(f"{made}: inode-pages: inode {ino}: ")
+    assert lines[1].startswith(f"{made}: repaired: inode {ino}: ")
     assert lines[1].endswith(": set pages 1 (/f)")
     assert lines[2] == f"{made}: 1 problem found, 1 repair made, 0 problems left"
     after = digest(made)

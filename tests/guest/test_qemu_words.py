@@ -118,7 +118,7 @@ def test_wait_gives_up_and_tells_the_last_line(tmp_path: Path) -> None:
     path = tmp_path / "console"
     path.write_text(line(1) + "Kernel panic\n")
     assert console.Console(path).wait(1, timeout=0).tick == 1
-    with pytest.raises(QemuError, match="tick 2 of the guest, found 'Kernel panic'"):
+    with pytest.raises(QemuError, match='tick 2 of the guest, found "Kernel panic"'):
         console.Console(path).wait(2, timeout=0)
 
 

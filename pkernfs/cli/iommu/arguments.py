@@ -6,7 +6,7 @@ import argparse
 import os
 
 from pkernfs.cli.arguments import size
-from pkernfs.errors import PkernfsError, UsageError
+from pkernfs.errors import PkernfsError, UsageError, quoted
 
 FORMATS = {"vtd": "VT-d", "amd": "AMD-Vi"}
 DOMAIN = "MOUNT/iommu/NAME"
@@ -23,7 +23,7 @@ def address(word: str) -> int:
     """An IOVA or a length: 64 bits.  For argparse."""
     number = size(word)
     if number >> 64:
-        raise argparse.ArgumentTypeError(f"expected at most 64 bits, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected at most 64 bits, found {quoted(word)}")
     return number
 
 
@@ -31,7 +31,7 @@ def segment(word: str) -> int:
     """A PCI segment: 16 bits.  For argparse."""
     number = size(word)
     if number >> 16:
-        raise argparse.ArgumentTypeError(f"expected a PCI segment, 0 to 65535, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected a PCI segment, 0 to 65535, found {quoted(word)}")
     return number
 
 

@@ -10,6 +10,7 @@ from pkernfs.cli.iommu.arguments import UNITS, existing
 from pkernfs.cli.iommu.replies import INVALIDATIONS
 from pkernfs.cli.parsers import Verb, add_json, add_mount
 from pkernfs.cli.text import human, plural, printable, show, span
+from pkernfs.errors import quoted
 from pkernfs.format import PAGE
 from pkernfs.iommu import pci
 
@@ -44,7 +45,7 @@ def _token(word: str) -> int:
     if word == "all":
         return ALL
     if not (word.isascii() and word.isdecimal()) or not int(word):
-        raise argparse.ArgumentTypeError(f"expected the token of a list, or all, found {word!r}")
+        raise argparse.ArgumentTypeError(f"expected the token of a list, or all, found {quoted(word)}")
     return int(word)
 
 

@@ -24,7 +24,7 @@ def attributes(check: Check, ino: Ino, inode: Inode) -> None:
             check.findings.note_error(Code.XATTR, error)
             structure.dropped.append("an attribute that cannot be read")
             continue
-        what = f"attribute {quoted(attribute.name)} of inode {ino:#x}"
+        what = f"attribute {quoted(attribute.name)} of inode {ino}"
         good = hashed(check, structure, key, attribute.name, names, what)
         if attribute.head.external and not _external(check, attribute, what):
             good = False

@@ -53,7 +53,7 @@ def entries(check: Check, ino: Ino, inode: Inode) -> None:
             check.findings.note_error(Code.DIRENT, error)
             structure.dropped.append(f"a name that cannot be, {quoted(value[DIRENT.size :])}")
             continue
-        what = f"{quoted(entry.name)} in directory {ino:#x}"
+        what = f"{quoted(entry.name)} in directory {ino}"
         first = hashed(check, structure, key, entry.name, names, what)
         is_dir, mode = _entry(check, ino, inode, entry, what)
         links += is_dir
@@ -66,10 +66,10 @@ def entries(check: Check, ino: Ino, inode: Inode) -> None:
     if not check.findings.tally.sound:
         return
     if count != inode.size:
-        text = f"directory {ino:#x}: expected a size of {count} entries, found {inode.size}"
+        text = f"directory {ino}: expected a size of {count} entries, found {inode.size}"
         check.note(Code.DIRECTORY_SIZE, text, data=Fields(ino, {"size": count}))
     if inode.nlink != links and (inode.nlink or count):
-        text = f"directory {ino:#x}: expected nlink {links}, found {inode.nlink}"
+        text = f"directory {ino}: expected nlink {links}, found {inode.nlink}"
         check.note(Code.LINK_COUNT, text, data=Fields(ino, {"nlink": links}))
 
 
@@ -77,11 +77,11 @@ def _entry(check: Check, parent: Ino, directory: Inode, entry: Entry, what: str)
     """One name: the inode that it stands for.  Whether that is a subdirectory; the type it has, 0: name it not."""
     ino = entry.ino
     if not check.memory.in_use(ino) or not may_be_named(ino):
-        text = f"{what}: expected an inode in use, found {ino:#x}, which is free"
+        text = f"{what}: expected an inode in use, found {ino}, which is free"
         check.note(Code.DIRENT_DANGLING, text, data=NamedSlot(ino, entry.mode) if ino >= FIRST_FREE_SLOT else None)
         return stat.S_ISDIR(entry.mode), 0
     if not in_its_place(ino, parent, entry.name):
-        check.note(Code.RESERVED_NAME, f"{what}: expected another inode in this place, found {ino:#x}")
+        check.note(Code.RESERVED_NAME, f"{what}: expected another inode in this place, found {ino}")
         return stat.S_ISDIR(entry.mode), 0
     first = check.reached.mark(ino)
     inode = check.inode(ino)
@@ -96,13 +96,13 @@ def _entry(check: Check, parent: Ino, directory: Inode, entry: Entry, what: str)
         _file_name(check, ino, inode, first=first)
         return False, 0 if misplaced else kind
     if not first:
-        check.note(Code.DIRECTORY_NAMES, f"{what}: expected one name of directory {ino:#x}, found another")
+        check.note(Code.DIRECTORY_NAMES, f"{what}: expected one name of directory {ino}, found another")
         return True, 0
     if inode.parent != parent:
-        text = f"{what}: expected parent {parent:#x}, found {inode.parent:#x}"
+        text = f"{what}: expected parent {parent}, found {inode.parent}"
         check.note(Code.DIRECTORY_PARENT, text, ino=ino, data=Fields(ino, {"parent": parent}))
     if not inode.nlink:
-        text = f"directory {ino:#x}: expected nlink 2 or more, found 0"
+        text = f"directory {ino}: expected nlink 2 or more, found 0"
         check.note(Code.LINK_COUNT, text, ino=ino, data=Fields(ino, {"nlink": 2}))
     check.todo.append(ino)
     return True, 0 if misplaced else kind
@@ -118,7 +118,7 @@ def _is_misplaced(check: Check, parent: Ino, ino: Ino, inode: Inode, what: str) 
         check.reached.wrong_flags.add(ino)
         data = Fields(ino, {"flags": inode.flags & ~FLAG_IOMMU_DOMAIN_PGTABLES})
     wanted = "a domain" if parent == IOMMU_INO else "no domain"
-    check.note(Code.IOMMU_NAME, f"{what}: expected {wanted}, found inode {ino:#x}", data=data)
+    check.note(Code.IOMMU_NAME, f"{what}: expected {wanted}, found inode {ino}", data=data)
     return must_go
 
 

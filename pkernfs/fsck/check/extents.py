@@ -39,7 +39,7 @@ def _ordered(check: Check, structure: Structure, inode: Inode) -> Iterator[tuple
         if last:
             if extent.start < last.start + last.length:
                 text = f"expected a start behind {_place(last)}, found {_place(extent)}"
-                check.note(Code.EXTENT_ORDER, f"inode {structure.owner:#x}: {text}")
+                check.note(Code.EXTENT_ORDER, f"inode {structure.owner}: {text}")
             if extent.start <= last.start:
                 structure.dropped.append(_memory_of(extent))
                 continue
@@ -59,7 +59,7 @@ def _all_extents(check: Check, structure: Structure, inode: Inode) -> Iterator[E
             extent = EXTENT.unpack(inode.inline, at)
             if not extent.length:
                 if inode.inline[at:].strip(b"\0"):
-                    text = f"inode {structure.owner:#x}: expected {at // EXTENT.size} extents, found more"
+                    text = f"inode {structure.owner}: expected {at // EXTENT.size} extents, found more"
                     check.note(Code.EXTENT_VALUE, text)
                     structure.dropped.append("what stood behind the extents")
                 return
@@ -67,7 +67,7 @@ def _all_extents(check: Check, structure: Structure, inode: Inode) -> Iterator[E
         return
     for key, value in items(check, structure, inode.root):
         if len(value) != EXTENT_VALUE.size:
-            text = f"inode {structure.owner:#x}: expected 16 bytes, found an extent of {len(value)}"
+            text = f"inode {structure.owner}: expected 16 bytes, found an extent of {len(value)}"
             check.note(Code.EXTENT_VALUE, text)
             structure.dropped.append("an extent that cannot be read")
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.errors import file_type, quoted
+from pkernfs.errors import file_type, mode_text, quoted
 from pkernfs.format import FIRST_FREE_SLOT, FLAG_DIR, FLAG_FILE, GUARDED, INLINE_SIZE, Ino, Inode
 from pkernfs.fs.damage import NO_PAGE
 from pkernfs.fs.pages import SIZE_LIMITS, has_extents
@@ -23,7 +23,7 @@ def mode(check: Check, ino: Ino, inode: Inode) -> None:
         data = Fields(ino, {"mode": inode.mode & 0xFFFF})
     else:
         return
-    text = f"inode {ino:#x}: expected a type and permissions, found mode {inode.mode:o}"
+    text = f"inode {ino}: expected a type and permissions, found {mode_text(inode.mode)}"
     check.note(Code.INODE_MODE, text, data=data)
 
 
@@ -41,13 +41,13 @@ def flags(check: Check, ino: Ino, inode: Inode) -> None:
         return
     if has_type(ino, inode):
         check.reached.wrong_flags.add(ino)
-        check.note(Code.INODE_FLAGS, f"inode {ino:#x}: {text}, found {inode.flags:#x}", data=Fields(ino, values))
+        check.note(Code.INODE_FLAGS, f"inode {ino}: {text}, found {inode.flags:#x}", data=Fields(ino, values))
 
 
 def parent(check: Check, ino: Ino, inode: Inode) -> None:
     """Only directories have a parent; theirs is compared where they are named."""
     if inode.parent and not stat.S_ISDIR(inode.mode):
-        text = f"inode {ino:#x}: expected no parent, found {inode.parent:#x}"
+        text = f"inode {ino}: expected no parent, found {inode.parent}"
         check.note(Code.INODE_PARENT, text, data=Fields(ino, {"parent": NO_INO}))
 
 
@@ -55,7 +55,7 @@ def size(check: Check, ino: Ino, inode: Inode) -> None:
     """A size that the type allows."""
     limit = SIZE_LIMITS.get(stat.S_IFMT(inode.mode), 0)
     if inode.size > limit and not stat.S_ISDIR(inode.mode):
-        text = f"inode {ino:#x}: expected at most {limit} bytes, found {inode.size}"
+        text = f"inode {ino}: expected at most {limit} bytes, found {inode.size}"
         check.note(Code.INODE_SIZE, text, data=Fields(ino, {"size": limit}))
 
 
@@ -65,7 +65,7 @@ def symlink(check: Check, ino: Ino, inode: Inode) -> None:
         return
     if inode.root or inode.inline[inode.size :].strip(b"\0"):
         found = quoted(inode.inline.rstrip(b"\0"))
-        text = f"inode {ino:#x}: expected a target of {inode.size} bytes, found {found}"
+        text = f"inode {ino}: expected a target of {inode.size} bytes, found {found}"
         inline = inode.inline[: inode.size] + bytes(INLINE_SIZE - inode.size)
         check.note(Code.SYMLINK, text, data=Fields(ino, {"root": NO_PAGE, "inline": inline}))
 
@@ -73,7 +73,7 @@ def symlink(check: Check, ino: Ino, inode: Inode) -> None:
 def no_pins(check: Check, ino: Ino, inode: Inode) -> None:
     """Only regular files are mapped."""
     if inode.iommu and not stat.S_ISREG(inode.mode):
-        text = f"inode {ino:#x}: expected no pins for {file_type(inode.mode)}, found {inode.iommu:#x}"
+        text = f"inode {ino}: expected no pins for {file_type(inode.mode)}, found {inode.iommu}"
         check.note(Code.IOMMU_PINS, text, data=Fields(ino, {"iommu": 0}))
 
 
@@ -81,7 +81,7 @@ def no_content(check: Check, ino: Ino, inode: Inode) -> None:
     """Devices, FIFOs and sockets have no content."""
     kind = stat.S_IFMT(inode.mode)
     if not SIZE_LIMITS.get(kind) and kind != stat.S_IFDIR and (inode.root or inode.inline.strip(b"\0")):
-        text = f"inode {ino:#x}: expected no content for {file_type(inode.mode)}, found some"
+        text = f"inode {ino}: expected no content for {file_type(inode.mode)}, found some"
         check.note(Code.INODE_CONTENT, text, data=Fields(ino, {"root": NO_PAGE, "inline": bytes(INLINE_SIZE)}))
 
 
@@ -89,7 +89,7 @@ def pages(check: Check, ino: Ino, inode: Inode) -> None:
     """The inode counts the pages that it holds."""
     tally = check.findings.tally
     if tally.sound and tally.pages != inode.pages:
-        text = f"inode {ino:#x}: expected {tally.pages} pages, found a count of {inode.pages}"
+        text = f"inode {ino}: expected {tally.pages} pages, found a count of {inode.pages}"
         check.note(Code.INODE_PAGES, text, data=Fields(ino, {"pages": tally.pages}))
 
 
@@ -99,5 +99,5 @@ def link_counts(check: Check) -> None:
         if left < 0 or (left and not check.findings.incomplete):
             inode = check.inode(ino)
             links = inode.nlink if inode else 0
-            text = f"inode {ino:#x}: expected nlink {links - left}, found {links}"
+            text = f"inode {ino}: expected nlink {links - left}, found {links}"
             check.note(Code.LINK_COUNT, text, ino=ino, data=Fields(ino, {"nlink": links - left}))

@@ -129,7 +129,7 @@ def tables(check: Check, ino: Ino, inode: Inode) -> None:
     except CorruptError:
         return
     if inode.size != pages * PAGE:
-        found = f"page tables {ino:#x}: expected the size of their {pages // PAGES_PER_BLOCK} blocks"
+        found = f"page tables {ino}: expected the size of their {pages // PAGES_PER_BLOCK} blocks"
         text = f"{found}, found {inode.size} bytes"
         check.note(Code.IOMMU_SIZE, text, data=Fields(ino, {"size": pages * PAGE}))
         return
@@ -137,7 +137,7 @@ def tables(check: Check, ino: Ino, inode: Inode) -> None:
     for at in range(0, pages, BITMAP_PAGES):
         page, _ = filemap.find(FilePage(at))
         if not check.region.view[page * PAGE] & 1:
-            text = f"page {at} of page tables {ino:#x}: expected it in use, found it free"
+            text = f"page {at} of page tables {ino}: expected it in use, found it free"
             check.note(Code.IOMMU_BITMAP, text, offset=page * PAGE, data=FreeBitmap(ino, PageNo(page)))
 
 
@@ -161,10 +161,10 @@ def records(check: Check, ino: Ino, inode: Inode) -> None:
     for key, value in items(check, structure, PageNo(inode.iommu)):
         found = record(ino, key, value, pages)
         if found is None:
-            text = f"record {key:#x} of inode {ino:#x}: expected another form, found {value[:32].hex()}"
+            text = f"record {key:#x} of inode {ino}: expected another form, found {value[:32].hex()}"
             check.note(Code.IOMMU_RECORD, f"{text}, {len(value)} bytes")
         elif isinstance(found, Mapping) and key < end:
-            text = f"domain {ino:#x}: expected a mapping from IOVA {end * PAGE:#x} on, found one at {key * PAGE:#x}"
+            text = f"domain {ino}: expected a mapping from IOVA {end * PAGE:#x} on, found one at {key * PAGE:#x}"
             check.note(Code.IOMMU_OVERLAP, text)
             found = None
         if found is None:
@@ -192,12 +192,12 @@ def mappings(check: Check) -> None:
             _memory(check, file, found)
             continue
         for domain, key, _ in found:
-            _bad_mapping(check, domain, key, f"inode {file:#x}, which is none")
+            _bad_mapping(check, domain, key, f"inode {file}, which is none")
     pinned = check.records.pinned
     for ino in sorted({*counts, *pinned}):
         pins = pinned.get(ino, 0)
         if counts[ino] != pins:
-            text = f"inode {ino:#x}: expected {counts[ino]} pins, found {pins}"
+            text = f"inode {ino}: expected {counts[ino]} pins, found {pins}"
             check.note(Code.IOMMU_PINS, text, ino=ino, data=Fields(ino, {"iommu": counts[ino]}))
 
 
@@ -207,7 +207,7 @@ def _is_mappable(check: Check, ino: Ino) -> bool:
 
 
 def _bad_mapping(check: Check, domain: Ino, key: int, found: str) -> None:
-    text = f"IOVA {key * PAGE:#x} of domain {domain:#x}: expected memory of a file, found {found}"
+    text = f"IOVA {key * PAGE:#x} of domain {domain}: expected memory of a file, found {found}"
     check.note(Code.IOMMU_MAPPING, text, ino=domain, data=BadRecord(domain, key))
 
 
@@ -229,9 +229,9 @@ def _memory(check: Check, file: Ino, found: list[tuple[Ino, IovaPage, Mapping]])
         if at < len(runs) and runs[at][0] <= mapping.start and end <= runs[at][1]:
             last = max(last, end)
         else:
-            _bad_mapping(check, domain, key, f"a hole in inode {file:#x}")
+            _bad_mapping(check, domain, key, f"a hole in inode {file}")
     if last > -(-inode.size // PAGE):
-        text = f"inode {file:#x}: expected {last} pages, as mapped, found {inode.size} bytes"
+        text = f"inode {file}: expected {last} pages, as mapped, found {inode.size} bytes"
         check.note(Code.IOMMU_END, text, ino=file, data=Fields(file, {"size": last * PAGE}))
 
 
@@ -243,7 +243,7 @@ def attachments(check: Check) -> None:
     for key, attachment in check.records.attachments:
         attached.add(attachment.domain)
         if attachment.domain not in check.records.domains:
-            found = f"inode {attachment.domain:#x}"
+            found = f"inode {attachment.domain}"
             text = f"device {key - ATTACHMENT_KEY:#x}: expected an attachment to a domain, found one to {found}"
             data = BadRecord(ROOT_PGTABLES_INO, key)
             check.note(Code.IOMMU_ATTACHMENT, text, ino=ROOT_PGTABLES_INO, data=data)
@@ -251,5 +251,5 @@ def attachments(check: Check) -> None:
     for number, inos in check.records.ids.items():
         # One that no device is attached to can have another.
         for ino in sorted(inos, key=lambda ino: (ino not in attached, ino))[1:]:
-            text = f"domain {ino:#x}: expected an id of its own, found {number}"
+            text = f"domain {ino}: expected an id of its own, found {number}"
             check.note(Code.IOMMU_DOMAIN_ID, text, ino=ino, data=NewId(ino, next(free, 0)))

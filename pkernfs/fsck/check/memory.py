@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, quoted
 from pkernfs.format import (
     BLOCK,
     BLOCK_DATA,
@@ -131,7 +131,8 @@ class Memory:
             tally.pages += 1
             if slab is not None and slab.kinds[index] != kind:
                 code = Code.PAGE_FREE if slab.kinds[index] == PAGE_FREE else Code.PAGE_KIND
-                text = f"{what}: expected kind {PAGE_KINDS[kind]!r}, found {PAGE_KINDS[slab.kinds[index]]!r}"
+                found = quoted(PAGE_KINDS[slab.kinds[index]])
+                text = f"{what}: expected kind {quoted(PAGE_KINDS[kind])}, found {found}"
                 self.findings.note(code, text, offset=at * PAGE, data=UsedAs(PageNo(at), kind))
                 self.disputed_pages.add(PageNo(at))
             elif owners[index]:
@@ -194,7 +195,8 @@ class Memory:
             note(Code.BLOCK_ALIGN, text)
         elif kind != BLOCK_DATA:
             code = Code.BLOCK_FREE if kind == BLOCK_FREE else Code.BLOCK_KIND
-            text = f"{what}: expected block {block} to be 'data', found {BLOCK_KINDS[kind]!r}"
+            found = quoted(BLOCK_KINDS[kind])
+            text = f"{what}: expected block {block} to be {quoted(BLOCK_KINDS[BLOCK_DATA])}, found {found}"
             use: Data = UsedAsSlab(block)
             if whole and aligned:
                 use = UsedAsData(block)

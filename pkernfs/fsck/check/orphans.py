@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 import struct
 
-from pkernfs.errors import CorruptError, PkernfsError, quoted
+from pkernfs.errors import CorruptError, PkernfsError, mode_text, quoted
 from pkernfs.format import (
     INODE,
     INODE_SIZE,
@@ -42,21 +42,21 @@ def orphans(check: Check) -> None:
         inode = check.inode(ino) if check.memory.in_use(ino) else None
         if inode is None or ino in listed:
             found = "one that is listed already" if inode else "no inode"
-            text = f"after inode {before:#x}: expected another, found {found}"
+            text = f"after inode {before}: expected another, found {found}"
             check.note(Code.ORPHAN_LIST, text, ino=ino)
             return
         listed.add(ino)
         if inode.orphan_prev != before:
-            text = f"orphan {ino:#x}: expected {before:#x} before it, found {inode.orphan_prev:#x}"
+            text = f"orphan {ino}: expected {before} before it, found {inode.orphan_prev}"
             check.note(Code.ORPHAN_LINKS, text, ino=ino)
         if not inode.nlink and check.reached.mark(ino):
             check.walk(ino)
         before, ino = ino, Ino(inode.orphan_next)
     if head.orphan_prev != before:
-        text = f"list of orphans: expected {before:#x} as last, found {head.orphan_prev:#x}"
+        text = f"list of orphans: expected {before} as last, found {head.orphan_prev}"
         check.note(Code.ORPHAN_LINKS, text)
     for ino in check.reached.says_listed - listed:
-        text = f"inode {ino:#x}: expected it in the list of orphans, found it missing"
+        text = f"inode {ino}: expected it in the list of orphans, found it missing"
         check.note(Code.ORPHAN_LINKS, text, ino=ino)
 
 
@@ -122,25 +122,25 @@ def _lost(check: Check, ino: Ino) -> None:
     if inode is None:
         return
     if not inode.mode:
-        text = f"inode {ino:#x}: the slot is in use, found an empty one"
+        text = f"inode {ino}: the slot is in use, found an empty one"
         check.note(Code.INODE_MODE, text, ino=ino, data=Unusable(ino, "empty"))
         return
     if not inode.nlink:
-        text = f"inode {ino:#x}: no name left, found it missing in the list"
+        text = f"inode {ino}: no name left, found it missing in the list"
         check.note(Code.ORPHAN_UNLISTED, text, ino=ino, data=Unlisted(ino))
     else:
-        text = f"inode {ino:#x}: expected {inode.nlink} names, found none"
+        text = f"inode {ino}: expected {inode.nlink} names, found none"
         check.note(Code.INODE_LOST, text, ino=ino, data=Nameless(ino))
     check.walk(ino)
 
 
 def _free_slot(check: Check, ino: Ino) -> None:
     mode = int.from_bytes(check.region.read(ino * INODE_SIZE + INODE.offsets["mode"], 4), "little")
-    found = f"mode {mode:o} in it" if mode else ""
+    found = f"{mode_text(mode)} in it" if mode else ""
     try:
         read_inode(check.region, ino)
     except CorruptError as error:
         # Whoever takes the slot reads its generation first.
         found = error.found
     if found:
-        check.note(Code.INODE_FREE, f"inode {ino:#x}: the slot is free, found {found}", ino=ino, data=NotEmpty(ino))
+        check.note(Code.INODE_FREE, f"inode {ino}: the slot is free, found {found}", ino=ino, data=NotEmpty(ino))

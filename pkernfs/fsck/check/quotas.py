@@ -18,13 +18,13 @@ def quota_form(check: Check, ino: Ino, inode: Inode) -> None:
         used[Ino(inode.project)] = used.get(Ino(inode.project), 0) + cost(inode)
     if stat.S_ISDIR(inode.mode):
         if inode.project != ino and inode.nlink and has_quota(inode):
-            text = f"directory {ino:#x}: expected itself as its project, found {inode.project:#x}"
+            text = f"directory {ino}: expected itself as its project, found {inode.project}"
             check.note(Code.PROJECT, text, data=Fields(ino, {"project": ino}))
             return
         least = QUOTA.size if inode.project == ino else 0
         if inode.inline[least:].strip(b"\0"):
             right = with_quota(inode, quota_of(inode)) if least else without_quota(inode, inode.project)
-            text = f"directory {ino:#x}: expected zeros behind a quota, found other bytes"
+            text = f"directory {ino}: expected zeros behind a quota, found other bytes"
             check.note(Code.QUOTA, text, data=Fields(ino, {"inline": right.inline}))
 
 
@@ -44,11 +44,11 @@ def quotas(check: Check) -> None:
     """Every inode counts against the nearest quota that encloses it, and the quotas say what is used."""
     wrong = _wrong_projects(check)
     for ino, found in wrong:
-        text = f"inode {ino:#x}: expected the quota that encloses it, found {found:#x}"
+        text = f"inode {ino}: expected the quota that encloses it, found {found or 'none'}"
         check.note(Code.PROJECT, text, ino=ino)
     for ino in check.quotas.used:
         if not _is_quota(check, ino):
-            text = f"project {ino:#x}: expected a directory with a quota, found none"
+            text = f"project {ino}: expected a directory with a quota, found none"
             check.note(Code.PROJECT, text, ino=ino)
             wrong.append((ino, ino))
     if wrong or check.findings.incomplete:
@@ -64,7 +64,7 @@ def quotas(check: Check) -> None:
         quota = quota_of(inode)
         used = min(total, (1 << 64) - 1)  # a damaged count of pages can be any number
         if quota.limit and quota.used != used:
-            text = f"directory {ino:#x}: expected {used} bytes used, found {quota.used}"
+            text = f"directory {ino}: expected {used} bytes used, found {quota.used}"
             inline = with_quota(inode, quota._replace(used=used)).inline
             check.note(Code.QUOTA, text, ino=ino, data=Fields(ino, {"inline": inline}))
 

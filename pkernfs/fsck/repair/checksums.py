@@ -142,7 +142,7 @@ def checksums(work: Work) -> None:
             for ino, (code, inode) in inodes:
                 if ino < FIRST_FREE_SLOT or volume.space.inode_in_use(ino):
                     tx.put_inode(ino, judge.inode(ino, inode))
-                    text = f"inode {ino:#x} had a wrong checksum, and looked right: it has a right one now"
+                    text = f"inode {ino} had a wrong checksum, and looked right: it has a right one now"
                     work.note(code, text, ino=ino, offset=ino * INODE_SIZE)
     structures = [finding.structure for finding in work.findings if finding.structure]
     damaged = {page: structure for structure in structures for page in structure.damaged}
@@ -152,6 +152,6 @@ def checksums(work: Work) -> None:
                 node = judge.node(page, structure)
                 if node:
                     tx.change(node)
-                    text = f"tree node {page:#x} of inode {structure.owner:#x} had a wrong checksum"
+                    text = f"tree node {page:#x} of inode {structure.owner} had a wrong checksum"
                     text += f": it has a right one now, with {len(node.keys)} items"
                     work.note(Code.TREE_NODE, text, ino=structure.owner, offset=page * PAGE)

@@ -77,7 +77,7 @@ def contents(work: Work) -> None:
             if error.errno != errno.ENOSPC:
                 raise
             continue
-        text = f"inode {ino:#x}: {what} made anew, {len(structure.kept)} kept"
+        text = f"inode {ino}: {what} made anew, {len(structure.kept)} kept"
         if structure.dropped:
             more = len(structure.dropped) - 3
             text += "; dropped: " + ", ".join(structure.dropped[:3]) + f" and {more} more" * (more > 0)

@@ -50,7 +50,7 @@ def bad_inodes(work: Work) -> None:
                 if not space.inode_in_use(ino):
                     continue
                 tx.free_inode(ino, empty_slot(volume, ino))
-                work.note(code, f"inode {ino:#x} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
+                work.note(code, f"inode {ino} was {why}: cleared", ino=ino, offset=ino * INODE_SIZE)
 
 
 def _reserved(volume: Volume, ino: Ino) -> Inode:
@@ -96,7 +96,7 @@ def free_slots(work: Work) -> None:
         with volume.transaction() as tx:
             for code, (ino,) in batch:
                 tx.put_inode(ino, empty_slot(volume, ino))
-                work.note(code, f"inode {ino:#x}: the free slot was emptied", ino=ino, offset=ino * INODE_SIZE)
+                work.note(code, f"inode {ino}: the free slot was emptied", ino=ino, offset=ino * INODE_SIZE)
 
 
 def fields(work: Work) -> None:
@@ -119,7 +119,7 @@ def fields(work: Work) -> None:
                     inode = fixed
                     tx.put_inode(ino, inode)
                     text = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
-                    work.note(code, f"inode {ino:#x}: set {text}", ino=ino, offset=ino * INODE_SIZE)
+                    work.note(code, f"inode {ino}: set {text}", ino=ino, offset=ino * INODE_SIZE)
 
 
 def _short(value: object) -> str:

@@ -26,7 +26,7 @@ def records(work: Work) -> None:
             except (PkernfsError, KeyError):
                 break  # the inode is to be mended first
             for key in batch:
-                work.note(keys[key], f"record {key:#x} of inode {ino:#x} was dropped", ino=ino)
+                work.note(keys[key], f"record {key:#x} of inode {ino} was dropped", ino=ino)
 
 
 def domain_ids(work: Work) -> None:
@@ -41,7 +41,7 @@ def domain_ids(work: Work) -> None:
                 continue
             tree.put(tx, DOMAIN_KEY, DOMAIN.pack(DOMAIN.unpack(value)._replace(id=number)))
             tree.finish(tx)
-        work.note(code, f"domain {ino:#x}: its id is {number} now", ino=ino)
+        work.note(code, f"domain {ino}: its id is {number} now", ino=ino)
 
 
 def bitmaps(work: Work) -> None:
@@ -49,5 +49,5 @@ def bitmaps(work: Work) -> None:
     region = work.volume.region
     for code, (ino, page) in work.found(FreeBitmap):
         region.store_word(page * PAGE, region.word(page * PAGE) | 1)
-        text = f"page {page:#x} of page tables {ino:#x}: marked as in use"
+        text = f"page {page:#x} of page tables {ino}: marked as in use"
         work.note(code, text, ino=ino, offset=page * PAGE)

@@ -62,7 +62,7 @@ def _name_lost(work: Work, code: Code, ino: Ino, where: str) -> None:
         name += b"~"
     if in_its_place(ino, parent, name):  # what has the name goes first
         _add_name(volume, parent, name, ino, inode)
-        work.note(code, f"inode {ino:#x}: named {quoted(name)} in {where}", ino=ino)
+        work.note(code, f"inode {ino}: named {quoted(name)} in {where}", ino=ino)
 
 
 def _lost_found(work: Work) -> Ino:

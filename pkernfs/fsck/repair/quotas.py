@@ -24,7 +24,7 @@ def projects(work: Work) -> None:
             for ino, project in batch:
                 inode = volume.inode(ino)
                 tx.put_inode(ino, inode._replace(project=project))
-                text = f"inode {ino:#x}: counts against {project:#x}, not {inode.project:#x}"
+                text = f"inode {ino}: counts against {project}, not {inode.project}"
                 work.note(Code.PROJECT, text, ino=ino)
 
 

@@ -174,7 +174,7 @@ def slots(work: Work) -> None:
                     if slab.kinds[index] != PAGE_INODES:
                         slab.kinds[index], slab.slots[index] = PAGE_INODES, 0
                     slab.slots[index] |= 1 << ino % INODES_PER_PAGE
-                    work.note(code, f"inode {ino:#x} is named, and marked as in use now", ino=ino)
+                    work.note(code, f"inode {ino} is named, and marked as in use now", ino=ino)
                 slab.free = slab.kinds.count(PAGE_FREE)
     if used:
         return

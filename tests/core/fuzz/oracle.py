@@ -138,7 +138,8 @@ def judged(call: Callable[..., T], *args: Any, steps: str = "call", inos: Iterab
     except PkernfsError as error:
         if "\n" in str(error):
             raise Violation(f"an error of several lines: {error}") from error
-        stale = error.errno == errno.ESTALE and str(error) in {f"inode {ino}: Stale file handle" for ino in inos}
+        gone = {f"inode {ino} is not in use any more: Stale file handle" for ino in inos}
+        stale = error.errno == errno.ESTALE and str(error) in gone
         if isinstance(error, FsError | CorruptError) and error.errno not in SANE and not stale:
             raise Violation(f"errno {errno.errorcode.get(error.errno)}: {error}") from error
         return error
