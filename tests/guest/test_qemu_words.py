@@ -53,7 +53,7 @@ def test_find_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("says", "found"),
     [
         pytest.param("QEMU emulator version 7.2.22 (Debian)", "found 7.2.22 at", id="too-old"),
-        pytest.param("nonsense", "found 'nonsense'", id="no-version"),
+        pytest.param("nonsense", 'found "nonsense"', id="no-version"),
     ],
 )
 def test_qemu_not_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, found: str) -> None:
