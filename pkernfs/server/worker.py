@@ -52,6 +52,7 @@ log = logging.getLogger("pkernfs")
 #: Seconds from the end of the keeper to the start of another one.  Whoever kills everything kills the keeper first, and
 #: is not to meet a new one.
 GRACE = 1.0
+BUSY = 1.0  #: seconds after a takeover for requests that have waited, before what nobody has asked for is loaded
 IDLE = 0.2  #: seconds without a message after which a worker is a standby
 
 
@@ -181,10 +182,14 @@ class Worker:
     async def answer_verbs(self, operations: Operations, listener: int) -> None:
         """Serve the control socket; in the first worker only when the mount is usable.
 
-        Its module is loaded in a thread, as that takes as long as a twentieth of mounting.
+        Its module is loaded in a thread, as that takes as long as a twentieth of mounting; and when somebody asks, or
+        after a while: a worker that takes over without having been a standby has requests to answer first.
         """
         if self.first:
             await self.report_ready()
+        else:
+            with trio.move_on_after(BUSY):
+                await trio.lowlevel.wait_readable(listener)
         socket_ = await trio.to_thread.run_sync(control_socket, operations, listener, abandon_on_cancel=True)
         await socket_.serve()
 
