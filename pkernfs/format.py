@@ -181,7 +181,8 @@ FLAG_NAMES: Final = {
 class Superblock(NamedTuple):
     """The first 256 bytes of a region; a copy stands in the first page of the block that the journal begins in.
 
-    Nothing changes it after mkfs but the words at the end, which a server that mounts it read-write stores in place, in
+    Nothing changes it after mkfs but its features, which are switched on when they are first used (region/superblock.py
+    says how), and the words at the end, which a server that mounts it read-write stores in place, in
     the first copy only; they are outside the checksum.  The region may be longer than ``blocks`` says.
     """
 

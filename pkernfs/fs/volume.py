@@ -15,7 +15,7 @@ from pkernfs.fs.journal import Journal
 from pkernfs.fs.pages import encode_inode
 from pkernfs.fs.replies import LastReply
 from pkernfs.fs.transaction import Transaction
-from pkernfs.region import Region, read_superblock
+from pkernfs.region import Region, enable_features, read_superblock, recover_superblock
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ class Volume:
         self.region = region
         self.sb = sb or read_superblock(region, readonly=region.readonly)
         self.journal = Journal(region, self.sb)
+        recover_superblock(region, self.sb)
         self.recovered = self.journal.recover()
         self.cache = cache = Cache(region, self.sb)
         self.inode = cache.inode  #: bound here and not a method: one call less in each request
@@ -101,6 +102,16 @@ class Volume:
             self.journal.commit(stores, discards, tx.words)
         for page in tx.pages.values():
             page.fresh = False
+
+    def enable(self, ro_compat: int) -> None:
+        """Switch a feature of the format on, before the first transaction that uses it.  Raises FsError(EROFS)."""
+        if self.sb.ro_compat & ro_compat == ro_compat:
+            return
+        if self.cache.in_transaction:
+            raise AssertionError("a feature is switched on within a transaction")
+        if self.region.readonly:
+            raise FsError(errno.EROFS, "the region is open for reading only")
+        self.sb = enable_features(self.region, self.sb, ro_compat)
 
     # -- facts ----------------------------------------------------------------------------------------------------
 

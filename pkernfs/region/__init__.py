@@ -9,7 +9,13 @@ from pkernfs.region.base import MemoryRegion, Region
 from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_region, open_region
 from pkernfs.region.lock import lock_holder
 from pkernfs.region.recording import FLUSH, RecordingRegion, Store
-from pkernfs.region.superblock import check_superblock, read_superblock
+from pkernfs.region.superblock import (
+    check_superblock,
+    copies_of,
+    enable_features,
+    read_superblock,
+    recover_superblock,
+)
 
 __all__ = [
     "FLUSH",
@@ -20,9 +26,12 @@ __all__ = [
     "Region",
     "Store",
     "check_superblock",
+    "copies_of",
     "dax_address",
+    "enable_features",
     "lock_holder",
     "lock_region",
     "open_region",
     "read_superblock",
+    "recover_superblock",
 ]

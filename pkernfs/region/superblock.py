@@ -1,4 +1,11 @@
-"""Reading and checking the superblock: what a region must be before anything else in it is looked at."""
+"""Reading and checking the superblock: what a region must be before anything else in it is looked at.
+
+Its features are the one thing in it that changes after mkfs: an extension of the format is switched on when it is first
+used, so that a region which never used it still opens with a version that does not know it (ext4 does the same).  The
+word with the features is stored, then the word with the checksum, then the copies.  A crash between the two leaves a
+checksum of fewer features: that is accepted, and nothing else.  (In the journal it cannot be: the journal is found by
+the superblock.)
+"""
 
 from pkernfs.errors import FormatError
 from pkernfs.format import (
@@ -20,6 +27,7 @@ from pkernfs.format import (
 from pkernfs.region.base import Region
 
 CHECKSUM_AT = SUPERBLOCK.offsets["checksum"]
+CHECKSUM_WORD, FEATURES_WORD = CHECKSUM_AT & ~7, SUPERBLOCK.offsets["ro_compat"] & ~7
 
 
 def superblock_checksum(raw: bytes) -> int:
@@ -30,6 +38,16 @@ def superblock_checksum(raw: bytes) -> int:
 def encode_superblock(sb: Superblock) -> bytes:
     """Encode with the right checksum."""
     return SUPERBLOCK.pack(sb._replace(checksum=superblock_checksum(SUPERBLOCK.pack(sb))))
+
+
+def _is_of_fewer_features(sb: Superblock) -> bool:
+    """Whether the checksum is right but for known features that were being switched on."""
+    fewer = known = sb.ro_compat & RO_COMPAT_KNOWN
+    while fewer:
+        fewer = (fewer - 1) & known
+        if superblock_checksum(SUPERBLOCK.pack(sb._replace(ro_compat=sb.ro_compat & ~known | fewer))) == sb.checksum:
+            return True
+    return False
 
 
 def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False) -> Superblock:
@@ -47,7 +65,7 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
         raise FormatError(
             f"{name}: expected format version {VERSION}, found {sb.version}", hint="use the pkernfs that made it"
         )
-    if sb.checksum != superblock_checksum(raw):
+    if sb.checksum != superblock_checksum(raw) and not _is_of_fewer_features(sb):
         raise FormatError(
             f"{name}: superblock checksum: expected {superblock_checksum(raw):#010x}, found {sb.checksum:#010x}",
             hint="fsck.pkernfs can restore it from its copy",
@@ -88,3 +106,43 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
 def read_superblock(region: Region, *, readonly: bool = False) -> Superblock:
     """The checked superblock of ``region``.  Raises FormatError."""
     return check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region", readonly=readonly)
+
+
+def copies_of(blocks: int) -> tuple[int, ...]:
+    """Where copies of the superblock stand in a region of ``blocks`` blocks: offsets, bytes."""
+    return (geometry(blocks).journal_offset,)
+
+
+def _store_features(region: Region, sb: Superblock, at: int) -> None:
+    raw = encode_superblock(sb)
+    for word in (FEATURES_WORD, CHECKSUM_WORD):
+        region.store_word(at + word, int.from_bytes(raw[word : word + 8], "little"))
+        region.barrier()
+
+
+def enable_features(region: Region, sb: Superblock, ro_compat: int) -> Superblock:
+    """Switch features on; the superblock as it is then.  Raises FsError when the medium fails."""
+    sb = sb._replace(ro_compat=sb.ro_compat | ro_compat)
+    for at in (0, *copies_of(sb.blocks)):
+        _store_features(region, sb, at)
+    return sb
+
+
+def recover_superblock(region: Region, sb: Superblock) -> None:
+    """Finish what a crash within ``enable_features`` has left: all copies have the features of the first, ``sb``.
+
+    What differs in anything else is damage, and stays for fsck.
+    """
+    raw = encode_superblock(sb)[:SUPERBLOCK_CHECKED]
+    for at in (0, *copies_of(sb.blocks)):
+        found = region.read(at, SUPERBLOCK.size)
+        if found[:SUPERBLOCK_CHECKED] != raw and _is_older(SUPERBLOCK.unpack(found), sb):
+            _store_features(region, sb, at)
+
+
+def _is_older(found: Superblock, sb: Superblock) -> bool:
+    """Whether ``found`` is ``sb`` but for features that were switched on since, or its checksum is still of those."""
+    right = superblock_checksum(SUPERBLOCK.pack(found)) == found.checksum or _is_of_fewer_features(found)
+    checked = slice(0, sb._fields.index("mounts"))
+    same = found._replace(checksum=0, ro_compat=sb.ro_compat)[checked] == sb._replace(checksum=0)[checked]
+    return right and same and not found.ro_compat & ~sb.ro_compat

@@ -23,9 +23,11 @@ from pkernfs.region import (
     FileRegion,
     MemoryRegion,
     RecordingRegion,
+    copies_of,
     lock_holder,
     open_region,
     read_superblock,
+    superblock,
 )
 from pkernfs.region.base import ZERO_CHUNK
 from pkernfs.region.superblock import encode_superblock
@@ -38,6 +40,7 @@ from tests.core.support import (
     digest,
     fails,
     mkfile,
+    new_fs,
     open_fs,
     sparse_file,
     tree,
@@ -196,6 +199,30 @@ def test_a_read_only_feature_can_be_read(made: str) -> None:
         region.store(0, with_checksum(ro_compat=4, compat=2)(read_superblock(region)))
     with open_region(made, readonly=True) as region:
         assert open_filesystem(region).resolve(b"f")
+
+
+def test_a_crash_while_a_feature_is_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every store: it opens, has the features that it says it has, and all copies agree."""
+    monkeypatch.setattr(superblock, "RO_COMPAT_KNOWN", 7)
+    fs = new_fs(32, RecordingRegion)
+    region = cast(RecordingRegion, fs.region)
+    fs.volume.enable(1)
+    before = bytes(region.view)
+    region.log.clear()
+    fs.volume.enable(6)
+    assert fs.volume.sb.ro_compat == 7
+    log = list(region.log)
+    assert len(log) == 4
+    assert all(store.word for store in log)
+    for count in range(len(log) + 1):
+        cut = RecordingRegion(image=before)
+        for store in log[:count]:
+            cut.store(store.offset, store.data)
+        assert read_superblock(cut).ro_compat == (7 if count else 1)
+        again = open_fs(cut)
+        assert_sound(again)
+        raw = [cut.read(at, 192) for at in (0, *copies_of(again.volume.sb.blocks))]
+        assert raw == [encode_superblock(again.volume.sb)[:192]] * len(raw)
 
 
 def test_a_truncated_file(made: str) -> None:
