@@ -7,4 +7,4 @@ is in pyproject.toml, where import-linter reads it.
 vfio, the control protocol): the second number until there is a 1.0.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
