@@ -20,7 +20,8 @@ from pkernfs.errors import FsError, PkernfsError
 
 log = logging.getLogger("pkernfs")
 
-LINE_MAX: Final = 1 << 16  #: bytes of a request
+#: Bytes of a request.  The longest has two paths (PATH_MAX is 4096); a program that sends no end is not to fill memory.
+LINE_MAX: Final = 1 << 16
 R = TypeVar("R")
 
 

@@ -18,7 +18,8 @@ from typing import Protocol
 
 from pkernfs.errors import FsError, RegionError
 
-CONNECTIONS = 32  #: more at once are refused
+#: More at once are refused: each holds a descriptor, and a program that opens and never asks is not to take them all.
+CONNECTIONS = 32
 
 
 class Peer(Protocol):

@@ -78,6 +78,8 @@ class Allocator:
                 at = BlockNo(space.table.find(bytes(size), space.first_block))
             near = NO_BLOCK
             if at < 0:
+                # Halves, not the largest run there is: finding that means reading the table once for each run, and
+                # a file in up to twice as many pieces costs less than that in a region of many TiB.
                 size = (size + 1) // 2
                 continue
             self.region.reserve(at * BLOCK, size * BLOCK)
@@ -103,6 +105,8 @@ class Allocator:
     def _slab_with_page(self, tx: Transaction) -> Slab:
         space = self.space
         while space.with_pages:
+            # Any slab, not the fullest: which is full would have to be kept in order, and no slab is worth emptying,
+            # as its block is free only when the last inode in it is.
             block = next(iter(space.with_pages))
             if space.table[block] == BLOCK_SLAB:
                 slab = space.usable_slab(block)

@@ -20,6 +20,8 @@ from pkernfs.fs.filemap import END, FileMap
 from pkernfs.fs.guard import pins
 from pkernfs.fs.transaction import Transaction
 
+# A block for less than half of it would waste more than it holds; with more, a guest's memory that is written from its
+# start, or in any order, would be copied from pages to blocks when nearly all of it has been written.
 HALF = PAGES_PER_BLOCK // 2
 #: flags of inodes whose pages must stay where they are
 PINNED = FLAG_REGION_MAPPED | GUARDED

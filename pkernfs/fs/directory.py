@@ -14,6 +14,8 @@ from pkernfs.fs.named import NamedTree
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 
+# A name's key is its cookie, for good: a cookie that is a position shifts when another entry is removed, and a listing
+# that goes on from it after a takeover would leave names out.
 KEYS_END = (1 << 62) + KEY_SLOTS  #: of the keys that names have; readdir cookies are a little larger, and signed
 
 

@@ -29,7 +29,8 @@ from pkernfs.region.base import Region
 
 #: Names the request that a transaction executes, see replies.py.
 REPLY_KEY = JournalRecord(SUPERBLOCK.offsets["reply_key"], 8, STORE)
-MAX_SEQUENCE = 1 << 61  #: the numbers begin again behind it; a greater one is damage
+#: The numbers begin again behind it, so that 2 * sequence + 1 always fits its word; a greater one is damage.
+MAX_SEQUENCE = 1 << 61
 
 
 class Journal:
@@ -87,6 +88,7 @@ class Journal:
         # The transaction before is checkpointed on the medium before its body goes: a commit record must fit the body.
         region.barrier()
         region.store(self.body_at, body)
+        # One store for the header's rest: in which order its words arrive does not matter before the commit record.
         # The commit record is left alone here: the word that is there says "checkpointed" already.
         region.store(self.header_at + 8, header[8:12] + crc.to_bytes(4, "little") + header[16:])
         region.barrier()

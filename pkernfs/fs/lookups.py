@@ -17,7 +17,9 @@ import mmap
 from pkernfs.format import INODE_SIZE, Ino
 from pkernfs.region.file import MAP_NORESERVE
 
-NOTES = 1 << 17  #: bytes before the counts
+#: Bytes before the counts.  The most that one request counts are the entries of one READDIRPLUS reply: of 1 MiB at
+#: most (FUSE_MAX_MAX_PAGES, Linux 4.20), with 152 bytes and a name each, which are 6,900.
+NOTES = 1 << 17
 #: Words of the notes: key of the request at work, number of notes; then (inode, count before) each.
 KEY, NUMBER, FIRST = 0, 1, 2
 MOST = NOTES // 16 - FIRST  #: notes of one request
