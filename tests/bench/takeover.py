@@ -41,9 +41,9 @@ NOTES = """\
 
 #: Directories and files; the second as many as a mount holds references to.
 CASES: Final = [mounting.Case(GiB, 100), mounting.Case(2 * GiB, 100_000)]
-#: Seconds without processor time after which a standby has imported everything: longer than the pause that a worker makes
-#: before it takes itself for a standby and imports the verbs too (IDLE in server/worker.py).  Killed within that import,
-#: 15 to 50 ms, one takeover in twenty took as much longer.
+#: Seconds without processor time after which a standby has imported everything: longer than the pause that a worker
+#: makes before it takes itself for a standby and imports the verbs too (IDLE in server/worker.py).  Killed within that
+#: import, of 15 to 50 ms, one takeover in twenty took as much longer.
 QUIET: Final = 0.3
 KILLS: Final = 100  #: takeovers of each kind
 EVERY: Final = 1.0  #: seconds between kills
