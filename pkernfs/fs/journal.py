@@ -8,7 +8,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
-from pkernfs.errors import CorruptError, FsError, RegionError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     BLOCK,
     DISCARD,
@@ -127,8 +127,6 @@ class Journal:
         commit = self.region.word(self.header_at)
         if not commit & 1:
             return 0
-        if self.region.readonly and self.region.kind == "devdax":
-            raise RegionError(f"{self.region.path}: the journal must be replayed", hint="mount it read-write once")
         # A server that was killed may have left the commit record in the page cache only.
         self.region.barrier()
         for record, data in records:

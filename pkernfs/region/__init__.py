@@ -2,12 +2,15 @@
 
 May import: format, layout, errors.  Invariants: nobody but a Region object writes the region, and only through
 ``store``, ``store_word``, ``zero``, ``reserve`` and ``discard``; a writable Region of a file or device holds the
-exclusive lock; a read-only one maps privately, so that recovery can run in memory and nothing is written.
+exclusive lock; a read-only one maps privately, or lays private copies over what is stored to (device DAX), so that
+recovery can run in memory and nothing is written.
 """
 
 from pkernfs.region.base import MemoryRegion, Region
-from pkernfs.region.file import DaxRegion, FileRegion, dax_address, lock_region, open_region
+from pkernfs.region.dax import DaxRegion, find_address, find_device
+from pkernfs.region.file import FileRegion
 from pkernfs.region.lock import lock_holder
+from pkernfs.region.opening import lock_region, open_region
 from pkernfs.region.recording import FLUSH, RecordingRegion, Store
 from pkernfs.region.superblock import (
     check_superblock,
@@ -27,8 +30,9 @@ __all__ = [
     "Store",
     "check_superblock",
     "copies_of",
-    "dax_address",
     "enable_features",
+    "find_address",
+    "find_device",
     "lock_holder",
     "lock_region",
     "open_region",

@@ -1,18 +1,20 @@
-"""Regions that other processes can map too: a file (on a disk, tmpfs, hugetlbfs) or a device-DAX character device."""
+"""Regions in files that other processes can map too: on a disk, tmpfs or hugetlbfs."""
 
 import contextlib
 import errno
 import mmap
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from pkernfs.errors import FormatError, FsError, RegionError, file_type
+from pkernfs.errors import FormatError, FsError
 from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, PAGE, MiB
 from pkernfs.mountinfo import mounts
 from pkernfs.region.base import Region
 from pkernfs.region.lock import Holder, command_of, lock, shared_mappings
+
+if TYPE_CHECKING:
+    from pkernfs.region.overlay import Overlay
 
 COPIED = 4 * PAGE  #: bytes that cost no more to copy than to ask the kernel for
 MADV_POPULATE_READ = 22  #: madvise(2), from Linux 5.14 on; the mmap module has no name for it
@@ -36,6 +38,9 @@ class FileRegion(Region):
     locked already.
     """
 
+    size_hint = "mkfs.pkernfs --size makes a region of the right size"
+    _map: "mmap.mmap | Overlay"
+
     def __init__(
         self,
         path: str,
@@ -53,13 +58,13 @@ class FileRegion(Region):
                 prepare(self.fd)
             size = self.find_size(self.fd, path)
             self._find_kind()
-            self._map = self._mmap(size)
+            view = self._mapped(size)
         except BaseException:
             os.close(self.fd)
             raise
         #: a byte for each page: not 0 when it was asked for
         self._present = mmap.mmap(-1, size // PAGE, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
-        super().__init__(memoryview(self._map))
+        super().__init__(view)
 
     @staticmethod
     def acquire(path: str, *, readonly: bool, locked: bool = True) -> int:
@@ -80,7 +85,7 @@ class FileRegion(Region):
         if size < MIN_BLOCKS * BLOCK or size % BLOCK or size > MAX_BLOCKS * BLOCK:
             raise FormatError(
                 f"{path}: expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK // MiB} MiB, found {size} bytes",
-                hint="mkfs.pkernfs --size makes a region of the right size",
+                hint=cls.size_hint,
             )
         return size
 
@@ -93,6 +98,11 @@ class FileRegion(Region):
         self.kind = filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
         self.volatile = self.kind == "file"
         self.barriers = self.volatile and not self.readonly
+
+    def _mapped(self, size: int) -> memoryview:
+        """Map it; the bytes."""
+        self._map = made = self._mmap(size)
+        return memoryview(made)
 
     def _mmap(self, size: int) -> mmap.mmap:
         if self.readonly:
@@ -178,93 +188,3 @@ class FileRegion(Region):
             self._map.close()
         os.close(self.fd)
         self.fd = -1
-
-
-class DaxRegion(FileRegion):
-    """A region on a device-DAX character device: mmap only, its size from sysfs, nothing to punch."""
-
-    @staticmethod
-    def _size(fd: int, path: str) -> int:
-        status = os.fstat(fd)
-        sysfs = f"/sys/dev/char/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        try:
-            with open(f"{sysfs}/size", encoding="ascii") as file:
-                size = int(file.read())
-        except (OSError, ValueError) as error:
-            raise RegionError(f"{path}: expected a device-DAX device with a size in {sysfs}, found {error}") from None
-        return size - size % BLOCK
-
-    def _find_kind(self) -> None:
-        self.kind = "devdax"
-
-    def _mmap(self, size: int) -> mmap.mmap:
-        # Device DAX knows shared mappings only: a read-only one cannot be recovered in memory.
-        return mmap.mmap(self.fd, size, prot=mmap.PROT_READ if self.readonly else mmap.PROT_READ | mmap.PROT_WRITE)
-
-    def reserve(self, offset: int, length: int) -> None:
-        """The memory is there; store zeros."""
-        self.zero(offset, length)
-
-    def discard(self, offset: int, length: int) -> None:
-        """Nothing to give back."""
-
-
-class LockedRegion(NamedTuple):
-    """A region that is open and locked, but not mapped: for a process that only hands the descriptor on."""
-
-    path: str  #: real path
-    fd: int
-    size: int  #: bytes
-
-
-@contextlib.contextmanager
-def _kind_of(path: str, fd: int = -1) -> Iterator[type[FileRegion]]:
-    """The class of the region, for opening it; what the system refuses meanwhile becomes a RegionError."""
-    try:
-        mode = os.stat(fd if fd >= 0 else path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
-            raise RegionError(f"{path}: expected a file or a device-DAX device, found {file_type(mode)}")
-        yield FileRegion if stat.S_ISREG(mode) else DaxRegion
-    except FileNotFoundError:
-        raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
-    except OSError as error:
-        raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
-
-
-def open_region(
-    path: str,
-    *,
-    readonly: bool = False,
-    locked: bool = True,
-    prepare: Callable[[int], None] | None = None,
-    fd: int = -1,
-) -> FileRegion:
-    """Open the region at ``path``, whatever its kind; the other arguments are those of FileRegion.
-
-    Raises RegionError (missing, not a file or device, no permission), FormatError (size), RegionBusyError (locked).
-    """
-    path = os.path.realpath(path)
-    with _kind_of(path, fd) as kind:
-        return kind(path, readonly=readonly, locked=locked, prepare=prepare, fd=fd)
-
-
-def lock_region(path: str, *, readonly: bool = False) -> LockedRegion:
-    """Open and lock the region at ``path``: open_region's first half, with its errors."""
-    path = os.path.realpath(path)
-    with _kind_of(path) as kind:
-        fd = kind.acquire(path, readonly=readonly)
-        try:
-            return LockedRegion(path, fd, kind.find_size(fd, path))
-        except BaseException:
-            os.close(fd)
-            raise
-
-
-def dax_address(path: str) -> int:
-    """The physical address at which a device-DAX device begins, from sysfs; 0 when the kernel hides it."""
-    device = os.stat(path).st_rdev
-    try:
-        with open(f"/sys/dev/char/{os.major(device)}:{os.minor(device)}/resource", encoding="ascii") as file:
-            return int(file.read(), 0)
-    except (OSError, ValueError):
-        return 0

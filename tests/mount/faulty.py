@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-import pkernfs.region.file
+import pkernfs.region.opening
 from pkernfs.format import Superblock
 from pkernfs.fs.journal import Journal
 from pkernfs.region.base import Region
@@ -72,7 +72,7 @@ def commit_late() -> None:
             region.write_back()
 
     Journal.commit = late  # type: ignore[method-assign]
-    pkernfs.region.file.FileRegion = LateRegion  # type: ignore[misc]
+    pkernfs.region.opening.FileRegion = LateRegion  # type: ignore[misc]
 
 
 def shorten_journal() -> None:
