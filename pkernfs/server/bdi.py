@@ -6,20 +6,33 @@ stopped at every few pages: 2 million random increments in 1.5 GiB took 98 s, wi
 
 import os
 
+#: strict_limit is there from Linux 6.2 on ("mm: add knob /sys/class/bdi/<bdi>/strict_limit"); max_ratio counts without.
 LIMITS = {"read_ahead_kb": 1024, "strict_limit": 0, "max_ratio": 100}
 
 
 def tune(mountpoint: str) -> str:
-    """Raise the limits of the filesystem mounted at ``mountpoint``; "", or in one line why that was not possible."""
+    """Raise the limits of the filesystem mounted at ``mountpoint``; "", or in one line why that was not possible.
+
+    A limit that this kernel does not have is none; one that cannot be raised does not keep the others as they are.
+    """
     device = os.stat(mountpoint).st_dev
-    folder = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}"
+    return raise_limits(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+
+
+def raise_limits(folder: str) -> str:
+    """``tune``, of the limits in ``folder``."""
+    refused = ""
     try:
-        for name, value in LIMITS.items():
-            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
-                file.write(str(value))
+        present = os.listdir(folder)
     except OSError as error:
-        return (
-            f"cannot raise the page cache limits in {folder} ({error.strerror}): "
-            "random writes to mapped files will be slow; mount as root with /sys writable"
-        )
-    return ""
+        present, refused = [], error.strerror
+    for name in filter(present.__contains__, LIMITS):
+        try:
+            with open(f"{folder}/{name}", "w", encoding="ascii") as file:
+                file.write(str(LIMITS[name]))
+        except OSError as error:
+            refused = refused or error.strerror
+    return refused and (
+        f"cannot raise the page cache limits in {folder} ({refused}): "
+        "random writes to mapped files will be slow; mount as root with /sys writable"
+    )

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.format import SUPERBLOCK, SUPERBLOCK_CHECKED, checksum
+from pkernfs.server.bdi import raise_limits
 from tests.mount.site import DEAD, PATIENCE, MiB, Result, Site, errno_of, find_program, run, wait_for
 from tests.mount.twin import Users
 
@@ -283,6 +284,24 @@ def test_limits_of_the_backing_device(unmounted: Site) -> None:
     unmounted.mount()
     assert bdi(unmounted) == {"read_ahead_kb": 1024, "strict_limit": 0, "max_ratio": 100}
     assert default != bdi(unmounted)
+
+
+def test_limits_that_a_kernel_does_not_have(tmp_path: Path) -> None:
+    """Linux 6.1 has no strict_limit: the others are raised.  One that cannot be raised leaves the others to be."""
+    for name in ("read_ahead_kb", "max_ratio", "min_ratio"):
+        (tmp_path / name).write_text("1")
+    assert raise_limits(str(tmp_path)) == ""
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "read_ahead_kb": "1024",
+        "max_ratio": "100",
+        "min_ratio": "1",
+    }
+    (tmp_path / "read_ahead_kb").unlink()
+    (tmp_path / "read_ahead_kb").mkdir()
+    (tmp_path / "max_ratio").write_text("1")
+    assert "(Is a directory): random writes to mapped files will be slow" in raise_limits(str(tmp_path))
+    assert (tmp_path / "max_ratio").read_text() == "100"
+    assert "(No such file or directory)" in raise_limits(str(tmp_path / "none"))
 
 
 # -- in front, in the background, and the end -----------------------------------------------------------------------
