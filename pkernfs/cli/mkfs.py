@@ -65,7 +65,7 @@ def run(argv: Sequence[str] | None) -> int:
     path = os.path.realpath(arguments.region)
     from pkernfs.format import BLOCK, MIN_BLOCKS, geometry
     from pkernfs.fs.mkfs import check_parameters, mkfs
-    from pkernfs.region import dax_address, open_region
+    from pkernfs.region import find_address, open_region
 
     wanted = arguments.size
     if wanted is not None and (wanted % BLOCK or wanted < MIN_BLOCKS * BLOCK):
@@ -73,7 +73,7 @@ def run(argv: Sequence[str] | None) -> int:
     device = os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
     if device and wanted is not None:
         raise UsageError("--size: a device has the size that it has", hint="leave the option out")
-    phys_base = dax_address(path) if arguments.phys_base is None and device else arguments.phys_base or 0
+    phys_base = find_address(path) if arguments.phys_base is None and device else arguments.phys_base or 0
     if wanted is not None:
         check_parameters(wanted, arguments.label, phys_base)
     made = None if os.path.exists(path) else _make(path, wanted)
@@ -140,10 +140,12 @@ def _flush_name(path: str) -> None:
 
 def _check_overwrite(fd: int, path: str) -> None:
     """Refuse to overwrite a region, or anything else that is not zeros.  Raises RegionError."""
-    from pkernfs.format import BLOCK, MAGIC, PAGE
+    from pkernfs.format import BLOCK, MAGIC
+    from pkernfs.region import find_device
 
     status = os.fstat(fd)
-    length = BLOCK + PAGE if stat.S_ISCHR(status.st_mode) else min(status.st_size, BLOCK + PAGE)
+    # All of it: a device maps multiples of its alignment only, and what is not looked at costs nothing.
+    length = find_device(status.st_rdev, path).usable if stat.S_ISCHR(status.st_mode) else status.st_size
     if not length:
         return
     with mmap.mmap(fd, length, prot=mmap.PROT_READ) as data:
