@@ -23,6 +23,7 @@ from pkernfs.format import (
     Inode,
     PageNo,
 )
+from pkernfs.fs.ahead import Ahead
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.slab import ALL_SLOTS, Slab
 from pkernfs.fs.space import Space, block_of, page_of_inode
@@ -43,6 +44,7 @@ class Allocator:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.region = space.region
+        self.ahead = Ahead(space)
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -68,24 +70,35 @@ class Allocator:
         space = self.space
         if count > space.free_blocks:
             raise FsError(errno.ENOSPC, f"{count} blocks of 2 MiB wanted, {space.free_blocks} are free")
+        runs = self._choose(count, near)
+        self.ahead.reserve(runs)
+        for at, size in runs:
+            self._set_kind(tx, at, size, BLOCK_DATA)
+        return runs
+
+    def _choose(self, count: int, near: BlockNo) -> list[tuple[BlockNo, int]]:
+        """Free blocks for ``alloc_blocks``."""
+        table, first = self.space.table, self.space.first_block
         runs: list[tuple[BlockNo, int]] = []
         size = count
         while count:
             size = min(size, count)
-            if near and space.table[near : near + size] == bytes(size):
+            if near and table[near : near + size] == bytes(size):
                 at = near
             else:
-                at = BlockNo(space.table.find(bytes(size), space.first_block))
+                at = BlockNo(table.find(bytes(size), first))
             near = NO_BLOCK
             if at < 0:
                 # Halves, not the largest run there is: finding that means reading the table once for each run, and
                 # a file in up to twice as many pieces costs less than that in a region of many TiB.
                 size = (size + 1) // 2
                 continue
-            self.region.reserve(at * BLOCK, size * BLOCK)
-            self._set_kind(tx, at, size, BLOCK_DATA)
             runs.append((at, size))
             count -= size
+            if count:
+                if table is self.space.table:
+                    table = table[:]
+                table[at : at + size] = bytes([BLOCK_DATA]) * size
         return runs
 
     # -- pages ----------------------------------------------------------------------------------------------------
@@ -95,7 +108,7 @@ class Allocator:
         block = BlockNo(space.table.rfind(BLOCK_FREE, space.first_block))
         if block < 0:
             raise FsError(errno.ENOSPC, "no block of 2 MiB is free for a new slab")
-        self.region.reserve(block * BLOCK, BLOCK)
+        self.ahead.reserve([(block, 1)])
         self._set_kind(tx, block, 1, BLOCK_SLAB)
         slab = space.slabs[block] = Slab.empty(block)
         tx.change(slab)

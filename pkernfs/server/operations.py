@@ -83,7 +83,8 @@ class Operations(pyfuse3.Operations):
         if change == SetAttr(ctime=change.ctime):
             # chown(-1, -1), which clears set-user-ID bits as any change of owner does.
             change = change._replace(uid=self.fs.getattr(inode).uid)
-        return self.attributes.of(inode, self.fs.setattr(inode, change, privileged=ctx.uid == 0))
+        with self.fs.volume.allocator.ahead.in_steps():
+            return self.attributes.of(inode, self.fs.setattr(inode, change, privileged=ctx.uid == 0))
 
     async def forget(self, inode_list: Any) -> None:
         for ino, count in inode_list:

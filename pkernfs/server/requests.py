@@ -12,6 +12,7 @@ import trio
 from pyfuse3 import FUSEError
 
 from pkernfs.errors import CorruptError, PkernfsError, quoted
+from pkernfs.fs.ahead import UnreadyError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.server.handles import INO
@@ -34,12 +35,19 @@ class Requests:
         self.at_work: dict[int, float] = {}  #: those that wait: their numbers, and when they were first seen waiting
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The request that has begun last waits for something, with others in between."""
+    def waiting(self) -> Iterator[Callable[[], None]]:
+        """The request that has begun last waits for something, with others in between.
+
+        What it gets is to be called whenever it has come further.
+        """
         number = self.begun
-        self.at_work[number] = 0.0
+
+        def progress() -> None:
+            self.at_work[number] = 0.0
+
+        progress()
         try:
-            yield
+            yield progress
         finally:
             del self.at_work[number]
 
@@ -90,11 +98,11 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
             try:
                 return function(self, *args, **kwargs)
             except PkernfsError as error:
-                if error.errno not in OUT_OF_SPACE:
+                if error.errno not in OUT_OF_SPACE and not isinstance(error, UnreadyError):
                     raise
-                full = error
-            with requests.waiting():
-                return await wait_for_space(fs, full, lambda: function(self, *args, **kwargs))
+                refused = error
+            with requests.waiting() as progress:
+                return await wait_for_space(fs, refused, lambda: function(self, *args, **kwargs), progress)
         except PkernfsError as error:
             if isinstance(error, CorruptError):
                 fs.volume.damage.note(error)

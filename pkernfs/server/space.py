@@ -15,6 +15,8 @@ Each level begins when the one before has given up, and stands around it:
    of this request has been changed, so others may come in between: it waits up to four times, 75 ms in all, as long as
    there are removed files that are still referred to, and frees what has come.
 
+In the same way a request waits whose blocks are to be zeroed first, where those are many (fs/ahead.py).
+
 Freeing takes no part in this: without compaction it allocates nothing (but for the middle of an extent), and what it
 cannot do it leaves listed, see fs/reclaim.py.  Tools on an unmounted region and fsck have level 1 and 2 only, as no
 kernel refers to anything.
@@ -29,6 +31,7 @@ import trio
 
 from pkernfs.errors import PkernfsError
 from pkernfs.format import Ino
+from pkernfs.fs.ahead import UnreadyError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
 
@@ -36,6 +39,8 @@ R = TypeVar("R")
 
 #: Seconds to wait, one after the other, for the kernel's FORGET of removed files when the space has run out.
 FORGETS = (0.001, 0.004, 0.02, 0.05)
+#: How often blocks are made ready for one request, of which others may take some.
+STEPS = 4
 
 
 class ShortWrites:
@@ -80,21 +85,37 @@ class ShortWrites:
         self.ends.pop(ino, None)
 
 
-async def wait_for_space(fs: Filesystem, error: PkernfsError, call: Callable[[], R]) -> R:
+async def wait_for_space(fs: Filesystem, error: PkernfsError, call: Callable[[], R], progress: Callable[[], None]) -> R:
     """Run ``call`` again, which has raised ``error``, out of space, and changed nothing; as often as that makes sense.
 
+    When it has raised UnreadyError its blocks are made ready, with others in between; ``progress`` is called meanwhile.
     Raises PkernfsError, of the last time.
     """
-    for seconds in FORGETS:
-        if not fs.reclaimer.awaits_forget():
-            break
-        with fs.volume.replies.suspended():
-            await trio.sleep(seconds)
-            fs.reclaimer.settle()
-        try:
-            return call()
-        except PkernfsError as once_more:
-            if once_more.errno not in OUT_OF_SPACE:
-                raise
-            error = once_more
-    raise error
+    ahead = fs.volume.allocator.ahead
+    forgets = iter(FORGETS)
+    steps = 0
+    try:
+        while True:
+            seconds = 0.0 if isinstance(error, UnreadyError) else next(forgets, None)
+            if seconds is None or (seconds and not fs.reclaimer.awaits_forget()):
+                raise error
+            with fs.volume.replies.suspended():
+                if isinstance(error, UnreadyError):
+                    steps += 1
+                    for _ in ahead.prepare(error.runs):
+                        progress()
+                        await trio.lowlevel.checkpoint()
+                else:
+                    await trio.sleep(seconds)
+                    fs.reclaimer.settle()
+            try:
+                ahead.hurry = steps > STEPS
+                return call()
+            except PkernfsError as once_more:
+                if once_more.errno not in OUT_OF_SPACE and not isinstance(once_more, UnreadyError):
+                    raise
+                error = once_more
+            finally:
+                ahead.hurry = False
+    finally:
+        ahead.give_back()

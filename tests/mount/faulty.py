@@ -4,6 +4,7 @@
 
 late-commit     answers before it commits: all but the first 100 transactions reach the region at the end only
 short-journal   a journal that holds next to nothing
+slow-memory     a host that takes a second for 64 MiB
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import time
 from collections.abc import Iterable
 
 import pkernfs.region.opening
-from pkernfs.format import Superblock
+from pkernfs.format import MiB, Superblock
 from pkernfs.fs.journal import Journal
 from pkernfs.region.base import Region
 from pkernfs.region.file import MAP_NORESERVE, FileRegion
@@ -86,6 +88,19 @@ def shorten_journal() -> None:
     Journal.__init__ = short  # type: ignore[method-assign]
 
 
+def slow_memory() -> None:
+    """Plant slow-memory."""
+    reserve = FileRegion.reserve
+
+    def slow(self: FileRegion, offset: int, length: int) -> None:
+        time.sleep(length / (64 * MiB))
+        reserve(self, offset, length)
+
+    FileRegion.reserve = slow  # type: ignore[method-assign]
+
+
+FAULTS = {"late-commit": commit_late, "short-journal": shorten_journal, "slow-memory": slow_memory}
+
 if __name__ == "__main__":
-    {"late-commit": commit_late, "short-journal": shorten_journal}[sys.argv.pop(1)]()
+    FAULTS[sys.argv.pop(1)]()
     worker.main()

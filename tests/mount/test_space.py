@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.mount.site import MiB, Site, below, errno_of, small_host, wait_until
+from pkernfs import client
+from tests.mount.site import MiB, Site, below, errno_of, site, small_host, wait_until
 
 PAGE = 4096
 BLOCK = 2 * MiB
@@ -225,6 +227,26 @@ def test_file_as_large_as_the_region(site: Site) -> None:
             assert file.read(1000) == part
         file.seek(largest - 1)
         assert file.read() == b"!"
+
+
+def test_others_are_served_while_memory_is_made_ready() -> None:
+    """A guest's memory for which the host takes longer than a worker may be silent: in steps, and in one piece."""
+    with site(size="512M") as made:
+        made.mount_faulty("slow-memory")
+        ram, other = made.mnt / "ram", made.mnt / "other"
+        ram.touch()
+        making = threading.Thread(target=os.truncate, args=(ram, 320 * MiB))
+        making.start()
+        served = 0
+        while making.is_alive():
+            other.touch()
+            other.unlink()
+            served += 1
+        making.join()
+        assert served >= 5
+        facts = client.file(str(ram))
+        assert (facts.size, facts.contiguous) == (320 * MiB, True)
+        assert made.status()["takeovers"] == 0
 
 
 def test_new_files_never_show_old_data(site: Site) -> None:
