@@ -270,6 +270,7 @@ class RegionInfo(Struct):
     space_free: int
     inodes: int
     orphans: int | None  #: inodes without a name; None: their list is damaged
+    awaiting: int | None  #: bytes that nobody uses, and that await an invalidation; None: not known, for damage
     phys_base: int
     journal: JournalInfo
     first_block: int
@@ -306,6 +307,14 @@ class Pin(Struct):
     access: str
 
 
+class Awaiting(Struct):
+    """What hardware may have cached of a file, and so pins it, since a mapping of it was taken away."""
+
+    id: int  #: of the domain
+    offset: int
+    length: int
+
+
 class FileInfo(Struct):
     """The memory of a file."""
 
@@ -318,6 +327,7 @@ class FileInfo(Struct):
     direct: bool  #: marked as mapped directly from the region
     extents: list[Extent]
     pins: list[Pin]
+    awaiting: list[Awaiting]
 
 
 class DamagedChecksum(Struct):
@@ -471,6 +481,8 @@ class Invalidations(Struct):
     invalidations: list[Invalidation] = field(name="stale")
     token: int
     freed: int  #: pages of old tables that the acknowledgement freed
+    awaiting: int  #: bytes of content and of removed domains that await it
+    released: int  #: bytes of these that the acknowledgement has released
 
 
 class Step(Struct):
@@ -543,6 +555,7 @@ class Status(Struct):
     failed_requests: int
     dirty: int | None  #: None: not known
     pinned: int
+    awaiting: int  #: bytes that await an invalidation
 
 
 class Upgraded(Struct):

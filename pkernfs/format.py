@@ -53,11 +53,18 @@ to say stands in trees of records:
                     key = ROOT_TABLE_KEY + table format << 16 + PCI segment, value = RootTable
                     key = PENDING_IOTLB_KEY + domain id << IOVA_PAGE_BITS + IOVA / 4096, value = PendingInvalidation
                     key = PENDING_CONTEXT_KEY + requester, value = PendingInvalidation
+                    key = AWAITING_KEY + inode << DOMAIN_ID_BITS + domain id, value = AwaitingContent
                     key = GENERATION_KEY, value = Generation
                     key = REQUEST_KEY + slot, value = Request
 
 A requester is PCI segment << 16 | bus << 8 | device << 3 | function.  Mappings of a domain do not overlap.  The pins of
-a file are the mappings that name it: what they cover is not freed, and does not move.
+a file are the mappings, and the AwaitingContent, that name it: what they cover is not freed, and does not move.
+
+Awaiting content (feature RO_COMPAT_AWAITING).  A mapping that is taken away while hardware may have cached it leaves an
+AwaitingContent, in the same transaction, until it is acknowledged that all that was pending is invalidated.  A file
+that is removed meanwhile stays an orphan.  Of one that is cut, the memory beyond its new end moves, in steps, to new
+inodes without a name, which are orphans; until then it lies beyond the end of the file, which is listed as one that was
+cut.  An invalidation of the record's domain id is pending.
 
 Checksums are crc32c (Castagnoli) with the checksum field as zero.  A page's header names the page's own offset and its
 owner; an inode's checksum continues from the low 32 bits of its number as from the crc of earlier bytes; so a misplaced
@@ -124,9 +131,10 @@ NODE_MAGIC: Final = 0x65646F6E  #: "node"
 JOURNAL_MAGIC: Final = 0x6C6E726A  #: "jrnl"
 
 # Features, as ext4 has them: an unknown compat bit is ignored, an unknown ro_compat bit allows a read-only mount only,
-# an unknown incompat bit refuses the region.  None is defined yet.
+# an unknown incompat bit refuses the region.
 COMPAT_KNOWN: Final = 0
-RO_COMPAT_KNOWN: Final = 0
+RO_COMPAT_AWAITING: Final = 2  #: content awaits invalidations: who does not know that would give it out too soon
+RO_COMPAT_KNOWN: Final = RO_COMPAT_AWAITING
 INCOMPAT_KNOWN: Final = 0
 
 # Kinds of blocks, in the block table.
@@ -343,6 +351,8 @@ ROOT_TABLE_KEY: Final = 1 << 60
 ATTACHMENT_KEY: Final = 2 << 60
 PENDING_CONTEXT_KEY: Final = 3 << 60
 PENDING_IOTLB_KEY: Final = 4 << 60  #: up to 6 << 60
+AWAITING_KEY: Final = 8 << 60  #: up to 9 << 60
+DOMAIN_ID_BITS: Final = 16
 GENERATION_KEY: Final = 14 << 60
 REQUEST_KEY: Final = 15 << 60
 REQUEST_SLOTS: Final = 64  #: a request stands in the slot of its key modulo this
@@ -414,6 +424,16 @@ class PendingInvalidation(NamedTuple):
 
 
 PENDING = layout(PendingInvalidation, size=16)
+
+
+class AwaitingContent(NamedTuple):
+    """What hardware may have cached of a file's memory, under a domain id: that memory is not given out again."""
+
+    start: file_page64  #: all such pages are among ``length`` from this one on
+    length: u64  #: not 0
+
+
+AWAITING = layout(AwaitingContent, size=16)
 
 
 class Generation(NamedTuple):

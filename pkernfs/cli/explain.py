@@ -113,6 +113,8 @@ def _lines(found: Explained) -> list[str]:
     if found.ino is not None:
         text += f" of inode {found.ino}" if not text.endswith("inode") else f" {found.ino}"
         gone = ", which was removed and is still open" if found.orphan else ", which has no name"
+        if found.awaits is not None:
+            gone = f", which has no name, waiting for invalidation {found.awaits}"
         text += f", {printable(found.path)}" if found.path else gone
         more += [f"also {printable(path)}" for path in (found.paths or [])[1:]]
     if found.extent is not None:

@@ -86,6 +86,7 @@ def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[s
         "size": f"{human(facts.size)}: {facts.blocks} blocks of {human(facts.block_size)}",
         "physical": f"{facts.phys_base:#x} to {facts.phys_base + facts.size - 1:#x}",
         "space": f"{human(used)} used, {human(facts.space_free)} free of {human(facts.space)}",
+        "awaiting": "?" if facts.awaiting is None else f"{human(facts.awaiting)} waiting for invalidation",
         "free blocks": f"{facts.blocks_free}, {facts.blocks_largest_free_run} of them in one piece",
         "slabs": f"{facts.slabs} blocks cut into pages of 4 KiB",
         "inodes": f"{facts.inodes}, {'?' if facts.orphans is None else facts.orphans} of them without a name",
@@ -123,6 +124,9 @@ def _file_lines(path: str, facts: api.FileInfo) -> list[str]:
         name = "a domain that is being removed" if pin.domain is None else f"domain {printable(pin.domain)}"
         what = f"IOVA {pin.iova:#x}, offset {pin.offset:#x}, length {pin.length:#x}, {pin.access}"
         lines.append(f"pinned by {name}: {what}")
+    for one in facts.awaiting:
+        what = f"offset {one.offset:#x}, length {one.length:#x}, of domain id {one.id}"
+        lines.append(f"waiting for invalidation: {what}: see pkernfs iommu invalidations")
     return lines
 
 

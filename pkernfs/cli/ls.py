@@ -45,6 +45,7 @@ class Row(NamedTuple):
     mtime: int
     ctime: int
     target: str | None  #: of a symbolic link
+    awaiting: int  #: bytes of its content, at most, that hardware may have cached though nothing maps them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,8 @@ def _collect(fs: Filesystem, path: str, recursive: bool) -> tuple[list[Row], lis
 
 
 def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> Row:
+    from pkernfs.fs.guard import pins
+
     inode = fs.getattr(ino)
     return Row(
         folder=folder,
@@ -128,6 +131,7 @@ def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> Row:
         mtime=inode.mtime,
         ctime=inode.ctime,
         target=os.fsdecode(fs.readlink(ino)) if stat.S_ISLNK(inode.mode) else None,
+        awaiting=max((one.length for one in fs.guard.describe_awaiting(ino)), default=0) if pins(inode) else 0,
     )
 
 
@@ -137,6 +141,7 @@ def _line(row: Row, arguments: argparse.Namespace) -> str:
     if not (arguments.long or arguments.numeric):
         return prefix + name
     target = f" -> {printable(row.target)}" if row.target is not None else ""
+    target += " (waiting for invalidation)" if row.awaiting else ""
     device = stat.S_ISBLK(row.mode) or stat.S_ISCHR(row.mode)
     size = f"{os.major(row.rdev)}, {os.minor(row.rdev)}" if device else row.size
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.mtime / 1e9))

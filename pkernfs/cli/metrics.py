@@ -32,6 +32,7 @@ FIGURES = (
     ("failed_requests", "pkernfs_failed_requests", "counter", "Requests that ended in a bug of the worker."),
     ("dirty", "pkernfs_dirty_bytes", "gauge", "Written to the mount, in the kernel's page cache only."),
     ("pinned", "pkernfs_pinned_bytes", "gauge", "Memory of the region that others map past the mount."),
+    ("awaiting", "pkernfs_awaiting_bytes", "gauge", "Memory that nobody uses, and that awaits an invalidation."),
 )
 
 

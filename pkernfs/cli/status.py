@@ -107,6 +107,7 @@ def lines(status: api.Status) -> list[str]:
         "stall": f"{duration(status.longest_stall)} at most",
         "dirty": "not known" if status.dirty is None else f"{human(status.dirty)} in the page cache",
         "pinned": f"{human(status.pinned)} mapped past the mount",
+        "awaiting": f"{human(status.awaiting)} waiting for invalidation",
         "requests": f"{sum(status.requests.values()):,}: " + ", ".join(f"{kind} {count:,}" for kind, count in requests),
     }
     return [f"{name:10} {text}" for name, text in rows.items()]

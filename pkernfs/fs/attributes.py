@@ -9,7 +9,7 @@ from typing import NamedTuple, TypedDict
 
 from pkernfs.errors import FsError, quoted
 from pkernfs.format import FLAG_REGION_MAPPED, GUARDED, Ino, Inode
-from pkernfs.fs.chunks import truncate
+from pkernfs.fs.chunks import cut_at, truncate
 from pkernfs.fs.content import Content, killed_mode
 from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard, pins
@@ -83,13 +83,14 @@ class Attributes:
         return self.volume.inode(ino)
 
     def _cut(self, tx: Transaction, ino: Ino, inode: Inode, compact: bool) -> bool:
-        """Free what lies beyond the end when it is little; else list the inode for it.
+        """Free what lies beyond the end when it is little, and need not be put aside; else list the inode for it.
 
         True: all is freed.
         """
         filemap = FileMap(self.volume, ino, inode, compact=compact)
         end = end_of(inode.size)
-        if len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
+        aside = pins(inode) and self.guard.awaits(ino, cut_at(filemap, end))
+        if not aside and len(list(islice(filemap.extents(end), STEP + 1))) <= STEP:
             truncate(tx, filemap, end, STEP)
             tx.put_inode(ino, filemap.finish())
             return True

@@ -109,18 +109,24 @@ def _make_block(tx: Transaction, filemap: FileMap, chunk: FilePage, more: int) -
     return True
 
 
+def cut_at(filemap: FileMap, end: FilePage) -> FilePage:
+    """From which page on a file that is to have ``end`` pages can be cut: a block that is needed in part stays."""
+    chunk = FilePage(end - end % PAGES_PER_BLOCK)
+    page, _ = filemap.find(chunk)
+    return FilePage(chunk + PAGES_PER_BLOCK) if end > chunk and page and filemap.is_block(page) else end
+
+
 def truncate(tx: Transaction, filemap: FileMap, end: FilePage, most: int) -> bool:
     """Unmap what lies beyond ``end`` pages, or the first ``most`` extents of that; True: all of it.
 
     A block that is needed in part stays, unless it can become pages.
     """
-    chunk = FilePage(end - end % PAGES_PER_BLOCK)
-    behind = FilePage(chunk + PAGES_PER_BLOCK)
-    page, _ = filemap.find(chunk)
-    if end == chunk or not page or not filemap.is_block(page):
-        return filemap.remove(tx, end, END, most)
+    behind = cut_at(filemap, end)
     if not filemap.remove(tx, behind, END, most):
         return False
+    if behind == end:
+        return True
+    chunk = FilePage(end - end % PAGES_PER_BLOCK)
     left = end - chunk
     allocator = filemap.volume.allocator
     if left < HALF and _may_move(filemap) and filemap.volume.space.has_pages(left):

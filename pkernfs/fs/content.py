@@ -22,7 +22,7 @@ from pkernfs.format import (
 )
 from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap, end_of
-from pkernfs.fs.guard import Guard
+from pkernfs.fs.guard import Guard, pins
 from pkernfs.fs.pages import has_extents
 from pkernfs.fs.reclaim import Reclaimer
 from pkernfs.fs.times import Times
@@ -122,10 +122,11 @@ class Content:
             self.guard.may_write(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)
-        if offset > inode.size and inode.orphan_next:
+        end = offset + len(data)
+        if inode.orphan_next and (offset > inode.size or (end > inode.size and pins(inode))):
+            # Memory beyond the end must not come back as it is; where hardware may have cached it, not at all.
             self.reclaimer.finish_cut(ino)
             inode = volume.inode(ino)
-        end = offset + len(data)
         mtime, ctime = inode.mtime, inode.ctime
         if self.times.on_write or inode.flags & FLAG_REGION_MAPPED:
             mtime = ctime = volume.clock()

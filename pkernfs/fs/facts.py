@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 
 from pkernfs.api import Extent, Features, FileInfo, Finding, JournalInfo, RegionInfo
 from pkernfs.errors import CorruptError
@@ -38,6 +39,7 @@ def file_facts(fs: Filesystem, ino: Ino) -> FileInfo:
         direct=bool(inode.flags & FLAG_REGION_MAPPED),
         extents=extents,
         pins=fs.guard.describe_pins(ino) if pins(inode) else [],
+        awaiting=fs.guard.describe_awaiting(ino) if pins(inode) else [],
     )
 
 
@@ -66,7 +68,8 @@ def region_facts(fs: Filesystem) -> RegionInfo:
         space=figures.blocks * PAGE,
         space_free=figures.free * PAGE,
         inodes=figures.files - figures.free_files,
-        orphans=_orphans(fs),
+        orphans=_noting(fs, lambda: len(fs.orphans.inos())),
+        awaiting=_noting(fs, fs.guard.kept_bytes),
         phys_base=sb.phys_base,
         journal=JournalInfo(
             offset=sb.journal_offset,
@@ -91,10 +94,10 @@ def _findings(volume: Volume) -> list[Finding]:
     ]
 
 
-def _orphans(fs: Filesystem) -> int | None:
-    """How many inodes have no name; None where their list is damaged."""
+def _noting(fs: Filesystem, count: Callable[[], int]) -> int | None:
+    """A figure; None where damage keeps it from being known."""
     try:
-        return len(fs.orphans.inos())
+        return count()
     except CorruptError as error:
         fs.volume.damage.note(error)
         return None

@@ -170,6 +170,24 @@ class FileMap:
 
         True: all is unmapped.  Allocates nothing unless it cuts out the middle of an extent.
         """
+        taken, done = self._take(tx, first, end, most)
+        for _, page, count in taken:
+            self._free(tx, page, count)
+        return done
+
+    def move(self, tx: Transaction, first: FilePage, end: FilePage, to: FileMap, most: int) -> bool:
+        """Unmap as ``remove``, and map what was there in another file, at the same pages.
+
+        Raises FsError: ENOSPC, EDQUOT.
+        """
+        taken, done = self._take(tx, first, end, most)
+        for start, page, count in taken:
+            to.add(tx, start, page, count)
+        return done
+
+    def _take(self, tx: Transaction, first: FilePage, end: FilePage, most: int | None) -> tuple[list[Extent], bool]:
+        """Unmap pages [first, end), or the first ``most`` extents there: what they held, and whether that is all."""
+        taken = []
         extents = list(islice(self.until(first, end), None if most is None else most + 1))
         for extent in extents[:most]:
             cut_first = max(first, extent.start)
@@ -181,9 +199,9 @@ class FileMap:
             if cut_end < extent.start + extent.length:
                 skip = cut_end - extent.start
                 self._put(tx, Extent(cut_end, PageNo(extent.page + skip), extent.length - skip))
-            self._free(tx, PageNo(extent.page + cut_first - extent.start), cut_end - cut_first)
+            taken.append(Extent(cut_first, PageNo(extent.page + cut_first - extent.start), cut_end - cut_first))
             self.pages -= cut_end - cut_first
-        return most is None or len(extents) <= most
+        return taken, most is None or len(extents) <= most
 
     def until(self, first: FilePage, end: FilePage) -> Iterator[Extent]:
         """The extents that touch pages [first, end)."""

@@ -33,7 +33,7 @@ class Guard:
     """Allows everything: for a region in which nothing is pinned or guarded, as mkfs makes it.
 
     Asked about names: all directories.  Asked about content and freeing: inodes with a flag of GUARDED, and files with
-    pins (``may_cut``) only.
+    pins (``may_cut``, ``awaits`` and what follows from that) only.
     """
 
     def __init__(self, volume: Volume) -> None:
@@ -72,11 +72,36 @@ class Guard:
         """A guarded inode has grown, in this transaction."""
 
     def may_cut(self, ino: Ino, inode: Inode, end: FilePage) -> None:
-        """May the pages of a file from page ``end`` on be freed, though it has pins?"""
+        """May a file be cut to ``end`` pages, though it has pins?"""
+
+    def awaits(self, ino: Ino, first: FilePage) -> bool:
+        """Whether memory of a file with pins, from page ``first`` on, is to be put aside when it is cut off.
+
+        Hardware may still have cached it, so that it must be nobody's.  Raises CorruptError.
+        """
+        return False
+
+    def hand_on(self, tx: Transaction, ino: Ino, to: Ino, first: FilePage) -> None:
+        """Inode ``to`` has got memory of a file from page ``first`` on: it has pins for that now."""
+
+    def cut(self, tx: Transaction, ino: Ino, first: FilePage) -> None:
+        """All memory of a file from page ``first`` on was handed on: it has no pins for that any more."""
 
     def describe_pins(self, ino: Ino) -> list[api.Pin]:
         """What pins a file, for ``pkernfs info --json``."""
         return []
+
+    def describe_awaiting(self, ino: Ino) -> list[api.Awaiting]:
+        """What hardware may have cached of a file that was mapped, for ``pkernfs info --json``."""
+        return []
+
+    def kept_bytes(self) -> int:
+        """Memory that nobody uses, and that hardware may still have cached, bytes.  Raises CorruptError."""
+        return 0
+
+    def how_to_release(self) -> str:
+        """What to do so that this memory is free, for a message that there is none; "": there is none of that."""
+        return ""
 
     # -- freeing --------------------------------------------------------------------------------------------------
 
@@ -88,8 +113,8 @@ class Guard:
         """Whether the records of a guarded inode still pin files.  Raises CorruptError."""
         return False
 
-    def unpin(self, tx: Transaction, ino: Ino, most: int) -> list[Ino]:
-        """Drop up to ``most`` of the pins that a guarded inode holds; the files that have none any more."""
+    def unpin(self, ino: Ino, most: int) -> list[Ino]:
+        """Drop up to ``most`` of the pins that a guarded inode holds, at once; the files that have none then."""
         return []
 
     def drop_records(self, tx: Transaction, ino: Ino) -> None:

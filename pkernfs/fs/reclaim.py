@@ -10,14 +10,14 @@ from contextlib import suppress
 from itertools import islice, takewhile
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import GUARDED, Ino, Inode
-from pkernfs.fs.chunks import truncate
+from pkernfs.format import GUARDED, PAGE, FilePage, Ino, Inode
+from pkernfs.fs.chunks import cut_at, truncate
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.filemap import END, FIRST, FileMap, end_of
 from pkernfs.fs.guard import Guard, has_records, pins
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.orphans import Orphans
-from pkernfs.fs.pages import has_extents
+from pkernfs.fs.pages import has_extents, new_inode
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
 from pkernfs.fs.xattrs import Xattrs
@@ -28,6 +28,7 @@ STEP = 32
 #: Inodes that one transaction frees at once, when each has no more pages than that.  More than are unlinked between two
 #: steps in the background (loop.PASS_EVERY).
 TINY_BATCH, TINY = 128, 4
+ASIDE = 256  #: extents that one transaction moves to another inode: some ten nodes of trees
 
 
 class Reclaimer:
@@ -126,11 +127,38 @@ class Reclaimer:
         done = True
         if has_extents(inode):
             filemap = FileMap(self.volume, ino, inode, compact=compact)
-            done = truncate(tx, filemap, end_of(inode.size), STEP)
-            tx.put_inode(ino, filemap.finish())
+            first = cut_at(filemap, end_of(inode.size))
+            if pins(inode) and self.guard.awaits(ino, first):
+                done = self._put_aside(tx, ino, filemap, first)
+            else:
+                done = truncate(tx, filemap, end_of(inode.size), STEP)
+                tx.put_inode(ino, filemap.finish())
         if done and inode.nlink:
             self.orphans.remove(tx, ino)
         return done
+
+    def _put_aside(self, tx: Transaction, ino: Ino, filemap: FileMap, first: FilePage) -> bool:
+        """Move a part of what lies in a file from page ``first`` on to a new orphan, which is pinned; True: all of it.
+
+        It is as the file was: it counts against its quota, and belongs to its owner.
+        """
+        volume = self.volume
+        if next(filemap.extents(first), None):
+            like = filemap.inode
+            aside = volume.allocator.alloc_inode(tx)
+            mode, now = stat.S_IFREG | 0o600, volume.clock()
+            made = new_inode(mode, now, like.uid, like.gid, generation=now >> 10, project=like.project)
+            other = FileMap(volume, aside, made._replace(nlink=0))
+            done = filemap.move(tx, first, END, other, ASIDE)
+            end = max(extent.start + extent.length for extent in other.extents())
+            tx.put_inode(aside, other.finish()._replace(size=end * PAGE))
+            tx.put_inode(ino, filemap.finish())
+            self.orphans.add(tx, aside)
+            self.guard.hand_on(tx, ino, aside, first)
+            if not done:
+                return False
+        self.guard.cut(tx, ino, first)
+        return True
 
     # -- step by step ------------------------------------------------------------------------------------------------
 
@@ -161,9 +189,7 @@ class Reclaimer:
 
     def _unpin_part(self, ino: Ino) -> None:
         """Drop some of the pins of a guarded inode without a name.  Files that nobody needs then are freed later."""
-        with self.volume.transaction() as tx:
-            unpinned = self.guard.unpin(tx, ino, STEP)
-        for file in unpinned:
+        for file in self.guard.unpin(ino, STEP):
             if not self.volume.inode(file).nlink and not self.referenced(file):
                 self.pending[file] = None
 
@@ -187,7 +213,9 @@ class Reclaimer:
             return
         if self._pins_for_nobody(ino):
             self._unpin_all(ino)
-        if not self.referenced(ino) and not self.volume.inode(ino).nlink:
+        inode = self.volume.inode(ino)
+        # With a name: it was cut, and there was no room to put aside what nobody need put aside any more.
+        if (inode.nlink and inode.orphan_next) or (not inode.nlink and not self.referenced(ino)):
             self.begin_freeing(ino)
 
     def begin_freeing(self, ino: Ino) -> None:

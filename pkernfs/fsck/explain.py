@@ -32,6 +32,7 @@ from pkernfs.format import (
     PAGE_NODE,
     PAGE_XATTR,
     PAGES_PER_BLOCK,
+    ROOT_PGTABLES_INO,
     STORE,
     SUPERBLOCK,
     WORDS,
@@ -47,6 +48,9 @@ from pkernfs.fs.pages import read_inode
 from pkernfs.fs.paths import paths_of
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.fsck.check import FILESYSTEM, run_check
+from pkernfs.iommu.awaiting import of_file
+from pkernfs.iommu.invalidations import generation
+from pkernfs.iommu.records import Records
 
 RECORD_KINDS = {STORE: "store", DISCARD: "discard", WORDS: "words"}
 
@@ -76,6 +80,7 @@ class Explained(Struct, omit_defaults=True):
     path: str | None = ""  #: the first of ``paths``; None: it has no name
     paths: list[str] | None = None  #: all of its names
     orphan: bool | None = None  #: removed, and still open
+    awaits: int | None = None  #: removed, and kept until the invalidations of the list with this token are acknowledged
     tree: str | None = None  #: of a tree's nodes: which one
     attribute: str | None = ""  #: of attributes' values: the name, None where that cannot be told
     # Where it is content of a file:
@@ -188,6 +193,8 @@ def _owner(fs: Filesystem, found: Explained) -> None:
     if found.page_kind == PAGE_KINDS[PAGE_XATTR]:
         found.attribute = _attribute_at(fs, ino, inode, page)
         return
+    if found.orphan and (of_file(fs.volume, ino) if not inode.flags & GUARDED else not fs.guard.may_free(ino, inode)):
+        found.awaits = generation(Records(fs.volume, ROOT_PGTABLES_INO))
     for extent in fs.content.extents(ino):
         if extent.page <= page < extent.page + extent.length:
             start, at = extent.start * PAGE, extent.page * PAGE

@@ -133,6 +133,18 @@ class BadRecord(NamedTuple):
     key: int
 
 
+class NotPending(NamedTuple):
+    """A domain id of which content awaits an invalidation, and none is pending."""
+
+    number: int
+
+
+class FeatureOff(NamedTuple):
+    """A feature that is in use, and that is off."""
+
+    ro_compat: int
+
+
 class NewId(NamedTuple):
     """A domain whose id another has, too."""
 
@@ -162,6 +174,8 @@ Data = (
     | Nameless
     | Leak
     | BadRecord
+    | NotPending
+    | FeatureOff
     | NewId
     | FreeBitmap
 )

@@ -52,6 +52,7 @@ class Code(StrEnum):
     JOURNAL = "journal"
     BLOCK_TABLE = "block-table"
     BLOCK_KIND = "block-kind"
+    FEATURE = "feature"
     SLAB_HEADER = "slab-header"
     SLAB_SLOTS = "slab-slots"
     RESERVED_INODE = "reserved-inode"
@@ -106,6 +107,8 @@ class Code(StrEnum):
     IOMMU_END = "iommu-end"
     IOMMU_PINS = "iommu-pins"
     IOMMU_ATTACHMENT = "iommu-attachment"
+    IOMMU_AWAITING = "iommu-awaiting"
+    IOMMU_PENDING = "iommu-pending"
     IOMMU_TABLES = "iommu-tables"
     # what has no name
     ORPHAN_LIST = "orphan-list"
@@ -140,6 +143,7 @@ PROBLEMS: dict[Code, Problem] = {
         _CONFLICT,
         (_S.METADATA, _S.BLOCK_KINDS, _S.CONTENTS),
     ),
+    Code.FEATURE: Problem("a feature that is in use is switched on", _WRONG, (_S.RECORDS,)),
     Code.SLAB_HEADER: Problem("the headers of slabs are sound", _UNREADABLE, (_S.BLOCK_KINDS, _S.SLAB_HEADERS)),
     Code.SLAB_SLOTS: Problem("only pages of inodes have slots in use", _WRONG, (_S.SLOTS,)),
     Code.RESERVED_INODE: Problem(
@@ -225,9 +229,13 @@ PROBLEMS: dict[Code, Problem] = {
     Code.IOMMU_MAPPING: Problem("a mapping names memory of a regular file", _CONFLICT, (_S.RECORDS,)),
     Code.IOMMU_END: Problem("a file is as large as what is mapped of it", _WRONG, (_S.FIELDS,)),
     Code.IOMMU_PINS: Problem(
-        "a file counts the mappings that name it, and nothing else counts any", _WRONG, (_S.FIELDS,)
+        "a file counts the mappings, and what awaits an invalidation, that name it, and nothing else counts any",
+        _WRONG,
+        (_S.FIELDS,),
     ),
     Code.IOMMU_ATTACHMENT: Problem("a device is attached to a domain", _CONFLICT, (_S.RECORDS,)),
+    Code.IOMMU_AWAITING: Problem("what awaits an invalidation is content of a file", _CONFLICT, (_S.RECORDS,)),
+    Code.IOMMU_PENDING: Problem("the invalidation that content awaits is pending", _WRONG, (_S.RECORDS,)),
     Code.ORPHAN_LIST: Problem("the list of orphans is a circle of inodes in use", _UNREADABLE, (_S.ORPHANS,)),
     Code.ORPHAN_LINKS: Problem("its links go both ways, and who says to be on it is", _WRONG, (_S.ORPHANS,)),
     Code.ORPHAN_UNLISTED: Problem("an inode without a name is on the list", _UNUSED, (_S.ORPHANS,)),

@@ -7,6 +7,7 @@ address of a root table, and acknowledges invalidations.  From below, each file 
     records, replies                trees of records in inodes of page tables; verbs that come again
     invalidations                   what hardware may have cached: added, listed, acknowledged
     pages, edit, contexts           pages of tables; changes that hardware may watch; what points devices to tables
+    awaiting                        content that is pinned until hardware has invalidated it
     directory, domain               which domains there are; one of them (IOAS + HWPT), made and removed
     translations                    what tables and mappings say, as ranges, and where they differ
     mapping, devices, replace       map and unmap; attach and detach; tables made anew under DMA
@@ -16,5 +17,6 @@ address of a root table, and acknowledges invalidations.  From below, each file 
 
 Invariants: a table is stored before the entry that points to it; an entry that hardware may be looking at changes by
 one 8-byte store; every change is one transaction, so that the tables say what the records of the mappings say; pages of
-tables are not used again before somebody acknowledges that hardware has invalidated what it had cached of them.
+tables, and content of files, are not used again before somebody acknowledges that hardware has invalidated what it had
+cached of them.
 """

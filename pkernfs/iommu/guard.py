@@ -11,7 +11,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from pkernfs.errors import FsError, quoted
+from pkernfs.errors import FsError, PkernfsError, quoted
 from pkernfs.format import (
     ACCESS_NAMES,
     BLOCK,
@@ -21,6 +21,7 @@ from pkernfs.format import (
     FLAG_IOMMU_DOMAIN_PGTABLES,
     GUARDED,
     PAGE,
+    RO_COMPAT_AWAITING,
     ROOT_PGTABLES_INO,
     DomainId,
     FilePage,
@@ -32,7 +33,8 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import Guard
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.transaction import Transaction
-from pkernfs.iommu.invalidations import is_pending
+from pkernfs.iommu import awaiting
+from pkernfs.iommu.invalidations import generation, is_pending, pending
 from pkernfs.iommu.pins import pins_of
 from pkernfs.iommu.records import Records, drop_mappings, drop_records, has_mappings, is_attached
 from pkernfs.region import Region
@@ -116,6 +118,18 @@ class PageTableGuard(Guard):
                 domain = f"domain {quoted(pin.name)}" if pin.name else f"the domain of inode {pin.domain}"
                 raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {domain} at IOVA {pin.iova:#x}")
 
+    def awaits(self, ino: Ino, first: FilePage) -> bool:
+        """Whether hardware may have cached what is in a file from page ``first`` on, though nothing maps it."""
+        return awaiting.awaits(self.volume, ino, first)
+
+    def hand_on(self, tx: Transaction, ino: Ino, to: Ino, first: FilePage) -> None:
+        """What inode ``to`` has got of a file awaits an invalidation there."""
+        awaiting.hand_on(tx, self.volume, ino, to, first)
+
+    def cut(self, tx: Transaction, ino: Ino, first: FilePage) -> None:
+        """Nothing of a file awaits an invalidation from page ``first`` on: that is others' by now."""
+        awaiting.cut(tx, self.volume, ino, first)
+
     def describe_pins(self, ino: Ino) -> list[api.Pin]:
         """The mappings that name a file; offsets and lengths in bytes."""
         from pkernfs import api
@@ -131,6 +145,32 @@ class PageTableGuard(Guard):
             for pin in pins_of(self.volume, ino)
         ]
 
+    def describe_awaiting(self, ino: Ino) -> list[api.Awaiting]:
+        """What awaits an invalidation of a file; offsets and lengths in bytes."""
+        from pkernfs import api
+
+        return [
+            api.Awaiting(id=one.id, offset=one.first * PAGE, length=(one.end - one.first) * PAGE)
+            for one in awaiting.of_file(self.volume, ino)
+        ]
+
+    def kept_bytes(self) -> int:
+        """Memory of removed files and domains, and of what was cut, that awaits an invalidation.  Raises CorruptError.
+
+        Nothing is looked at where nothing is pending.
+        """
+        return awaiting.kept_bytes(self.volume) if next(pending(self._roots()), None) else 0
+
+    def how_to_release(self) -> str:
+        """Which acknowledgement the memory that awaits one is free after."""
+        try:
+            kept = self.kept_bytes()
+            token = generation(self._roots())
+        except PkernfsError:
+            return ""
+        command = f"let hardware do what pkernfs iommu invalidations MOUNT lists, then --ack {token}"
+        return f"{kept} bytes await an invalidation: {command}" if kept else ""
+
     # -- freeing --------------------------------------------------------------------------------------------------
 
     def may_free(self, ino: Ino, inode: Inode) -> bool:
@@ -144,9 +184,23 @@ class PageTableGuard(Guard):
         """Whether the domain has mappings."""
         return has_mappings(self.volume, ino)
 
-    def unpin(self, tx: Transaction, ino: Ino, most: int) -> list[Ino]:
-        """Drop the first ``most`` mappings of a domain; the files that no mapping names any more."""
-        return drop_mappings(tx, self.volume, ino, most)
+    def unpin(self, ino: Ino, most: int) -> list[Ino]:
+        """Drop the first ``most`` mappings of a domain; the files that nothing pins any more.
+
+        What hardware may have cached of these goes on being pinned.
+        """
+        volume = self.volume
+        record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
+        waits = record is not None and is_pending(self._roots(), DomainId(record.id))
+        if waits:
+            volume.enable(RO_COMPAT_AWAITING)
+        with volume.transaction() as tx:
+            dropped = drop_mappings(tx, volume, ino, most)
+            if record and waits:
+                roots = self._roots()
+                awaiting.add(tx, roots, DomainId(record.id), dropped)
+                roots.finish(tx)
+        return [file for file in dict.fromkeys(mapping.ino for mapping in dropped) if not volume.inode(file).iommu]
 
     def drop_records(self, tx: Transaction, ino: Ino) -> None:
         """Drop the few records of a domain beside its mappings, which are gone."""

@@ -1,7 +1,7 @@
 """Pending invalidations: what hardware may have cached, kept in the region until somebody acknowledges that it is gone.
 
 pkernfs programs no IOMMU.  Whoever does lists what is pending, queues the commands, and acknowledges the list by its
-token; until then ids and pages of tables are not used again.
+token; until then ids, pages of tables and content (awaiting.py) are not used again.
 
 Not present entries are not cached (VT-d without caching mode; AMD-Vi without NpCache), so mapping alone leaves nothing
 to invalidate.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkernfs.format import (
+    AWAITING_KEY,
     GENERATION,
     GENERATION_KEY,
     IOVA_PAGE_BITS,
@@ -48,7 +49,7 @@ class Invalidation(NamedTuple):
 
 def pending(roots: Records) -> Iterator[Invalidation]:
     """What is to be invalidated.  ``roots``: the records of root-pgtables."""
-    for key, value in roots.scan(PENDING_CONTEXT_KEY, GENERATION_KEY - 1):
+    for key, value in roots.scan(PENDING_CONTEXT_KEY, AWAITING_KEY - 1):
         record = roots.decode(PENDING, key, value)
         if key < PENDING_IOTLB_KEY:
             yield Invalidation(DomainId(record.id), Requester(key - PENDING_CONTEXT_KEY))
@@ -89,7 +90,7 @@ def add(tx: Transaction, roots: Records, what: Invalidation) -> None:
 
 def clear(tx: Transaction, roots: Records) -> None:
     """Everything was acknowledged."""
-    for key in [key for key, _ in roots.scan(PENDING_CONTEXT_KEY, GENERATION_KEY - 1)]:
+    for key in [key for key, _ in roots.scan(PENDING_CONTEXT_KEY, AWAITING_KEY - 1)]:
         roots.delete(tx, key)
 
 

@@ -17,6 +17,8 @@ from pkernfs.format import (
     MAX_PHYSICAL,
     PAGE,
     PAGES_PER_BLOCK,
+    RO_COMPAT_AWAITING,
+    ROOT_PGTABLES_INO,
     FilePage,
     Ino,
     Iova,
@@ -27,6 +29,7 @@ from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.transaction import Transaction
+from pkernfs.iommu import awaiting
 from pkernfs.iommu.domain import Domain
 from pkernfs.iommu.formats import IOVA_START
 from pkernfs.iommu.records import Records
@@ -180,6 +183,8 @@ def unmap(fs: Filesystem, ino: Ino, iova: int, length: int, key: int = 0) -> int
     starts = [at for at, _ in domain.records.mappings(IovaPage(first), IovaPage(end - 1))]
     if not starts:
         raise FsError(errno.ENOENT, f"IOVAs {hexadecimal(iova, iova + length - 1)}: nothing is mapped there")
+    if domain.hw_may_access(Records(volume, ROOT_PGTABLES_INO)):
+        volume.enable(RO_COMPAT_AWAITING)
     unmapped = 0
     # As many at once as any journal holds.
     cuts = [*starts[BATCH::BATCH], end]
@@ -209,6 +214,7 @@ def _unmap_part(fs: Filesystem, ino: Ino, pages: range, before: int, key: int) -
     def change(tx: Transaction, roots: Records, _compact: bool) -> int:
         domain = Domain(volume, ino)
         _make_room(tx, domain, roots)
+        cached: list[Mapping] = []
         editor = domain.editor(tx)
         editor.clear(domain.record.levels, domain.root, Iova(first * PAGE), Iova(end * PAGE))
         domain.edited(tx, editor, roots)
@@ -222,8 +228,12 @@ def _unmap_part(fs: Filesystem, ino: Ino, pages: range, before: int, key: int) -
                 rest = mapping._replace(start=FilePage(mapping.start + mapping.length - right), length=right)
                 domain.records.put(tx, end, MAPPING.pack(rest))
             tx.pin(mapping.ino, bool(left) + bool(right) - 1)
+            gone = mapping.length - left - right
+            cached.append(mapping._replace(start=FilePage(mapping.start + left), length=gone))
             files.add(mapping.ino)
-            unmapped += mapping.length - left - right
+            unmapped += gone
+        if domain.hw_may_access(roots):
+            awaiting.add(tx, roots, domain.id, cached)
         domain.save(tx)
         return before + unmapped * PAGE
 

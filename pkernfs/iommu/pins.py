@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pkernfs.format import PAGE, Ino, Iova, Mapping
 from pkernfs.fs.guard import pins
 from pkernfs.fs.volume import Volume
+from pkernfs.iommu.awaiting import of_file
 from pkernfs.iommu.directory import domains
 from pkernfs.iommu.records import Records
 
@@ -28,6 +29,7 @@ def pins_of(volume: Volume, ino: Ino) -> Iterator[Pin]:
     facts; whether a file is pinned at all is counted in its inode.
     """
     left = pins(volume.inode(ino))
+    left -= len(of_file(volume, ino)) if left else 0
     if not left:
         return
     for name, domain in domains(volume):

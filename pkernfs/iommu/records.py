@@ -50,14 +50,15 @@ class Records(Tree):
             raise FsError(errno.EINVAL, f"inode {ino} holds no page tables")
         super().__init__(volume, ino, PageNo(inode.iommu))
 
-    def _bad_record(self, key: int, found: str) -> CorruptError:
+    def bad_record(self, key: int, found: str) -> CorruptError:
+        """A record is not what it should be."""
         return corrupt_inode(self.owner, found, f"record {key:#x} of inode {self.owner}")
 
     def decode(self, layout: Layout[R], key: int, value: bytes) -> R:
         """A value as the record that it should be.  Raises CorruptError."""
         if len(value) != layout.size:
             name = layout.record.__name__
-            raise self._bad_record(key, f"{len(value)} bytes, expected {layout.size}, of a record {name}")
+            raise self.bad_record(key, f"{len(value)} bytes, expected {layout.size}, of a record {name}")
         return layout.unpack(value)
 
     def record(self, layout: Layout[R], key: int) -> R | None:
@@ -80,11 +81,11 @@ class Records(Tree):
         mapping = self.decode(MAPPING, key, value)
         start, length = mapping.start, mapping.length
         if start + length > MAX_FILE_SIZE // PAGE:
-            raise self._bad_record(key, f"a mapping to pages {start} to {start + length - 1}, which no file can have")
+            raise self.bad_record(key, f"a mapping to pages {start} to {start + length - 1}, which no file can have")
         if not 0 < length <= LAST_MAPPING + 1 - key:
-            raise self._bad_record(key, f"a mapping of {length} pages, expected 1 to {LAST_MAPPING + 1 - key}")
+            raise self.bad_record(key, f"a mapping of {length} pages, expected 1 to {LAST_MAPPING + 1 - key}")
         if not 0 < mapping.access <= 3:
-            raise self._bad_record(key, f"a mapping with access {mapping.access}, expected 1 to 3")
+            raise self.bad_record(key, f"a mapping with access {mapping.access}, expected 1 to 3")
         return mapping
 
     def attachments(self) -> Iterator[tuple[Requester, Attachment]]:
@@ -101,7 +102,7 @@ class Records(Tree):
     def _attachment(self, key: int, value: bytes) -> Attachment:
         attachment = self.decode(ATTACHMENT, key, value)
         if not 0 < attachment.id <= LAST_DOMAIN_ID:
-            raise self._bad_record(key, f"domain id {attachment.id}, expected 1 to {LAST_DOMAIN_ID}")
+            raise self.bad_record(key, f"domain id {attachment.id}, expected 1 to {LAST_DOMAIN_ID}")
         return attachment
 
     def finish(self, tx: Transaction) -> Inode:
@@ -118,22 +119,18 @@ def has_mappings(volume: Volume, ino: Ino) -> bool:
     return any(True for _ in Records(volume, ino).scan(FIRST_MAPPING, LAST_MAPPING))
 
 
-def drop_mappings(tx: Transaction, volume: Volume, ino: Ino, most: int) -> list[Ino]:
-    """Drop the first ``most`` mappings of a domain, and their pins.
-
-    The files that have no pins any more.  Raises CorruptError.
-    """
+def drop_mappings(tx: Transaction, volume: Volume, ino: Ino, most: int) -> list[Mapping]:
+    """Drop the first ``most`` mappings of a domain, and their pins; which those were.  Raises CorruptError."""
     records = Records(volume, ino)
-    unpinned = []
+    dropped = []
     for key, value in list(islice(records.scan(FIRST_MAPPING, LAST_MAPPING), most)):
         records.delete(tx, key)
-        file = records.mapping(key, value).ino
-        volume.inode_named_by(ino, file)
-        tx.pin(file, -1)
-        if not volume.inode(file).iommu:
-            unpinned.append(Ino(file))
+        mapping = records.mapping(key, value)
+        volume.inode_named_by(ino, mapping.ino)
+        tx.pin(mapping.ino, -1)
+        dropped.append(mapping)
     records.finish(tx)
-    return unpinned
+    return dropped
 
 
 def drop_records(tx: Transaction, volume: Volume, ino: Ino) -> None:

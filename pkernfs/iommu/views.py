@@ -60,10 +60,28 @@ def pending_facts(fs: Filesystem, number: int | None = None) -> list[api.Invalid
     return [_invalidation(one) for one in pending(Records(fs.volume, ROOT_PGTABLES_INO)) if number in (None, one.id)]
 
 
-def invalidations(fs: Filesystem, freed: int = 0) -> api.Invalidations:
-    """The pending invalidations, and the token that names the list.  ``freed``: pages, by an acknowledgement."""
-    token = generation(Records(fs.volume, ROOT_PGTABLES_INO))
-    return api.Invalidations(invalidations=pending_facts(fs), token=token, freed=freed)
+def kept_bytes(fs: Filesystem) -> int:
+    """Bytes that nobody uses and that await an invalidation, as far as damage lets them be told."""
+    try:
+        return fs.guard.kept_bytes()
+    except CorruptError as error:
+        fs.volume.damage.note(error)
+        return 0
+
+
+def invalidations(fs: Filesystem, freed: int = 0, before: int = 0) -> api.Invalidations:
+    """The pending invalidations, and the token that names the list.
+
+    Of an acknowledgement: ``freed``: pages of tables; ``before``: bytes that awaited it.
+    """
+    kept = kept_bytes(fs)
+    return api.Invalidations(
+        invalidations=pending_facts(fs),
+        token=generation(Records(fs.volume, ROOT_PGTABLES_INO)),
+        freed=freed,
+        awaiting=kept,
+        released=max(before - kept, 0),
+    )
 
 
 def domain_facts(fs: Filesystem, ino: Ino, name: str) -> api.Domain:

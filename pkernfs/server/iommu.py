@@ -114,8 +114,9 @@ def _replace(fs: Filesystem, request: api.IommuReplace) -> api.Replaced:
 def _invalidations(fs: Filesystem, request: api.IommuInvalidations) -> api.Invalidations:
     if request.acknowledge is None:
         return views.invalidations(fs)
+    before = views.kept_bytes(fs)
     freed = reclaim.acknowledge(fs, request.acknowledge, request.key)
-    return views.invalidations(fs, freed)
+    return views.invalidations(fs, freed, before)
 
 
 def _destroy(fs: Filesystem, request: api.IommuDestroy) -> api.Destroyed:

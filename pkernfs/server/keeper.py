@@ -34,7 +34,7 @@ from pkernfs.server.serving import Serving, Started
 from pkernfs.server.signals import Wakeup
 from pkernfs.server.standby import Standby
 from pkernfs.server.state import STORED, Descriptors, State
-from pkernfs.server.stats import BUGS, map_stats, requests
+from pkernfs.server.stats import AWAITING, BUGS, map_stats, requests
 from pkernfs.server.systemd import service
 from pkernfs.server.upgrade import Action, Decision, Upgrade
 
@@ -278,6 +278,7 @@ class Keeper:
             standby=self.standby.pid,
             requests=requests(self.stats),
             failed_requests=self.stats[BUGS],
+            awaiting=self.stats[AWAITING],
             dirty=dirty_bytes(self.state.device),
             pinned=pinned_bytes(self.serving.fds.region, self.state.worker),
         )

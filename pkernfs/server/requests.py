@@ -32,7 +32,14 @@ class Requests:
     def __init__(self, counters: memoryview | None = None) -> None:
         self.counters = counters or memoryview(bytearray(SIZE)).cast("Q")
         self.begun = 0  #: so far
+        self._told = ""  #: what to do to have more space, as it was logged
         self.at_work: dict[int, float] = {}  #: those that wait: their numbers, and when they were first seen waiting
+
+    def tell_what_is_kept(self, how: str) -> None:
+        """A request has found no space: log, once, what is to be done so that there is some.  "": there is nothing."""
+        if how and how != self._told:
+            log.warning("no space is left, and %s", how)
+            self._told = how
 
     @contextmanager
     def waiting(self) -> Iterator[Callable[[], None]]:
@@ -106,6 +113,8 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
         except PkernfsError as error:
             if isinstance(error, CorruptError):
                 fs.volume.damage.note(error)
+            elif error.errno == errno.ENOSPC:
+                requests.tell_what_is_kept(fs.guard.how_to_release())
             raise FUSEError(error.errno) from None
         except Exception:
             log.exception("a bug: %s of %s failed", name, subject(args))

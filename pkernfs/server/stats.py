@@ -1,8 +1,8 @@
 """What has happened on a mount, counted in memory that its workers and its keeper share: 512 counters of 8 bytes.
 
 The counter of an opcode (include/uapi/linux/fuse.h) holds how many such requests there were; BUGS, how many of them
-ended in an exception that is none of ours.  In memory, and not in messages to the keeper: counting is one store for
-each request, and what a worker has counted survives kill -9.
+ended in an exception that is none of ours; AWAITING, how many bytes await an invalidation.  In memory, and not in
+messages to the keeper: counting is one store for each request, and what a worker has counted survives kill -9.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pkernfs.server.device import OPCODES
 
 SIZE = 4096
 BUGS = 511
+AWAITING = 510
 INDEX = {name.lower(): opcode for opcode, name in OPCODES.items()}
 
 

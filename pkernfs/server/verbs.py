@@ -63,6 +63,10 @@ def verbs(
             except CorruptError as error:
                 fs.volume.damage.note(error)
                 raise
+            except FsError as error:
+                if error.errno == errno.ENOSPC:
+                    error.hint = error.hint or fs.guard.how_to_release()
+                raise
 
         return call
 

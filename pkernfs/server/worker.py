@@ -42,7 +42,7 @@ from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
 from pkernfs.server.state import State
-from pkernfs.server.stats import map_stats
+from pkernfs.server.stats import AWAITING, map_stats
 
 if TYPE_CHECKING:
     from pkernfs.server.control import ControlSocket
@@ -93,6 +93,7 @@ class Worker:
         self.first = False
         self.replaces_keeper = False  #: starts another keeper when this one ends: no service manager does
         self.drained = False
+        self.counted = -1  #: transactions, when it was counted what awaits an invalidation
         self.fds: list[int] = []  #: what another keeper needs
         stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
         self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
@@ -223,6 +224,7 @@ class Worker:
         """Handle one message."""
         match message["verb"]:
             case "beat":
+                self.count_awaiting(requests.counters)
                 send(self.keeper, Pulse(oldest=requests.oldest(), begun=requests.begun))
             case "know":
                 self.state = State.from_json(message["state"])
@@ -236,6 +238,14 @@ class Worker:
             case "end":
                 await trio.to_thread.run_sync(pyfuse3.syncfs, self.state.mountpoint, abandon_on_cancel=True)
                 pyfuse3.terminate()
+
+    def count_awaiting(self, counters: memoryview) -> None:
+        """Count what awaits an invalidation, if something may have changed since it was counted."""
+        sequence = self.fs.volume.journal.sequence
+        if sequence != self.counted:
+            self.counted = sequence
+            with suppress(PkernfsError):
+                counters[AWAITING] = self.fs.guard.kept_bytes()
 
     async def start_keeper(self) -> None:
         """Start another keeper, and give it the state of the mount and its descriptors."""

@@ -8,6 +8,7 @@ from pkernfs import format as f
 from pkernfs.format import Ino
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu.records import Records
+from pkernfs.region.superblock import copies_of, encode_superblock
 from tests.core.support import attach, map_file, mkdomain, mkfile, patch_inode
 
 
@@ -18,13 +19,52 @@ def domain(fs: Filesystem) -> Ino:
     map_file(fs, ino, 0x100, file, 1, 3)
     put(fs, ino, f.DOMAIN_KEY, f.DOMAIN.pack(f.DomainRecord(f.TABLES_VTD, 4, 3, 0, 1, 1, 0)))
     attach(fs, 0x28, ino)
+    fs.volume.enable(f.RO_COMPAT_AWAITING)
+    was = mkfile(fs, b"was", b"W" * 5 * f.PAGE)
     for key, value in (
         (f.PENDING_CONTEXT_KEY + 0x30, f.PENDING.pack(f.PendingInvalidation(0, 1))),
         (f.PENDING_IOTLB_KEY + (1 << f.IOVA_PAGE_BITS) + 0x100, f.PENDING.pack(f.PendingInvalidation(3, 1))),
         (f.REQUEST_KEY, f.REQUEST.pack(f.Request(5, 6))),
+        (awaiting_key(was), AWAITED),
     ):
         put(fs, f.ROOT_PGTABLES_INO, key, value)
+    patch_inode(fs, was, iommu=1)
     return ino
+
+
+def awaiting_key(ino: int, domain_id: int = 1) -> int:
+    """Of the record of content of inode ``ino`` that awaits an invalidation."""
+    return f.AWAITING_KEY + (ino << f.DOMAIN_ID_BITS) + domain_id
+
+
+AWAITED = f.AWAITING.pack(f.AwaitingContent(f.FilePage(1), 3))
+
+
+def bad_awaiting(path: bytes, **fields: int) -> Callable[[Filesystem], object]:
+    """Content of a file awaits an invalidation, which the record says otherwise than it can be."""
+
+    def plant(fs: Filesystem) -> None:
+        domain(fs)
+        value = f.AWAITING.pack(f.AwaitingContent(f.FilePage(0), 1)._replace(**fields))
+        put(fs, f.ROOT_PGTABLES_INO, awaiting_key(fs.resolve(path)), value)
+
+    return plant
+
+
+def not_pending(fs: Filesystem) -> None:
+    """Content awaits an invalidation of a domain id that none is pending of."""
+    domain(fs)
+    was = fs.resolve(b"was")
+    put(fs, f.ROOT_PGTABLES_INO, awaiting_key(was, 2), AWAITED)
+    patch_inode(fs, was, iommu=2)
+
+
+def feature_off(fs: Filesystem) -> None:
+    """Content awaits an invalidation, and the superblocks do not say that there may be such."""
+    domain(fs)
+    raw = encode_superblock(fs.volume.sb._replace(ro_compat=fs.volume.sb.ro_compat & ~f.RO_COMPAT_AWAITING))
+    for at in (0, *copies_of(fs.volume.sb.blocks)):
+        fs.region.store(at, raw[: f.SUPERBLOCK_CHECKED])
 
 
 def put(fs: Filesystem, ino: Ino, key: int, value: bytes) -> None:
@@ -177,6 +217,20 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     "iommu-pins-of-an-orphan": ("iommu-pins", orphan_of_mapping),
     "iommu-pins-of-a-directory": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"d"), iommu=1)),
     "iommu-pins-of-a-link": ("iommu-pins", lambda fs: patch_inode(fs, fs.resolve(b"link"), iommu=1)),
+    "iommu-awaiting-no-pages": ("iommu-record", bad_awaiting(b"iommu", length=0)),
+    "iommu-awaiting-beyond-all-files": ("iommu-record", bad_awaiting(b"iommu", start=(1 << 64) - 1, length=2)),
+    "iommu-awaiting-of-a-directory": ("iommu-awaiting", bad_awaiting(b"d")),
+    "iommu-awaiting-of-tables": ("iommu-awaiting", bad_awaiting(b"iommu/dom-0")),
+    "iommu-awaiting-of-nothing": (
+        "iommu-awaiting",
+        bad_record(f.ROOT_PGTABLES_INO, awaiting_key((1 << 44) - 1), AWAITED),
+    ),
+    "iommu-awaiting-and-not-pinned": (
+        "iommu-pins",
+        lambda fs: (domain(fs), patch_inode(fs, fs.resolve(b"was"), iommu=0)),
+    ),
+    "iommu-awaiting-what-is-not-pending": ("iommu-pending", not_pending),
+    "feature-in-use-and-off": ("feature", feature_off),
     "iommu-attachment-to-nothing": (
         "iommu-attachment",
         bad_record(f.ROOT_PGTABLES_INO, f.ATTACHMENT_KEY + 9, f.ATTACHMENT.pack(f.Attachment(f.Ino(77), 1, 0))),

@@ -17,6 +17,7 @@ from pkernfs.fsck.scrub import Damage, scrub_all, scrub_step
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import MemoryRegion, open_region
 from tests.core.faults import leak_blocks, set_block
+from tests.core.faults_iommu import domain
 from tests.core.support import ME, ROOT, MiB, map_file, mkdir, mkdomain, mkfile, open_fs
 from tests.core.test_check import damaged_regions
 
@@ -66,6 +67,16 @@ def test_page_tables(fs: Filesystem) -> None:
     record = Record(fs.volume.journal.sequence, "words", extent.page * PAGE + 8, 16)
     assert explain(fs, at + 31).record == record
     assert explain(fs, at + 32).record is None
+
+
+def test_content_that_awaits_an_invalidation(fs: Filesystem) -> None:
+    domain(fs)
+    was = fs.resolve(b"was")
+    place = fs.content.extents(was)[0].page * PAGE
+    assert explain(fs, place).awaits is None
+    fs.unlink(ROOT, b"was")
+    facts = explain(fs, place + 7)
+    assert (facts.ino, facts.path, facts.orphan, facts.awaits) == (was, None, True, 0)
 
 
 def test_records_of_the_journal(fs: Filesystem) -> None:

@@ -107,6 +107,53 @@ def test_map_attach_walk_unmap(place: Site) -> None:
     assert hardware.reach(GiB) is None
 
 
+def test_memory_of_a_removed_file_waits_for_the_acknowledgement(place: Site) -> None:
+    """It is shown wherever one may look for it."""
+    dom, ram, mnt = place.mnt / "iommu/dom-0", place.mnt / "guest-ram", place.mnt
+    iommu(place, "map", dom, 0, ram)
+    iommu(place, "attach", dom, "00:05.0", "--persistent")
+    iommu(place, "invalidations", mnt, "--ack", "all")
+    at, ino = physical(place, "guest-ram"), ram.stat().st_ino
+    free = os.statvfs(mnt).f_bfree
+    ram.unlink()
+    done = iommu(place, "unmap", dom, 0, "8M")
+    assert done["unmapped"] == 8 * MiB
+    # What was seen before: the next file got it at once.
+    other = mnt / "other"
+    other.touch()
+    place.run_ok("truncate", "-s", "8M", other)
+    assert physical(place, "other") != at
+    assert free - os.statvfs(mnt).f_bfree == 8 * MiB // 4096
+    listed = iommu(place, "invalidations", mnt)
+    assert listed["awaiting"] == 8 * MiB
+    assert json.loads(place.run_ok("pkernfs", "info", "--json", mnt))["awaiting"] == 8 * MiB
+    assert "8M waiting for invalidation" in place.run_ok("pkernfs", "info", mnt)
+    assert "waiting for invalidation: 8M" in place.run_ok("pkernfs", "iommu", "invalidations", mnt)
+    said = place.run_ok("pkernfs", "explain", place.region, hex(at))
+    assert f"of inode {ino}, which has no name, waiting for invalidation {listed['token']}" in said
+    wait_for(lambda: "8M waiting for invalidation" in place.run_ok("pkernfs", "status", mnt), "status tells of it")
+    assert "pkernfs_awaiting_bytes" in place.run_ok("pkernfs", "metrics", mnt)
+    # Of one that has a name still.
+    iommu(place, "map", dom, 0, other)
+    iommu(place, "unmap", dom, 0, "8M")
+    assert "waiting for invalidation: offset 0x0, length 0x800000" in place.run_ok("pkernfs", "info", other)
+    listing = place.run_ok("pkernfs", "ls", "-l", place.region)
+    assert "other (waiting for invalidation)" in listing
+    # What does not fit says why, and what to do.
+    place.expected = re.compile("no space is left")
+    figures = os.statvfs(mnt)
+    hole = mnt / "hole"
+    hole.touch()
+    with pytest.raises(OSError, match="No space left"):
+        os.truncate(hole, figures.f_bavail * figures.f_frsize + 2 * MiB)
+    token = iommu(place, "invalidations", mnt)["token"]
+    how = f"let hardware do what pkernfs iommu invalidations MOUNT lists, then --ack {token}"
+    assert f"8388608 bytes await an invalidation: {how}" in place.server_log.read_text()
+    done = iommu(place, "invalidations", mnt, "--ack", str(token))
+    assert (done["released"], done["awaiting"], done["stale"]) == (8 * MiB, 0, [])
+    assert os.statvfs(mnt).f_bfree == free
+
+
 def test_the_rfc_s_way_to_make_a_domain(place: Site) -> None:
     dom = place.mnt / "iommu/dom-1"
     place.run_ok("touch", dom)

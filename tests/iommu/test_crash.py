@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
-from pkernfs.format import GiB, Ino, KiB, MiB
+from pkernfs.format import ROOT_INO as ROOT
+from pkernfs.format import ROOT_PGTABLES_INO, GiB, Ino, KiB, MiB
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu import devices, domain, mapping, pci, reclaim, replace, views
+from pkernfs.iommu.awaiting import awaiting
 from pkernfs.iommu.directory import named_domains
+from pkernfs.iommu.records import Records
 from pkernfs.iommu.restore import restore
 from pkernfs.region import MemoryRegion
 from tests.core.crash.scratch import Scratch, torn
@@ -25,7 +28,7 @@ from tests.core.support import ME, SEED, UUID, check, mkfile, open_fs
 from tests.iommu.walker import Amd, AmdReason, Malformed, Memory, Vtd, VtdReason
 
 BASE = 1 << 40
-DEVICE, OTHER, THIRD = (pci.parse(word) for word in ("00:05.0", "00:06.0", "01:00.0"))
+DEVICE, OTHER, THIRD, LATE = (pci.parse(word) for word in ("00:05.0", "00:06.0", "01:00.0", "00:07.0"))
 #: A device that is not attached, as hardware says it.
 NO_ENTRY = {VtdReason.ROOT_NOT_PRESENT, VtdReason.CONTEXT_NOT_PRESENT, AmdReason.ABORTED}
 Run = Callable[[Filesystem], object]
@@ -62,6 +65,12 @@ OPERATIONS: dict[str, Run] = {
     "mount": restore,
     "mount-cold": lambda fs: restore(fs, cold=True),
     "replace": lambda fs: replace.replace(fs, dom(fs), 1),
+    "destroy-pending": lambda fs: domain.destroy(fs, dom(fs, b"late")),
+    "unmap-pending": lambda fs: mapping.unmap(fs, dom(fs, b"late"), 16 * KiB, 32 * KiB),
+    "cut-awaiting": lambda fs: fs.setattr(fs.resolve(b"was"), fs_size(5 * KiB)),
+    "cut-awaiting-to-nothing": lambda fs: fs.setattr(fs.resolve(b"was"), fs_size(0)),
+    "write-over-awaiting": lambda fs: fs.write(fs.resolve(b"was"), 0, b"new" * 8 * KiB),
+    "unlink-awaiting": lambda fs: fs.unlink(ROOT, b"was"),
     "acknowledged": reclaim.acknowledge,
 }
 
@@ -92,6 +101,15 @@ def image(form: str) -> bytes:
     mapping.map_file(fs, dom(fs), 3 * GiB, fs.resolve(b"small"), 0, 64 * KiB)
     mapping.unmap(fs, dom(fs), 3 * GiB, 64 * KiB)
     fs.unlink(fs.resolve(b""), b"gone")
+    # What awaits an invalidation: of a file, by a domain that lives on, and of one that was detached.
+    for page in range(70):
+        fs.write(fs.resolve(b"was") if page else mkfile(fs, b"was"), page * 8192, b"w" * 4096)
+    domain.create(fs, b"late", form, 3, ME)
+    devices.attach(fs, dom(fs, b"late"), LATE)
+    mapping.map_file(fs, dom(fs, b"late"), 0, fs.resolve(b"small"), 0, 0)
+    mapping.map_file(fs, dom(fs), 5 * GiB, fs.resolve(b"was"), 0, 0)
+    mapping.unmap(fs, dom(fs), 5 * GiB, GiB)
+    devices.detach(fs, LATE)
     assert check(fs.volume) == []
     assert views.audit(fs).problems == []
     return bytes(region.view)
@@ -127,8 +145,18 @@ def seen(fs: Filesystem) -> dict[str, Any]:
     """What a user can see of it."""
     facts = views.list_all(fs)
     sizes = {name: fs.getattr(fs.resolve(b"iommu/" + name)).size for name, _ in named_domains(fs.volume)}
-    pins = {ino: fs.getattr(ino).iommu for ino in [*fs.orphans.inos(), fs.resolve(b"guest"), fs.resolve(b"small")]}
-    return {"facts": facts, "sizes": sizes, "pins": pins}
+    pins = {name: fs.getattr(ino).iommu for name in (b"guest", b"small", b"was") for ino in inos(fs, name)}
+    was = [(fs.getattr(ino).size, fs.content.extents(ino)) for ino in inos(fs, b"was")]
+    kept = sorted(
+        (*one[1:], fs.getattr(one.ino).nlink, fs.content.extents(one.ino))
+        for one in awaiting(Records(fs.volume, ROOT_PGTABLES_INO))
+    )
+    return {"facts": facts, "sizes": sizes, "pins": pins, "was": was, "kept": kept}
+
+
+def inos(fs: Filesystem, name: bytes) -> list[Ino]:
+    """What a name in the root stands for, if it is there."""
+    return [entry.ino for entry in fs.readdir(ROOT) if entry.name == name]
 
 
 @pytest.mark.parametrize("form", ["vtd", "amd"])

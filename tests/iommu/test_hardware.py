@@ -5,6 +5,7 @@ The hardware is QEMU's, without a guest; it goes on while servers and mounts are
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ from pkernfs.format import BLOCK, PAGE, GiB, MiB
 from tests.iommu.machine import HIGH_MEMORY, Device
 from tests.iommu.rig import DEVICES, Rig, new_rig
 from tests.iommu.walker import READ, WRITE, AmdReason, Translation, VtdReason
-from tests.mount.site import run
+from tests.mount.site import errno_of, run
 
 pytestmark = [
     pytest.mark.mount,
@@ -28,6 +29,8 @@ pytestmark = [
 ]
 ONE, TWO = DEVICES
 DATA = bytes(range(256)) * 16
+#: What the log of a mount may hold that all tests of this module use.
+EXPECTED = re.compile("another one takes over|no space is left")
 BOTH = pytest.mark.parametrize("form", ["vtd", "amd"])
 
 
@@ -211,7 +214,7 @@ def traffic(rig: Rig, iova: int = GiB, name: str = "dom-0", device: int = 0) -> 
 
 @BOTH
 def test_the_server_is_killed(rig: Rig) -> None:
-    rig.site.expected = re.compile("another one takes over")
+    rig.site.expected = EXPECTED
     device = traffic(rig)
     device.go()
     os.kill(rig.site.worker(), signal.SIGKILL)
@@ -338,6 +341,87 @@ def test_unmapped_memory_is_out_of_reach_after_the_invalidation_that_is_pending(
     result = run("pkernfs", "iommu", "unmap", domain, hex(GiB), hex(BLOCK))
     assert result.returncode == 1
     os.unlink(rig.mnt / "ram-dom-0")
+
+
+def take_all(rig: Rig) -> None:
+    """Let files take all memory that is free."""
+    for number, step in enumerate((4 * BLOCK, BLOCK, PAGE)):
+        path = rig.file(f"taken-{number}", 0)
+        while not errno_of(os.truncate, path, path.stat().st_size + step):
+            pass
+        assert errno_of(os.truncate, path, path.stat().st_size + step) == errno.ENOSPC
+
+
+def unmap_and_remove(rig: Rig) -> None:
+    rig.iommu("unmap", rig.mnt / "iommu/dom-0", GiB, 4 * BLOCK)
+    os.unlink(rig.mnt / "ram-dom-0")
+
+
+def remove_and_unmap(rig: Rig) -> None:
+    os.unlink(rig.mnt / "ram-dom-0")
+    rig.iommu("unmap", rig.mnt / "iommu/dom-0", GiB, 4 * BLOCK)
+
+
+def unmap_and_cut(rig: Rig) -> None:
+    rig.iommu("unmap", rig.mnt / "iommu/dom-0", GiB, 4 * BLOCK)
+    os.truncate(rig.mnt / "ram-dom-0", 0)
+
+
+def unmap_and_write_anew(rig: Rig) -> None:
+    """As cp(1) does it: O_TRUNC, and other content."""
+    rig.iommu("unmap", rig.mnt / "iommu/dom-0", GiB, 4 * BLOCK)
+    (rig.mnt / "ram-dom-0").write_bytes(b"anew" * BLOCK)
+    os.sync()
+
+
+def detach_and_destroy(rig: Rig) -> None:
+    rig.iommu("detach", rig.mnt, ONE)
+    rig.iommu("destroy", rig.mnt / "iommu/dom-0")
+    os.unlink(rig.mnt / "ram-dom-0")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "taking", [unmap_and_remove, remove_and_unmap, unmap_and_cut, unmap_and_write_anew, detach_and_destroy]
+)
+def test_dma_by_what_is_cached_reaches_nobody_s_memory(rig: Rig, taking: Callable[[Rig], None]) -> None:
+    """A device that hardware still translates for stores after its memory was freed, before that is acknowledged."""
+    rig.site.expected = EXPECTED
+    stale = traffic(rig)
+    domain = rig.domain("dom-1", TWO)
+    other = rig.devices[1]
+    stale.go(5)
+    rig.give(stale.device, DATA)
+    stale.device.store(GiB, len(DATA))  # the device holds DATA, and the hardware has translated the IOVA
+    taking(rig)
+    take_all(rig)
+    assert rig.command("info", "--json", str(rig.mnt))["awaiting"] >= 4 * BLOCK
+    rig.memory[stale.ram : stale.ram + len(DATA)] = bytes(len(DATA))
+    before = rig.snapshot()
+    stale.device.store(GiB, len(DATA))
+    assert rig.memory[stale.ram : stale.ram + len(DATA)] == DATA, "expected the hardware to have it cached"
+    rig.memory[stale.ram : stale.ram + len(DATA)] = bytes(len(DATA))
+    assert rig.snapshot() == before, "what was stored has reached more than what was unmapped"
+    rig.memory[stale.ram : stale.ram + len(DATA)] = DATA
+    old = range(stale.ram, stale.ram + 4 * BLOCK)
+    for path in rig.mnt.iterdir():
+        for one in rig.extents(path.name) if path.is_file() else ():
+            assert not (one.region < old.stop and old.start < one.region + one.length), f"{path.name} has got it"
+    said = rig.command("explain", "--json", "--offset", str(rig.site.region), str(stale.ram))
+    assert (said["path"], said["awaits"]) == (None, rig.iommu("invalidations", rig.mnt)["token"])
+    # After the acknowledgement it comes back, as zeros, and no device reaches it.
+    rig.invalidate()
+    fault = rig.refuses(stale.device, GiB, WRITE)
+    assert fault.reason in (
+        VtdReason.NO_WRITE,
+        VtdReason.CONTEXT_NOT_PRESENT,
+        AmdReason.PAGE_FAULT,
+        AmdReason.ABORTED,
+    )
+    assert rig.command("info", "--json", str(rig.mnt))["awaiting"] == 0
+    rig.iommu("map", domain, GiB, rig.file("next", 4 * BLOCK))
+    assert rig.at("next", 0) == stale.ram
+    assert rig.read(other, GiB, len(DATA)) == bytes(len(DATA))
 
 
 @BOTH

@@ -17,6 +17,7 @@ EXTENT, EXTENT_VALUE = struct.Struct("<QQQ"), struct.Struct("<QQ")
 DIRENT, XATTR = struct.Struct("<QII"), struct.Struct("<BBHIII")
 MAPPING, DOMAIN = struct.Struct("<QQQII"), struct.Struct("<BBBBIQQ")
 ATTACHMENT = struct.Struct("<QII")
+PENDING, AWAITING = struct.Struct("<QQ"), struct.Struct("<QQ")
 JOURNAL_HEADER, RECORD = struct.Struct("<QIIQQQ"), struct.Struct("<QII")
 
 

@@ -18,6 +18,7 @@ from functools import cached_property
 
 from tests.reader.on_region import (
     ATTACHMENT,
+    AWAITING,
     BLOCK,
     DATA,
     DIRENT,
@@ -36,6 +37,7 @@ from tests.reader.on_region import (
     P_NODE,
     P_XATTR,
     PAGE,
+    PENDING,
     ROOT,
     ROOT_TABLES,
     SLAB,
@@ -241,8 +243,26 @@ class Reader(Space):
                 found[key - (2 << 60)] = domain
         return found
 
+    def awaiting(self) -> list[tuple[int, int, int, int]]:
+        """(inode, domain id, file offset, length) of content that awaits an invalidation, which must be pending."""
+        found, pending = [], set()
+        for key, value in self._items(ROOT_TABLES, self.inode(ROOT_TABLES).iommu):
+            if 3 << 60 <= key < 6 << 60:
+                pending.add(PENDING.unpack(value)[1])
+            elif 8 << 60 <= key < 9 << 60:
+                ino, number = divmod(key - (8 << 60), 1 << 16)
+                start, count = AWAITING.unpack(value)
+                expect(f"inode {ino}: what awaits", count > 0 and (start + count) * PAGE <= 1 << 48, True)
+                found.append((ino, number, start * PAGE, count * PAGE))
+        expect("ids of what is pending", {number for _, number, _, _ in found} <= pending, True)
+        expect("feature of content that awaits", bool(found) and not self.ro_compat & 2, False)
+        return found
+
     def pinned(self) -> dict[int, int]:
-        """How many mappings name each file, which is compared with what the file counts, and with its memory."""
+        """How many mappings name each file, and what awaits an invalidation; compared with what the file counts.
+
+        Mappings are also compared with its memory.
+        """
         files = {entry.ino: entry for entry in self.tree().values()} | self.orphans()
         pins: Counter[int] = Counter()
         for domain in files.values():
@@ -256,6 +276,9 @@ class Reader(Space):
                 )
                 expect(f"{what}: memory of inode {ino}", there, length)
                 expect(f"{what}: within inode {ino}", offset + length <= -(-files[ino].size // PAGE) * PAGE, True)
+        for ino, *_ in self.awaiting():
+            expect(f"inode {ino} awaits: a regular file", ino in files and stat.S_ISREG(files[ino].mode), True)
+            pins[ino] += 1
         for ino, entry in files.items():
             expect(f"inode {ino}: pins", entry.pins, pins[ino])
         return dict(pins)

@@ -72,6 +72,7 @@ class Space:
         expect("superblock: magic and version", values[:2], (0x706B65726E6673, 1))
         expect("superblock: incompat, block_size, page_size, inode_size", values[5:9], (0, BLOCK, PAGE, 256))
         expect("superblock: checksum", crc32c(first[:12] + bytes(4) + first[16:]), values[2])
+        self.ro_compat = values[4]
         self.uuid, label, self.seed = values[9:12]
         self.label = label.rstrip(b"\0").decode()
         self.blocks, self.phys_base, self.table_pages, self.journal, self.first_block, self.created = values[12:18]

@@ -26,8 +26,9 @@ changes memory; it does not touch hardware.
   pkernfs iommu invalidations /mnt/pkernfs --ack 77     all of the list that ended with the token 77 has been done
   pkernfs iommu invalidations /mnt/pkernfs --ack all    whatever is pending has been done
 
-Until it is acknowledged no page of an old table, or of a destroyed domain's, is used again, so a cache that is late
-points to old memory, not to other tables.  Acknowledge after the IOMMU reported the end of the commands (VT-d:
+Until it is acknowledged no page of an old table, or of a destroyed domain's, is used again, and no memory of a file
+that was unmapped, and removed or cut since: a cache that is late points to memory that is nobody's.  It is counted as
+used, and against the owner's quota.  Acknowledge after the IOMMU reported the end of the commands (VT-d:
 Invalidation Wait Descriptor; AMD: COMPLETION_WAIT).  With a token it fails (EAGAIN) when more is pending by now; use
 one where somebody else may change mappings meanwhile.
 
@@ -68,7 +69,8 @@ def _lines(result: api.Invalidations, path: str, arguments: argparse.Namespace) 
     from pkernfs import api, client
 
     if arguments.ack is not None:
-        yield f"acknowledged: {plural(result.freed, 'page')} of old tables reclaimed"
+        content = f", {human(result.released)} of content and removed domains" if result.released else ""
+        yield f"acknowledged: {plural(result.freed, 'page')} of old tables reclaimed{content}"
     pending = result.invalidations
     if not pending:
         yield "nothing to invalidate"
@@ -85,6 +87,8 @@ def _lines(result: api.Invalidations, path: str, arguments: argparse.Namespace) 
         queued.update(needed)
     if any("page-selective" in command for command in queued):
         yield "where an address mask is above the unit's CAP.MAMV: domain-selective instead"
+    if result.awaiting:
+        yield f"waiting for invalidation: {human(result.awaiting)} of removed files, cut files and removed domains"
     yield f"then: {INVALIDATIONS} {printable(arguments.mount)} --ack {result.token}"
 
 

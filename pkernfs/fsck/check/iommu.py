@@ -11,9 +11,12 @@ from pkernfs.errors import CorruptError
 from pkernfs.format import (
     ATTACHMENT,
     ATTACHMENT_KEY,
+    AWAITING,
+    AWAITING_KEY,
     BITMAP_PAGES,
     BLOCK_DATA,
     DOMAIN,
+    DOMAIN_ID_BITS,
     DOMAIN_KEY,
     FIRST_FREE_SLOT,
     FLAG_IOMMU_DOMAIN_PGTABLES,
@@ -32,6 +35,7 @@ from pkernfs.format import (
     REQUEST,
     REQUEST_KEY,
     REQUEST_SLOTS,
+    RO_COMPAT_AWAITING,
     ROOT_PGTABLES_INO,
     ROOT_TABLE,
     ROOT_TABLE_KEY,
@@ -39,6 +43,7 @@ from pkernfs.format import (
     TABLES_VTD,
     WRITE,
     Attachment,
+    AwaitingContent,
     DomainRecord,
     FilePage,
     Ino,
@@ -46,13 +51,14 @@ from pkernfs.format import (
     IovaPage,
     Mapping,
     PageNo,
+    PendingInvalidation,
 )
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.runs import joined_runs
 from pkernfs.fsck.check.rules import holds_tables
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.check.trees import is_record, items
-from pkernfs.fsck.findings import BadRecord, Fields, FreeBitmap, NewId
+from pkernfs.fsck.findings import BadRecord, FeatureOff, Fields, FreeBitmap, NewId, NotPending
 from pkernfs.fsck.problems import Code
 from pkernfs.layout import Layout
 
@@ -79,6 +85,11 @@ def _domain(_: int, domain: DomainRecord, pages: int) -> bool:
     return form and not domain.reserved and domain.id in IDS and max(domain.root, domain.awaiting) <= pages
 
 
+def _awaiting(key: int, content: AwaitingContent, _: int) -> bool:
+    domain_id = key & (1 << DOMAIN_ID_BITS) - 1
+    return domain_id in IDS and 0 < content.length <= MAX_FILE_SIZE // PAGE - content.start
+
+
 OF_DOMAIN = (
     Kind(range(IOVA_PAGES), MAPPING, _mapping),
     Kind(range(DOMAIN_KEY, DOMAIN_KEY + 1), DOMAIN, _domain),
@@ -94,6 +105,7 @@ OF_ROOT = (
         PENDING,
         lambda key, record, _: record.id == key - PENDING_IOTLB_KEY >> IOVA_PAGE_BITS and record.length <= IOVA_PAGES,
     ),
+    Kind(range(AWAITING_KEY, AWAITING_KEY + (1 << 60)), AWAITING, _awaiting),
     Kind(range(GENERATION_KEY, GENERATION_KEY + 1), GENERATION, lambda *_: True),
     Kind(range(REQUEST_KEY, REQUEST_KEY + REQUEST_SLOTS), REQUEST, lambda *_: True),
 )
@@ -177,12 +189,17 @@ def records(check: Check, ino: Ino, inode: Inode) -> None:
             named.ids.setdefault(found.id, []).append(ino)
         elif isinstance(found, Attachment):
             named.attachments.append((key, found))
+        elif isinstance(found, AwaitingContent):
+            file, domain_id = divmod(key - AWAITING_KEY, 1 << DOMAIN_ID_BITS)
+            named.awaiting.append((key, Ino(file), domain_id))
+        elif isinstance(found, PendingInvalidation):
+            named.pending.add(found.id)
         structure.keep(key, value)
     check.close(structure)
 
 
 def mappings(check: Check) -> None:
-    """A mapping names memory of a file, within its size, and a file counts the mappings that name it."""
+    """A mapping names memory of a file, within its size; a file counts the mappings, and what awaits, that name it."""
     if check.findings.incomplete:
         return
     counts: Counter[Ino] = Counter()
@@ -193,6 +210,13 @@ def mappings(check: Check) -> None:
             continue
         for domain, key, _ in found:
             _bad_mapping(check, domain, key, f"inode {file}, which is none")
+    for key, file, _ in check.records.awaiting:
+        if _is_mappable(check, file):
+            counts[file] += 1
+            continue
+        text = f"record {key:#x}: expected content of a file that awaits an invalidation, found inode {file}"
+        data = BadRecord(ROOT_PGTABLES_INO, key)
+        check.note(Code.IOMMU_AWAITING, f"{text}, which is none", ino=ROOT_PGTABLES_INO, data=data)
     pinned = check.records.pinned
     for ino in sorted({*counts, *pinned}):
         pins = pinned.get(ino, 0)
@@ -233,6 +257,18 @@ def _memory(check: Check, file: Ino, found: list[tuple[Ino, IovaPage, Mapping]])
     if last > -(-inode.size // PAGE):
         text = f"inode {file}: expected {last} pages, as mapped, found {inode.size} bytes"
         check.note(Code.IOMMU_END, text, ino=file, data=Fields(file, {"size": last * PAGE}))
+
+
+def awaiting(check: Check) -> None:
+    """What content awaits is pending, and who does not know of it may not write."""
+    if check.findings.incomplete or not check.records.awaiting:
+        return
+    for domain_id in sorted({domain_id for _, _, domain_id in check.records.awaiting} - check.records.pending):
+        text = f"content awaits an invalidation of domain id {domain_id}: expected it to be pending, found none"
+        check.note(Code.IOMMU_PENDING, text, ino=ROOT_PGTABLES_INO, data=NotPending(domain_id))
+    if not check.volume.sb.ro_compat & RO_COMPAT_AWAITING:
+        text = f"content awaits invalidations: expected feature {RO_COMPAT_AWAITING:#x} (ro_compat), found it off"
+        check.note(Code.FEATURE, text, data=FeatureOff(RO_COMPAT_AWAITING))
 
 
 def attachments(check: Check) -> None:

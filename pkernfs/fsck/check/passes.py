@@ -12,7 +12,7 @@ from pkernfs.fsck.check.attributes import attributes
 from pkernfs.fsck.check.directories import entries, names
 from pkernfs.fsck.check.extents import extents
 from pkernfs.fsck.check.inodes import flags, link_counts, mode, no_content, no_pins, pages, parent, size, symlink
-from pkernfs.fsck.check.iommu import attachments, mappings, records, tables
+from pkernfs.fsck.check.iommu import attachments, awaiting, mappings, records, tables
 from pkernfs.fsck.check.metadata import block_table, journal, reserved_inodes, slab_headers, superblocks
 from pkernfs.fsck.check.orphans import lost_inodes, orphans, says_listed
 from pkernfs.fsck.check.quotas import quota_form, quotas
@@ -36,6 +36,7 @@ FILESYSTEM: tuple[Pass, ...] = (
     quotas,
     mappings,
     attachments,
+    awaiting,
     leaks,
 )
 #: A region in use has page tables that say what their records say; tests that make records alone leave this one out.

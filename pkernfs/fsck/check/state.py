@@ -64,6 +64,8 @@ class TableRecords:
         self.mappings: dict[Ino, list[tuple[Ino, IovaPage, Mapping]]] = {}  #: by file: (domain, key, mapping)
         self.pinned: dict[Ino, int] = {}  #: inodes without page tables: the pins that they count
         self.attachments: list[tuple[int, Attachment]] = []  #: (key, attachment)
+        self.awaiting: list[tuple[int, Ino, int]] = []  #: (key, inode, domain id) of content
+        self.pending: set[int] = set()  #: domain ids of the invalidations that are pending
 
 
 class Check:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pkernfs.errors import PkernfsError
-from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE, Ino
-from pkernfs.fsck.findings import BadRecord, FreeBitmap, NewId
+from pkernfs.format import DOMAIN, DOMAIN_KEY, PAGE, ROOT_PGTABLES_INO, DomainId, Ino
+from pkernfs.fsck.findings import BadRecord, FeatureOff, FreeBitmap, NewId, NotPending
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Work, batches
+from pkernfs.iommu.invalidations import Invalidation, add
 from pkernfs.iommu.records import Records
 
 
 def records(work: Work) -> None:
-    """Records that name what is not there are dropped; the pins are counted anew in the next round."""
+    """Records that name what is not there are dropped, and what is missing is added.
+
+    The pins are counted anew in the next round.
+    """
     bad: dict[Ino, dict[int, Code]] = {}
     for code, data in work.found(BadRecord):
         bad.setdefault(data.ino, {})[data.key] = code
@@ -27,6 +31,15 @@ def records(work: Work) -> None:
                 break  # the inode is to be mended first
             for key in batch:
                 work.note(keys[key], f"record {key:#x} of inode {ino} was dropped", ino=ino)
+    for code, (number,) in work.found(NotPending):
+        with work.volume.transaction() as tx:
+            tree = Records(work.volume, ROOT_PGTABLES_INO)
+            add(tx, tree, Invalidation(DomainId(number)))
+            tree.finish(tx)
+        work.note(code, f"an invalidation of all of domain id {number} is pending now", ino=ROOT_PGTABLES_INO)
+    for code, (ro_compat,) in work.found(FeatureOff):
+        work.volume.enable(ro_compat)
+        work.note(code, f"feature {ro_compat:#x} (ro_compat) is on now")
 
 
 def domain_ids(work: Work) -> None:

@@ -29,10 +29,11 @@ from pkernfs.fs.rename import RENAME_EXCHANGE
 from pkernfs.fsck.explain import explain
 from pkernfs.fsck.findings import MAX_FINDINGS
 from pkernfs.fsck.scrub import scrub_step
+from pkernfs.iommu import reclaim
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.server.operations import Operations
-from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, judged
+from tests.core.fuzz.oracle import Before, Violation, WatchedRegion, is_feature, judged
 from tests.core.support import ME, ROOT, SEED, UUID, check_region, repair_region, set_clock
 
 MOST = 60  #: objects that are looked at
@@ -72,7 +73,8 @@ class Use:
         sb = f.SUPERBLOCK.unpack(self.region.view)
         end = min(sb.blocks * f.BLOCK, self.region.size)
         for offset, length in self.region.log:
-            if offset < f.SUPERBLOCK.size or offset + length > end or offset == sb.journal_offset:
+            superblock = offset < f.SUPERBLOCK.size or offset == sb.journal_offset
+            if (superblock and not is_feature(sb, offset, length)) or offset + length > end:
                 raise Violation(f"opening stored {length} bytes at {offset:#x}")
 
     def note(self, error: Any) -> None:
@@ -178,7 +180,7 @@ class Use:
             if stat.S_ISDIR(place.mode):
                 makers |= OF_DIRECTORIES
             for what in rng.sample(sorted(makers), 2):
-                self.alter(what, {ino}, functools.partial(makers[what], fs, ino))
+                self.alter(what, {ino} | self.pinned(ino), functools.partial(makers[what], fs, ino))
         for place in places[:most]:
             other = rng.choice(places)
             target = (rng.choice(directories), b"moved") if rng.random() < 0.5 else (other.parent, other.name)
@@ -196,18 +198,25 @@ class Use:
         """What a name stands for now; 0: for nothing that can be had."""
         return self.look(self.fs.lookup, parent, name, ino=parent) or Ino(0)
 
+    def pinned(self, ino: Ino) -> set[Ino]:
+        """The inode that holds what awaits an invalidation, when that may change with a file."""
+        inode = self.look(self.fs.getattr, ino, ino=ino)
+        return {f.ROOT_PGTABLES_INO} if inode is not None and inode.iommu else set()
+
     def mapped(self, inos: set[Ino]) -> set[Ino]:
         """The files that are mapped by the domains among inodes, which drop their pins when they go."""
         found = set()
         with suppress(PkernfsError):
             for ino in inos:
+                found |= self.pinned(ino)
                 if self.fs.getattr(ino).flags & f.FLAG_IOMMU_DOMAIN_PGTABLES:
                     for _, mapping in Records(self.fs.volume, ino).mappings():
                         found.add(mapping.ino)
         return found
 
     def end(self) -> None:
-        """Unmount."""
+        """Hardware has invalidated all that it may have cached; unmount."""
+        self.note(judged(reclaim.acknowledge, self.fs))
         self.fs.reclaimer.ended = True
         judged(self.fs.close)
 
