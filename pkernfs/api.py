@@ -270,7 +270,6 @@ class RegionInfo(Struct):
     space_free: int
     inodes: int
     orphans: int | None  #: inodes without a name; None: their list is damaged
-    awaiting: int | None  #: bytes that nobody uses, and that await an invalidation; None: not known, for damage
     phys_base: int
     journal: JournalInfo
     first_block: int
@@ -280,9 +279,10 @@ class RegionInfo(Struct):
     last_mounted: int
     last_unmounted: int
     damaged: list[Finding]
+    awaiting: int | None = None  #: bytes that nobody uses, and that await an invalidation; None: not known, for damage
 
 
-class MountInfo(RegionInfo):
+class MountInfo(RegionInfo, kw_only=True):
     """A region that is mounted."""
 
     server: int  #: process id of the worker
@@ -327,7 +327,7 @@ class FileInfo(Struct):
     direct: bool  #: marked as mapped directly from the region
     extents: list[Extent]
     pins: list[Pin]
-    awaiting: list[Awaiting]
+    awaiting: list[Awaiting] = []
 
 
 class DamagedChecksum(Struct):
@@ -481,8 +481,8 @@ class Invalidations(Struct):
     invalidations: list[Invalidation] = field(name="stale")
     token: int
     freed: int  #: pages of old tables that the acknowledgement freed
-    awaiting: int  #: bytes of content and of removed domains that await it
-    released: int  #: bytes of these that the acknowledgement has released
+    awaiting: int = 0  #: bytes of content and of removed domains that await it
+    released: int = 0  #: bytes of these that the acknowledgement has released
 
 
 class Step(Struct):
@@ -555,7 +555,7 @@ class Status(Struct):
     failed_requests: int
     dirty: int | None  #: None: not known
     pinned: int
-    awaiting: int  #: bytes that await an invalidation
+    awaiting: int = 0  #: bytes that await an invalidation
 
 
 class Upgraded(Struct):

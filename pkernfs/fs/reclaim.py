@@ -9,7 +9,7 @@ import stat
 from contextlib import suppress
 from itertools import islice, takewhile
 
-from pkernfs.errors import PkernfsError
+from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import GUARDED, PAGE, FilePage, Ino, Inode
 from pkernfs.fs.chunks import cut_at, truncate
 from pkernfs.fs.damage import corrupt_inode
@@ -140,25 +140,31 @@ class Reclaimer:
     def _put_aside(self, tx: Transaction, ino: Ino, filemap: FileMap, first: FilePage) -> bool:
         """Move a part of what lies in a file from page ``first`` on to a new orphan, which is pinned; True: all of it.
 
-        It is as the file was: it counts against its quota, and belongs to its owner.
+        Raises FsError(ENOSPC): it lies beyond the end of the file until it can be freed, or put aside.
         """
-        volume = self.volume
-        if next(filemap.extents(first), None):
-            like = filemap.inode
-            aside = volume.allocator.alloc_inode(tx)
-            mode, now = stat.S_IFREG | 0o600, volume.clock()
-            made = new_inode(mode, now, like.uid, like.gid, generation=now >> 10, project=like.project)
-            other = FileMap(volume, aside, made._replace(nlink=0))
-            done = filemap.move(tx, first, END, other, ASIDE)
-            end = max(extent.start + extent.length for extent in other.extents())
-            tx.put_inode(aside, other.finish()._replace(size=end * PAGE))
-            tx.put_inode(ino, filemap.finish())
-            self.orphans.add(tx, aside)
-            self.guard.hand_on(tx, ino, aside, first)
-            if not done:
-                return False
-        self.guard.cut(tx, ino, first)
-        return True
+        try:
+            done = next(filemap.extents(first), None) is None or self._move_aside(tx, ino, filemap, first)
+        except FsError as error:
+            what = f"inode {ino} was cut, and what awaits an invalidation of it cannot be put aside"
+            raise FsError(error.errno, what) from None
+        if done:
+            self.guard.cut(tx, ino, first)
+        return done
+
+    def _move_aside(self, tx: Transaction, ino: Ino, filemap: FileMap, first: FilePage) -> bool:
+        """The same of what is there.  The orphan belongs to the file's owner, and counts against its quota."""
+        volume, like = self.volume, filemap.inode
+        aside = volume.allocator.alloc_inode(tx)
+        now = volume.clock()
+        made = new_inode(stat.S_IFREG | 0o600, now, like.uid, like.gid, generation=now >> 10, project=like.project)
+        other = FileMap(volume, aside, made._replace(nlink=0))
+        done = filemap.move(tx, first, END, other, ASIDE)
+        end = max(extent.start + extent.length for extent in other.extents())
+        tx.put_inode(aside, other.finish()._replace(size=end * PAGE))
+        tx.put_inode(ino, filemap.finish())
+        self.orphans.add(tx, aside)
+        self.guard.hand_on(tx, ino, aside, first)
+        return done
 
     # -- step by step ------------------------------------------------------------------------------------------------
 

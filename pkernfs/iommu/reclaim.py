@@ -1,4 +1,4 @@
-"""Reclaiming old tables and content, once it is acknowledged that hardware has invalidated what it had cached of them."""
+"""Reclaiming old tables and content, once it is acknowledged that hardware has invalidated what it had of them."""
 
 from __future__ import annotations
 
