@@ -70,7 +70,14 @@ class State:
         return cls(**facts)
 
     def status(
-        self, *, standby: int, requests: dict[str, int], failed_requests: int, dirty: int | None, pinned: int
+        self,
+        *,
+        standby: int,
+        requests: dict[str, int],
+        failed_requests: int,
+        dirty: int | None,
+        pinned: int,
+        awaiting: int,
     ) -> api.Status:
         """What `pkernfs status` shows: of the state, and what the keeper adds."""
         from pkernfs import api
@@ -96,4 +103,5 @@ class State:
             failed_requests=failed_requests,
             dirty=dirty,
             pinned=pinned,
+            awaiting=awaiting,
         )

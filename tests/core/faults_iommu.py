@@ -40,7 +40,7 @@ def awaiting_key(ino: int, domain_id: int = 1) -> int:
 AWAITED = f.AWAITING.pack(f.AwaitingContent(f.FilePage(1), 3))
 
 
-def bad_awaiting(path: bytes, **fields: int) -> Callable[[Filesystem], object]:
+def bad_awaiting(path: bytes, **fields: Any) -> Callable[[Filesystem], object]:
     """Content of a file awaits an invalidation, which the record says otherwise than it can be."""
 
     def plant(fs: Filesystem) -> None:

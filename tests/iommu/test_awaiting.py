@@ -474,7 +474,7 @@ def test_thousands_of_files_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert records(fs) == len(files)
     for number in range(len(files)):
         fs.unlink(ROOT, b"%d" % number)
-    images = []
+    images: list[bytes] = []
     commit = fs.volume.journal.commit
 
     def keep(*args: object) -> None:

@@ -210,12 +210,12 @@ def mappings(check: Check) -> None:
             continue
         for domain, key, _ in found:
             _bad_mapping(check, domain, key, f"inode {file}, which is none")
-    for key, file, _ in check.records.awaiting:
+    for record_key, file, _ in check.records.awaiting:
         if _is_mappable(check, file):
             counts[file] += 1
             continue
-        text = f"record {key:#x}: expected content of a file that awaits an invalidation, found inode {file}"
-        data = BadRecord(ROOT_PGTABLES_INO, key)
+        text = f"record {record_key:#x}: expected content of a file that awaits an invalidation, found inode {file}"
+        data = BadRecord(ROOT_PGTABLES_INO, record_key)
         check.note(Code.IOMMU_AWAITING, f"{text}, which is none", ino=ROOT_PGTABLES_INO, data=data)
     pinned = check.records.pinned
     for ino in sorted({*counts, *pinned}):
