@@ -127,11 +127,11 @@ def test_memory_of_a_removed_file_waits_for_the_acknowledgement(place: Site) -> 
     listed = iommu(place, "invalidations", mnt)
     assert listed["awaiting"] == 8 * MiB
     assert json.loads(place.run_ok("pkernfs", "info", "--json", mnt))["awaiting"] == 8 * MiB
-    assert "8M waiting for invalidation" in place.run_ok("pkernfs", "info", mnt)
-    assert "waiting for invalidation: 8M" in place.run_ok("pkernfs", "iommu", "invalidations", mnt)
+    assert "8 MiB waiting for invalidation" in place.run_ok("pkernfs", "info", mnt)
+    assert "waiting for invalidation: 8 MiB" in place.run_ok("pkernfs", "iommu", "invalidations", mnt)
     said = place.run_ok("pkernfs", "explain", place.region, hex(at))
     assert f"of inode {ino}, which has no name, waiting for invalidation {listed['token']}" in said
-    wait_for(lambda: "8M waiting for invalidation" in place.run_ok("pkernfs", "status", mnt), "status tells of it")
+    wait_for(lambda: "8 MiB waiting for invalidation" in place.run_ok("pkernfs", "status", mnt), "status tells of it")
     assert "pkernfs_awaiting_bytes" in place.run_ok("pkernfs", "metrics", mnt)
     # Of one that has a name still.
     iommu(place, "map", dom, 0, other)
