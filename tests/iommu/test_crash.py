@@ -69,7 +69,6 @@ OPERATIONS: dict[str, Run] = {
     "unmap-pending": lambda fs: mapping.unmap(fs, dom(fs, b"late"), 16 * KiB, 32 * KiB),
     "cut-awaiting": lambda fs: fs.setattr(fs.resolve(b"was"), fs_size(5 * KiB)),
     "cut-awaiting-to-nothing": lambda fs: fs.setattr(fs.resolve(b"was"), fs_size(0)),
-    "write-over-awaiting": lambda fs: fs.write(fs.resolve(b"was"), 0, b"new" * 8 * KiB),
     "unlink-awaiting": lambda fs: fs.unlink(ROOT, b"was"),
     "acknowledged": reclaim.acknowledge,
 }
