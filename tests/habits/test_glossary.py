@@ -47,6 +47,7 @@ FORGET = (
     "pkernfs/server/*.py",
     "pkernfs/cli/manual/mount.pkernfs.8.txt",
     "tests/core/*.py",
+    "tests/iommu/test_awaiting.py",
     "tests/iommu/test_rules.py",
 )
 ALIAS = (
