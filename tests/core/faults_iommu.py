@@ -230,7 +230,7 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
         lambda fs: (domain(fs), patch_inode(fs, fs.resolve(b"was"), iommu=0)),
     ),
     "iommu-awaiting-what-is-not-pending": ("iommu-pending", not_pending),
-    "feature-in-use-and-off": ("feature", feature_off),
+    "iommu-feature-in-use-and-off": ("feature", feature_off),
     "iommu-attachment-to-nothing": (
         "iommu-attachment",
         bad_record(f.ROOT_PGTABLES_INO, f.ATTACHMENT_KEY + 9, f.ATTACHMENT.pack(f.Attachment(f.Ino(77), 1, 0))),
