@@ -74,6 +74,12 @@ def run(argv: Sequence[str] | None) -> int:
     if device and wanted is not None:
         raise UsageError("--size: a device has the size that it has", hint="leave the option out")
     phys_base = find_address(path) if arguments.phys_base is None and device else arguments.phys_base or 0
+    if device and arguments.phys_base is None and not phys_base:
+        print(
+            f"mkfs.pkernfs: {printable(path)}: the kernel hides its physical address: 0 is taken, and page "
+            "tables will be wrong: make it as root, or with --phys-base",
+            file=sys.stderr,
+        )
     if wanted is not None:
         check_parameters(wanted, arguments.label, phys_base)
     made = None if os.path.exists(path) else _make(path, wanted)

@@ -36,7 +36,8 @@ def find_device(device: int, path: str) -> Device:
             raise RegionError(f"{path}: expected a device-DAX device, found one of the subsystem {subsystem}")
         size = _number(f"{sysfs}/size")
     except (OSError, ValueError) as error:
-        raise RegionError(f"{path}: expected a device-DAX device with a size in {sysfs}, found {error}") from None
+        found = error.strerror if isinstance(error, OSError) else "no number"
+        raise RegionError(f"{path}: expected a device-DAX device with a size in {sysfs}, found {found}") from None
     align = _number(f"{sysfs}/align", BLOCK)
     if align < PAGE or align & (align - 1):
         raise RegionError(f"{path}: expected an alignment that is a power of two in {sysfs}/align, found {align}")

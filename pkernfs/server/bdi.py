@@ -25,13 +25,13 @@ def raise_limits(folder: str) -> str:
     try:
         present = os.listdir(folder)
     except OSError as error:
-        present, refused = [], error.strerror
+        present, refused = [], str(error.strerror)
     for name in filter(present.__contains__, LIMITS):
         try:
             with open(f"{folder}/{name}", "w", encoding="ascii") as file:
                 file.write(str(LIMITS[name]))
         except OSError as error:
-            refused = refused or error.strerror
+            refused = refused or str(error.strerror)
     return refused and (
         f"cannot raise the page cache limits in {folder} ({refused}): "
         "random writes to mapped files will be slow; mount as root with /sys writable"

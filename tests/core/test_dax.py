@@ -72,7 +72,7 @@ def test_stores_stay_in_copies(path: str, align: int, monkeypatch: pytest.Monkey
         region.discard(0, 4096)
         region.flush()
         assert region.view == expected
-        assert region.present(3 * MiB, 2 * MiB) == expected[3 * MiB : 5 * MiB]
+        assert bytes(region.present(3 * MiB, 2 * MiB)) == expected[3 * MiB : 5 * MiB]
         # What is not covered goes on showing the device.
         with open(path, "r+b") as file:
             file.seek(9 * MiB)
