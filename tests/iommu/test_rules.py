@@ -187,6 +187,9 @@ def test_a_request_that_comes_again_is_not_executed_twice() -> None:
     assert replace.replace(fs, dom, key=6).before == replace.replace(fs, dom, key=6).before
     domain.destroy(fs, dom, key=7)
     domain.destroy(fs, dom, key=7)
+    assert fs.getattr(file).iommu == 1, "what awaits an invalidation"
+    token = views.invalidations(fs).token
+    assert reclaim.acknowledge(fs, token, key=8) == reclaim.acknowledge(fs, token, key=8)
     assert fs.getattr(file).iommu == 0
 
 
