@@ -108,6 +108,24 @@ target_of() {
     esac
 }
 
+# mounts_in_use: a line for each mount of pkernfs, in whatever mount namespace: MOUNTPOINT (REGION).
+mounts_in_use() {
+    local path line
+    # One process of each mount namespace; its line of mountinfo is split at the bytes that the kernel puts.
+    find /proc/[0-9]*/ns/mnt -maxdepth 0 -printf '%l %h\n' 2>/dev/null | sort -u -k 1,1 | while read -r _ path; do
+        cat "${path%/ns}/mountinfo" 2>/dev/null || true
+    done | awk -F ' ' '/ - fuse\.pkernfs / && !seen[$3]++ {
+        split(substr($0, index($0, " - fuse.pkernfs ") + 16), rest, " "); print $5 " (" rest[1] ")" }' |
+        while IFS= read -r line; do printf '%b\n' "${line//\\/\\0}"; done
+}
+
+# venvs_in_use: those of our virtual environments from which something runs.  By the command lines, which begin with the
+# Python of the environment.
+venvs_in_use() {
+    { cat /proc/[0-9]*/cmdline 2>/dev/null || true; } | tr '\0' '\n' |
+        { grep -aoE "^$HOME_DIR/venv[^/]*/bin/" || true; } | sort -u | sed 's,/bin/$,,'
+}
+
 # Is LINK one that install made?
 ours() {
     [ -L "$1" ] && [ "$(readlink "$1")" = "$(target_of "$1")" ]
