@@ -533,6 +533,15 @@ class Audited(Struct):
     problems: list[Problem]
 
 
+class Trouble(Struct):
+    """Something that the host refuses a server, which goes on with what it has and tries again."""
+
+    what: str  #: standby, worker, metrics, commands, umount, state, log or keeper
+    why: str
+    since: float
+    next_try: float  #: from now
+
+
 class Status(Struct):
     """A mount.  Lengths of time and points of time in seconds."""
 
@@ -554,8 +563,9 @@ class Status(Struct):
     requests: dict[str, int]  #: of the kernel, by kind
     failed_requests: int
     dirty: int | None  #: None: not known
-    pinned: int
+    pinned: int | None
     awaiting: int = 0  #: bytes that await an invalidation
+    troubles: list[Trouble] = []  #: what the host refuses at the moment
 
 
 class Upgraded(Struct):

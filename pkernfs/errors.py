@@ -68,6 +68,10 @@ class UsageError(PkernfsError):
     exit_code = 2
 
 
+class OutputError(PkernfsError):
+    """What a command prints cannot be written."""
+
+
 class RegionError(PkernfsError):
     """The region cannot be used: missing, of the wrong kind or size, or the operating system refuses it."""
 

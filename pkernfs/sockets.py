@@ -20,6 +20,7 @@ from pkernfs.errors import FsError, RegionError
 
 #: More at once are refused: each holds a descriptor, and a program that opens and never asks is not to take them all.
 CONNECTIONS = 32
+FD = struct.Struct("i")  #: a descriptor in an SCM_RIGHTS message
 
 
 class Peer(Protocol):
@@ -37,11 +38,24 @@ def check_owner(connection: Peer) -> None:
         raise FsError(errno.EPERM, f"user {uid} does not own this mount")
 
 
-def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
-    """Up to ``size`` bytes, and up to ``most`` descriptors that came along; no program that is run inherits those."""
-    data, fds, _, _ = socket.recv_fds(connection, size, most)
-    for fd in fds:
-        os.set_inheritable(fd, False)
+def receive_fds(connection: socket.socket, size: int, most: int, *, wait: bool = True) -> tuple[bytes, list[int]]:
+    """Up to ``size`` bytes, and up to ``most`` descriptors that came along; no program that is run inherits those.
+
+    Raises OSError; EMFILE when this process may not have as many: the kernel leaves out what does not fit (unix(7)).
+    """
+    # Not socket.recv_fds: it says nothing of what was left out.
+    flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+    data, ancillary, found, _ = connection.recvmsg(size, socket.CMSG_LEN(most * FD.size), flags)
+    fds = [
+        fd
+        for level, kind, raw in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in FD.iter_unpack(raw[: len(raw) - len(raw) % FD.size])
+    ]
+    if found & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, "descriptors that came through a socket did not fit")
     return data, fds
 
 

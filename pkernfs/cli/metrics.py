@@ -82,6 +82,15 @@ class StatusCollector:
                 family = families[kind](name, text, labels=["mountpoint"])
                 family.add_metric([mountpoint], value)
                 yield family
+        standby = GaugeMetricFamily("pkernfs_standby", "Whether a worker waits to take over.", labels=["mountpoint"])
+        standby.add_metric([mountpoint], bool(status.standby))
+        yield standby
+        troubles = GaugeMetricFamily(
+            "pkernfs_trouble", "What the host refuses, 1 while it does.", labels=["mountpoint", "what"]
+        )
+        for trouble in status.troubles:
+            troubles.add_metric([mountpoint, trouble.what], 1)
+        yield troubles
         requests = CounterMetricFamily("pkernfs_requests", "Requests of the kernel.", labels=["mountpoint", "kind"])
         for request, count in status.requests.items():
             requests.add_metric([mountpoint, request], count)

@@ -62,10 +62,13 @@ def run(argv: Sequence[str] | None) -> int:
     """Mount.  Raises PkernfsError before anything is mounted; afterwards only the server's exit status tells."""
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
+    from pkernfs.inherited import settle
     from pkernfs.server.logs import start_logging
     from pkernfs.server.mountpoint import check_mountpoint, remount
+    from pkernfs.server.resources import reserve
     from pkernfs.server.start import mount
     from pkernfs.server.succession import resumed
+    from pkernfs.server.systemd import service
 
     try:
         options = parse_options(arguments.options)
@@ -79,7 +82,9 @@ def run(argv: Sequence[str] | None) -> int:
     if options.remount:
         remount(arguments.directory, options)
         return 0
-    options = options._replace(foreground=arguments.foreground)
+    options = options._replace(foreground=arguments.foreground, log=options.log and os.path.abspath(options.log))
+    settle(ours=bool(service()), foreground=arguments.foreground)
+    reserve()  # before anything that stays open
     region = os.path.realpath(arguments.region)
     if (keeper := resumed(region, os.path.realpath(arguments.directory))) is not None:
         keeper.keep()

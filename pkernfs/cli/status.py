@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Show who serves a mount, and how it has been doing: its keeper and its worker, takeovers and the longest stall, requests
 by kind, memory that is dirty in the kernel or mapped past the mount.  Asks the keeper, so it answers while the worker
-does not.
+does not.  What the host refuses at the moment (a process for a standby, room for the log) is shown with the reason and
+the next try; the mount goes on with what it has.
 
   pkernfs status /mnt/pkernfs
   pkernfs status --watch /mnt/pkernfs
@@ -97,20 +98,26 @@ def lines(status: api.Status) -> list[str]:
     ago = duration(time.time() - status.last_takeover) if status.last_takeover else ""
     last = f", the last {ago} ago: {status.last_reason}" if ago else ""
     requests = sorted(status.requests.items(), key=lambda item: -item[1])
+    troubles = {
+        one.what: f"{printable(one.why)} ({f'next try in {duration(one.next_try)}' if one.next_try else 'trying now'})"
+        for one in status.troubles
+    }
     rows = {
         "mount": f"{printable(status.mountpoint)}, region {printable(status.region)}",
         "keeper": f"{status.keeper}, mounted for {duration(status.uptime)}"
         + f", {status.keepers} keepers so far" * (status.keepers > 1),
         "worker": f"{status.worker}, version {status.version}, serving for {duration(status.worker_uptime)}",
-        "standby": str(status.standby or "none yet"),
+        "standby": str(status.standby or troubles.pop("standby", "none yet")),
         "takeovers": f"{status.takeovers}{last}",
         "stall": f"{duration(status.longest_stall)} at most",
         "dirty": "not known" if status.dirty is None else f"{human(status.dirty)} in the page cache",
-        "pinned": f"{human(status.pinned)} mapped past the mount",
         "awaiting": f"{human(status.awaiting)} waiting for invalidation",
+        "pinned": "not known" if status.pinned is None else f"{human(status.pinned)} mapped past the mount",
         "requests": f"{sum(status.requests.values()):,}: " + ", ".join(f"{kind} {count:,}" for kind, count in requests),
     }
-    return [f"{name:10} {text}" for name, text in rows.items()]
+    # A standby that is being started anew still has its trouble.
+    more = [f"{'trouble':10} {what}: {why}" for what, why in troubles.items()]
+    return [f"{name:10} {text}" for name, text in rows.items()] + more
 
 
 VERBS = {"status": Verb(DESCRIPTION, add_arguments, run)}

@@ -6,7 +6,9 @@ the keeper.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import queue
 import socket
 import threading
@@ -19,6 +21,7 @@ from pkernfs.api import PATIENCE, GetStatus, Request, Server, Status
 from pkernfs.codec import encode_error, encode_result
 from pkernfs.errors import PkernfsError
 from pkernfs.server.conversation import CHUNK, Conversation
+from pkernfs.server.resources import Attempt, ResourceError, asking, backoff, refusal, reserve
 
 log = logging.getLogger("pkernfs")
 
@@ -50,16 +53,25 @@ class Command:
 
 
 class Commands:
-    """Listens on ``listener``.  ``status`` gives the facts of the mount, ``wake`` is called for each new command."""
+    """Listens on the socket ``fd``.  ``status`` gives the facts of the mount; ``wake`` is called for each command."""
 
-    def __init__(self, listener: socket.socket, status: Callable[[], Status], wake: Callable[[], None]) -> None:
-        self.listener = listener
+    def __init__(
+        self, fd: int, status: Callable[[], Status], wake: Callable[[], None], attempt: Attempt | None = None
+    ) -> None:
+        self.fd = fd
         self.status = status
         self.wake = wake
         self.waiting: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.connections = 0
+        self.attempt = attempt or Attempt("commands", "cannot be answered")
         self._lock = threading.Lock()  #: of connections
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._thread: threading.Thread | None = None
+        self.ensure()
+
+    def ensure(self) -> None:
+        """Start the thread that listens, if it could not be started before."""
+        if (self._thread is None or not self._thread.is_alive()) and self.attempt.due():
+            self._thread = self._start(self._listen)
 
     def next(self) -> Command | None:
         """The next command, if there is one."""
@@ -67,13 +79,34 @@ class Commands:
             return self.waiting.get_nowait()
         return None
 
+    def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread | None:
+        """A thread for something; None: the host refuses one."""
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        try:
+            with asking("a thread"):
+                thread.start()
+        except ResourceError as error:
+            self.attempt.refused(error)
+            return None
+        return thread
+
     def _listen(self) -> None:
+        listener: socket.socket | None = None
         while True:
             try:
-                connection, _ = self.listener.accept()
-            except OSError:  # shut down
-                return self.listener.close()
-            threading.Thread(target=self._connection, args=[connection], daemon=True).start()
+                if listener is None:
+                    listener = socket.socket(fileno=reserve().ask(lambda: os.dup(self.fd)))
+                connection, _ = reserve().ask(listener.accept)
+            except OSError as error:  # nothing is lost: whoever wants to connect waits in the socket's queue
+                if error.errno == errno.EINVAL:  # it was shut down
+                    return
+                self.attempt.refused(refusal("a connection", error))
+                time.sleep(backoff(self.attempt.failures))
+            else:
+                if self._start(self._connection, connection) is not None:
+                    self.attempt.succeeded()
+                else:
+                    self._connection(connection)
 
     def _connection(self, connection: socket.socket) -> None:
         with self._lock:

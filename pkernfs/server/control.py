@@ -15,6 +15,7 @@ from pkernfs.codec import encode_error, encode_result
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import Ino
 from pkernfs.server.conversation import CHUNK, Conversation
+from pkernfs.server.resources import Attempt, backoff, refusal, reserve
 
 log = logging.getLogger("pkernfs")
 
@@ -38,8 +39,24 @@ class ControlSocket:
 
     async def serve(self) -> None:
         """Accept connections until cancelled."""
-        listener = trio.SocketListener(trio.socket.from_stdlib_socket(self.listener))
-        await trio.serve_listeners(self._connection, [listener])
+        attempt = Attempt("control socket", "cannot be answered")
+        self.listener.setblocking(False)
+        async with trio.open_nursery() as nursery:
+            while True:
+                # Not trio.serve_listeners: where there is no descriptor it logs a traceback ten times a second, and of
+                # other errors the worker would end.
+                try:
+                    await trio.lowlevel.wait_readable(self.listener)
+                    connection, _ = reserve().ask(self.listener.accept)
+                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+                except BlockingIOError:
+                    continue
+                except (OSError, MemoryError) as error:
+                    attempt.refused(refusal("a connection", error))
+                    await trio.sleep(backoff(attempt.failures))
+                else:
+                    attempt.succeeded()
+                    nursery.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         self.connections += 1

@@ -8,7 +8,8 @@ import traceback
 from types import TracebackType
 from typing import Self
 
-from pkernfs.errors import PkernfsError
+from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.server.resources import reserve
 
 
 class Daemon:
@@ -47,7 +48,10 @@ class Daemon:
 
 def let_go_of_terminal() -> None:
     """Nothing to read, and what is printed goes nowhere."""
-    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        null = reserve().ask(lambda: os.open(os.devnull, os.O_RDWR))
+    except OSError:  # it stays open, which is no harm to the mount
+        return
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
@@ -58,10 +62,15 @@ def daemonize() -> Daemon | None:
 
     The parent exits with the child's code when the child ends before it is ready.
     """
-    reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    try:
+        reader, writer = os.pipe()
+        child = os.fork()
+    except OSError as error:
+        raise RegionError(
+            f"cannot go to the background: {error.strerror}", hint="--foreground stays in front"
+        ) from None
     if child:
         os.close(writer)
         if os.read(reader, 1):

@@ -5,15 +5,14 @@ A process of its own: prometheus_client takes 14 MB and a thread, which a keeper
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import time
 
 from pkernfs.server.child import python_command
+from pkernfs.server.resources import BACKOFF, REFUSALS, Attempt, refusal, reserve
 
-log = logging.getLogger("pkernfs")
-
-AGAIN = 10.0  #: seconds before the next try
+PROVED = 2.0  #: seconds after which it has not failed to start
+END = 5.0  #: seconds that it may take to end
 
 
 class Exporter:
@@ -23,23 +22,36 @@ class Exporter:
         option = "--file" if where.startswith("/") else "--port"
         self._arguments = ["metrics", option, where, "--", mountpoint] if where else []
         self._process: subprocess.Popen[bytes] | None = None
-        self._after = 0.0
+        self._started = 0.0
+        self.attempt = Attempt("metrics")
 
     def ensure(self) -> None:
         """Start it when it does not run."""
-        if not self._arguments or time.monotonic() < self._after:
+        if not self._arguments:
             return
         if self._process is not None and (status := self._process.poll()) is not None:
-            log.error("the metrics ended with status %d: %s", status, " ".join(self._arguments))
             self._process = None
-            self._after = time.monotonic() + AGAIN
-        elif self._process is None:
+            # The last step at once: what it cannot do (a port that is taken) it could not do a moment later.
+            self.attempt.refused(f"ended with status {status}: {' '.join(self._arguments)}", ahead=len(BACKOFF))
+        elif self._process is not None:
+            if time.monotonic() - self._started > PROVED:
+                self.attempt.succeeded()
+            return
+        if self.attempt.due():
             # By the module's name, not the path of the script: that is not known to a keeper that a worker has started.
             command = python_command("pkernfs.cli", *self._arguments)
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/")
+            self._started = time.monotonic()
+            try:
+                self._process = reserve().ask(lambda: subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/"))
+            except REFUSALS as error:
+                self.attempt.refused(refusal("its process", error))
 
     def close(self) -> None:
         """End it."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(END)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pkernfs.server.child import Child, WorkerGoneError
 from pkernfs.server.device import Device
 from pkernfs.server.messages import Pulse
+from pkernfs.server.resources import ResourceError
 
 log = logging.getLogger("pkernfs")
 
@@ -30,6 +31,7 @@ class Heartbeat:
         self.worker = worker
         self.device = device
         self._sent = self._received = time.monotonic()  #: the last heartbeat, and the last answer
+        self._checked = self._sent
         self._begun = -1  #: requests that the worker has read so far
         self._waiting = (self._sent, -1)  #: since when a request waits to be read, and how many had been read then
         self._oldest = 0.0  #: seconds that a request has been at work
@@ -48,15 +50,27 @@ class Heartbeat:
     def check(self) -> str:
         """Send the next heartbeat when it is time; "", or why the worker is lost."""
         now = time.monotonic()
+        if now - self._checked > 2 * BEAT + self.interval:
+            # The keeper itself stood still, or waited for something: nothing is known of the time in between.
+            answered = self._received >= self._sent
+            self._sent = now - self.interval
+            self._received = self._sent if answered else self._received
+            self._waiting = (now, self._begun)
+            self._oldest = 0.0
+        self._checked = now
         if now - self._sent < self.interval:
             return ""
-        with suppress(ConnectionAbortedError):
+        with suppress(OSError):  # the mount has ended, or nothing can be told now
             if not self.device.readable() or self._waiting[1] != self._begun:
                 self._waiting = (now, self._begun)
         if self._received >= self._sent:
             self._sent = now
-            with suppress(WorkerGoneError):
+            try:
                 self.worker.send({"verb": "beat"})
+            except ResourceError:  # it was not asked, and need not answer
+                self._received = now
+            except WorkerGoneError:
+                pass
         for since, what in (
             (now - self._sent, "it has not answered a heartbeat"),
             (self._oldest, "it has not answered a request"),

@@ -20,6 +20,7 @@ from pkernfs.iommu.audit import Audit
 from pkernfs.iommu.directory import called, name_of
 from pkernfs.iommu.walk import walk, walk_device
 from pkernfs.server.control import Handler, inode_of
+from pkernfs.server.threads import in_thread
 
 STEP = 0.005  #: seconds of an audit, or of a search for names, after which other requests are served
 TRIES = 5  #: audits of a mount that changes meanwhile
@@ -187,7 +188,7 @@ def iommu_verbs(
         inos = {ROOT_PGTABLES_INO, request.ino}
         if isinstance(request, api.IommuMap):
             inos.add(request.file_ino)  # from now on devices change it behind the kernel's back
-        await trio.to_thread.run_sync(drop, inos, name, abandon_on_cancel=True)
+        await in_thread(drop, inos, name)
         return result
 
     async def answer(request: api.WorkerRequest[Any]) -> object:

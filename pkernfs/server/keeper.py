@@ -6,32 +6,33 @@ descriptor itself when that socket ends.  A standby waits for the end of the wor
 region: it only holds its lock.  Its end is not the end of the mount (succession.py).
 
 One thread, one loop: it waits for the worker, the standby, the worker of an upgrade, signals and commands, and acts on
-one at a time.  What it may do next depends on its phase (phase.py).
+one at a time.  What it may do next depends on its phase (phase.py).  Where it waits for one thing it goes on with
+signals and the watchdog (signals.py).  What the host refuses it ends nothing, and is tried again (resources.py).
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import selectors
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.server.buffers import keep_resident
-from pkernfs.server.child import Child, WorkerError, WorkerGoneError
+from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import umount_command
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
+from pkernfs.server.logs import log_attempt
 from pkernfs.server.memory import dirty_bytes, pinned_bytes
 from pkernfs.server.messages import Pulse
 from pkernfs.server.phase import Life, Phase
+from pkernfs.server.resources import REFUSALS, Attempt, ResourceError, Trouble, asking, poll, refusal, reserve
 from pkernfs.server.serving import Serving, Started
-from pkernfs.server.signals import Wakeup
+from pkernfs.server.signals import EndWantedError, Wakeup
 from pkernfs.server.standby import Standby
 from pkernfs.server.state import STORED, Descriptors, State
 from pkernfs.server.stats import AWAITING, BUGS, map_stats, requests
@@ -40,7 +41,7 @@ from pkernfs.server.upgrade import Action, Decision, Upgrade
 
 if TYPE_CHECKING:
     from pkernfs import api
-    from pkernfs.server.commands import Command
+    from pkernfs.server.commands import Command, Commands
 
 log = logging.getLogger("pkernfs")
 
@@ -50,15 +51,23 @@ class Keeper:
 
     def __init__(self, state: State, fds: Descriptors, worker: Child | None = None) -> None:
         self.state = state
-        self.serving = Serving(state, fds, worker)
+        self.service = service()
+        self.wakeup = Wakeup()
+        self.wakeup.tick = self.service.notify_watchdog
+        if worker is not None:
+            worker.readable = self.wakeup.readable
+        self.serving = Serving(state, fds, worker, self.wakeup.readable)
         self.life = Life(state.mountpoint, Phase.SERVING if worker is not None else Phase.STARTING)
-        self.standby = Standby()
+        self.standby = Standby(self.wakeup.readable)
         self.upgrade: Upgrade | None = None  #: in UPGRADING, PROBATION, and a TAKING_OVER that goes back to the former
         self.umount: subprocess.Popen[bytes] | None = None  #: in UNMOUNTING, and a TAKING_OVER that goes back there
         self.stats = map_stats(fds.stats)
-        self.service = service()
         self.exporter = Exporter(state.mountpoint, state.options.metrics)
-        self.wakeup = Wakeup()
+        self.unmounting = Attempt("umount")
+        self.commands: Commands | None = None  #: once they can be answered
+        self.answering = Attempt("commands", "cannot be answered")
+        self.loop = Attempt("keeper", "cannot do all that it should")
+        self._refused = False  #: something in this turn of the loop
 
     @property
     def phase(self) -> Phase:
@@ -80,23 +89,29 @@ class Keeper:
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
-        # Here, where the mount is usable already: it loads msgspec, 15 to 20 ms of the 300 that mounting takes.
-        from pkernfs.server.commands import Commands
-
         keep_resident()
-        listener = socket.socket(fileno=os.dup(self.serving.fds.commands))
-        self.commands = Commands(listener, self.status, self.wakeup.wake)
+        self._ensure_commands()
         self.serving.publish_state()
-        self.service.notify("READY=1", f"STATUS={self.state.region} on {self.state.mountpoint}")
+        with self._enduring():
+            self.service.notify("READY=1", f"STATUS={self.state.region} on {self.state.mountpoint}")
         while True:
             reason = self._watch()
-            if self.phase in (Phase.HANDED_OVER, Phase.ENDING) or self.serving.has_ended():
+            if self.phase in (Phase.HANDED_OVER, Phase.ENDING, Phase.ENDED) or self.serving.has_ended():
                 break
             if self.phase is Phase.PROBATION:
                 self._fail_upgrade(f"the new worker ended with {reason}: keeping the previous version")
             then = self.phase if self.phase in (Phase.UPGRADING, Phase.UNMOUNTING) else Phase.SERVING
             self.take_over(reason, then)
         self.close()
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        """A part of a turn of the loop: what the host refuses it does not end the keeper, the next turn tries again."""
+        try:
+            yield
+        except (ResourceError, *REFUSALS) as error:
+            self._refused = True
+            self.loop.refused(error if isinstance(error, ResourceError) else refusal("the keeper's loop", error))
 
     def _watch(self) -> str:
         """Wait until nobody serves, or another keeper has the mount; how the worker ended."""
@@ -105,38 +120,79 @@ class Keeper:
             if heartbeat is None or heartbeat.worker is not worker:
                 heartbeat = Heartbeat(worker, self.serving.device)
             heartbeat.patience = self._patience()
-            self.standby.ensure(self.state.command)
-            self.exporter.ensure()
-            for handle in self._wait(heartbeat):
-                if handle is not None:
-                    handle()
-                    continue
-                try:
-                    heartbeat.on_answer(worker.receive(Pulse, 0))
-                except WorkerError as error:
-                    log.error("%s", error)
-                except WorkerGoneError:
-                    return self.serving.wait_for_end(worker)
-            self._handle_commands()
-            self._check_umount()
-            self.service.notify_watchdog()
-            if self.serving.worker is worker and (why := heartbeat.check()):
-                kill_stuck(worker, why)
-            if self.upgrade and self.phase is Phase.PROBATION:
-                self._act(self.upgrade, self.upgrade.check_probation(self.stats[BUGS]))
+            self._refused = False
+            for ensure in (self._ensure_standby, self.exporter.ensure):
+                with self._enduring():
+                    ensure()
+            for handle in (*self._wait(heartbeat), *self._duties):
+                with self._enduring():
+                    if handle is not None:
+                        handle()
+                        continue
+                    try:
+                        heartbeat.on_answer(worker.receive(Pulse, 0))
+                    except WorkerError as error:
+                        log.error("%s", error)
+                    except WorkerStuckError:  # it has said nothing
+                        pass
+                    except WorkerGoneError:
+                        return self.serving.wait_for_end(worker)
+            with self._enduring():
+                if self.serving.worker is worker and (why := heartbeat.check()):
+                    kill_stuck(worker, why)
+            if not self._refused:
+                self.loop.succeeded()
         return ""
 
     def _wait(self, heartbeat: Heartbeat) -> list[Callable[[], None] | None]:
         """Wait until there is something to read; what handles it, None for the worker."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.wakeup, selectors.EVENT_READ, self._handle_signals)
-            selector.register(heartbeat.worker.socket, selectors.EVENT_READ)
-            if self.standby.worker is not None:
-                selector.register(self.standby.worker.socket, selectors.EVENT_READ, self.standby.on_message)
-            if self.upgrade and self.phase is Phase.UPGRADING:
-                selector.register(self.upgrade.worker.socket, selectors.EVENT_READ, self._check_upgrade)
-            # The worker's first: its end, or its answer, holds before another one takes its place.
-            return sorted((key.data for key, _ in selector.select(heartbeat.interval)), key=bool)
+        # The worker's first: its end, or its answer, holds before another one takes its place.
+        sources: dict[int, Callable[[], None] | None] = {heartbeat.worker.socket.fileno(): None}
+        sources[self.wakeup.fileno()] = self._handle_signals  # and at each turn: the wake-up may have been refused
+        if self.standby.worker is not None:
+            sources[self.standby.worker.socket.fileno()] = self.standby.on_message
+        if self.upgrade and self.phase is Phase.UPGRADING:
+            sources[self.upgrade.worker.socket.fileno()] = self._check_upgrade
+        left = heartbeat.interval if self.standby.worker is not None else self.standby.attempt.left()
+        ready = poll(sources, min(left, heartbeat.interval))
+        return [handle for fd, handle in sources.items() if fd in ready]
+
+    @property
+    def _duties(self) -> tuple[Callable[[], None], ...]:
+        """What is done at each turn, whatever there was to read."""
+        return (
+            self._handle_signals,
+            self._ensure_commands,
+            self._handle_commands,
+            self._check_umount,
+            self.service.notify_watchdog,
+            self._check_probation,
+            self.serving.ensure_published,
+            reserve().refill,
+        )
+
+    def _ensure_commands(self) -> None:
+        """Answer commands, once what that needs is loaded."""
+        if self.commands is not None:
+            self.commands.ensure()
+        elif self.answering.due():
+            try:
+                # Here, where the mount is usable already: it loads msgspec, 15 to 20 ms of the 300 that mounting takes.
+                from pkernfs.server.commands import Commands
+            except Exception as error:  # of a package that is gone, or half replaced, it may be any
+                self.answering.refused(f"{type(error).__name__}: {error}")
+                return
+            self.commands = Commands(self.serving.fds.commands, self.status, self.wakeup.wake, self.answering)
+
+    def _ensure_standby(self) -> None:
+        self.standby.ensure(self.state.command)
+
+    def _check_probation(self) -> None:
+        """The time that an upgrade has; also of what it does before its probation."""
+        if self.upgrade and self.phase is Phase.UPGRADING:
+            self._act(self.upgrade, self.upgrade.check_deadline())
+        elif self.upgrade and self.phase is Phase.PROBATION:
+            self._act(self.upgrade, self.upgrade.check_probation(self.stats[BUGS]))
 
     def _patience(self) -> float:
         """Seconds without an answer after which a worker is lost."""
@@ -155,45 +211,65 @@ class Keeper:
             else:
                 log.info("%s: unmounting %s", number.name, self.state.mountpoint)
                 self._fail_upgrade("the mount is being unmounted")
-                self.umount = subprocess.Popen(umount_command(self.state.mountpoint), stderr=subprocess.DEVNULL)
                 self.life.enter(Phase.UNMOUNTING)
+                self._check_umount()
 
     def _check_umount(self) -> None:
-        """When umount has failed the mount is in use, and ends all the same."""
-        if self.phase is Phase.UNMOUNTING and self.umount is not None and self.umount.poll() not in (None, 0):
+        """Start umount, if that is still to be done; when it has failed the mount is in use, and ends all the same."""
+        if self.phase is not Phase.UNMOUNTING:
+            return
+        if self.umount is None:
+            if self.unmounting.due():
+                try:
+                    with asking("its process"):
+                        self.umount = reserve().ask(self._start_umount)
+                except ResourceError as error:
+                    self.unmounting.refused(error)
+        elif self.umount.poll() not in (None, 0):
             log.warning("%s is in use: what is open there fails from now on", self.state.mountpoint)
             self.life.enter(Phase.ENDING)
             self.serving.ask_to_end()
+
+    def _start_umount(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(umount_command(self.state.mountpoint), stderr=subprocess.DEVNULL)
 
     # -- takeover -------------------------------------------------------------------------------------------------
 
     def take_over(self, reason: str, then: Phase = Phase.SERVING) -> None:
         """Let another worker serve in place of one that has ended; ``then``: the phase to go on with."""
         self.life.enter(Phase.TAKING_OVER)
-        if self.standby.take_over(self.serving, reason, self._pause):
+        try:
+            self.standby.take_over(self.serving, reason, self._pause)
+        except ConnectionAbortedError:
+            log.info("%s has ended while nobody served it", self.state.mountpoint)
+            self.life.enter(Phase.ENDED)
+        except EndWantedError:
+            # Nobody serves, so nothing can be written back: umount would wait for ever.
+            stays = bool(self.service) and self.wakeup.signals() == [signal.SIGTERM]
+            self.life.enter(Phase.HANDED_OVER if stays else Phase.ENDING)
+        else:
             self.life.enter(then)
 
-    def _pause(self, seconds: float) -> bool:
-        """Wait, but not longer than until a signal says that the mount is to end; False: it said so."""
+    def _pause(self, seconds: float) -> None:
+        """Wait.  Raises EndWantedError when a signal says that the mount is to end, ConnectionAbortedError: it has."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            self.wakeup.wait(min(left, BEAT))
-            self.service.notify_watchdog()
-            if signals := self.wakeup.signals():
-                # Nobody serves, so nothing can be written back: umount would wait for ever.
-                stays = bool(self.service) and signals == [signal.SIGTERM]
-                self.life.enter(Phase.HANDED_OVER if stays else Phase.ENDING)
-                return False
-        return True
+            if self.serving.has_ended():
+                raise ConnectionAbortedError
+            self.wakeup.pause(min(left, BEAT))
+            with self._enduring():
+                self._ensure_commands()
 
     # -- commands -------------------------------------------------------------------------------------------------
 
     def _handle_commands(self) -> None:
-        while (command := self.commands.next()) is not None:
+        while self.commands is not None and (command := self.commands.next()) is not None:
             try:
                 self.handlers()[type(command.request)](command, command.request)
             except PkernfsError as error:
                 command.refuse(error)
+            except REFUSALS as error:
+                command.refuse(refusal("the keeper", error))
 
     def handlers(self) -> dict[type[api.Request[Any]], Callable[[Command, Any], None]]:
         """What handles each command; the status needs none, as nobody is to wait for it (commands.py)."""
@@ -204,7 +280,7 @@ class Keeper:
     def _begin_upgrade(self, command: Command, request: api.Upgrade) -> None:
         """Start a worker of another program.  Raises PkernfsError."""
         self.life.check(Phase.UPGRADING, "upgrade")
-        self.upgrade = Upgrade(command, request)
+        self.upgrade = Upgrade(command, request, self.wakeup.readable)
         self.life.enter(Phase.UPGRADING)
 
     def _hand_over(self, command: Command, _: api.HandOver) -> None:
@@ -255,7 +331,7 @@ class Keeper:
             stall = self.serving.let_serve(upgrade.worker, begin)
         except ConnectionAbortedError:
             self.serving.worker, stall = upgrade.worker, 0.0  # which sees the end of the mount too
-        except (PkernfsError, OSError) as error:
+        except (PkernfsError, OSError, MemoryError) as error:
             self._fail_upgrade(f"{error}: keeping the previous version")
             self.take_over(f"an upgrade that failed: {error}")
             return
@@ -272,6 +348,12 @@ class Keeper:
 
     # -- facts, and the end -------------------------------------------------------------------------------------
 
+    def troubles(self) -> list[Trouble]:
+        """What the host refuses at the moment."""
+        parts = [self.standby.attempt, self.standby.takeover, self.exporter.attempt, self.answering]
+        parts += [self.unmounting, self.serving.publishing, self.loop, log_attempt]
+        return [trouble for part in parts if (trouble := part.trouble())]
+
     def status(self) -> api.Status:
         """What `pkernfs status` shows."""
         return self.state.status(
@@ -281,6 +363,7 @@ class Keeper:
             awaiting=self.stats[AWAITING],
             dirty=dirty_bytes(self.state.device),
             pinned=pinned_bytes(self.serving.fds.region, self.state.worker),
+            troubles=self.troubles(),
         )
 
     def close(self) -> None:
@@ -291,9 +374,12 @@ class Keeper:
             self.upgrade.worker.kill()
         if self.phase is Phase.HANDED_OVER:
             return
-        self.service.discard(STORED)
+        with self._enduring():
+            self.service.discard(STORED)
         if self.phase is Phase.ENDING:
             self.serving.umount_lazily()
-        self.serving.remove_sockets()
-        self.life.enter(Phase.ENDED)
+        with self._enduring():
+            self.serving.remove_sockets()
+        if self.phase is not Phase.ENDED:
+            self.life.enter(Phase.ENDED)
         log.info("%s: unmounted %s", self.state.region, self.state.mountpoint)

@@ -40,7 +40,7 @@ def dirty_bytes(device: str) -> int | None:
 
     None when the kernel does not tell: to others than root, or without debugfs.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, MemoryError):
         root = _debugfs()
         try:
             fd = os.open(f"bdi/{device}/stats", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
@@ -53,9 +53,15 @@ def dirty_bytes(device: str) -> int | None:
     return None
 
 
-def pinned_bytes(region_fd: int, worker: int) -> int:
-    """Bytes of the region that processes other than its worker map: guests with the direct map, for one."""
-    ranges = sorted((first, end) for pid, first, end in shared_mappings(region_fd) if pid != worker)
+def pinned_bytes(region_fd: int, worker: int) -> int | None:
+    """Bytes of the region that processes other than its worker map: guests with the direct map, for one.
+
+    None when that cannot be found out now: without /proc, or a descriptor to read it.
+    """
+    try:
+        ranges = sorted((first, end) for pid, first, end in shared_mappings(region_fd) if pid != worker)
+    except (OSError, MemoryError, ValueError):
+        return None
     total = reached = 0
     for first, end in ranges:
         total += max(end - max(first, reached), 0)

@@ -20,7 +20,8 @@ class Phase(enum.Enum):
                    TAKING_OVER: from these three and UNMOUNTING, when nobody serves any more
 
         UNMOUNTING --> ENDING --> ENDED      UNMOUNTING: from any but TAKING_OVER, at a signal; ENDING: the mount is
-                                             in use, or nobody serves; ENDED: also when others have unmounted
+                                             in use, or nobody serves; ENDED: also when others have unmounted,
+                                             from TAKING_OVER too
         HANDED_OVER                          at a command, or at SIGTERM from systemd
     """
 
@@ -45,7 +46,10 @@ NEXT: dict[Phase, set[Phase]] = {
         *(Phase.TAKING_OVER, Phase.UNMOUNTING, Phase.ENDED, Phase.HANDED_OVER),
     },
     Phase.PROBATION: {Phase.SERVING, Phase.TAKING_OVER, Phase.UNMOUNTING, Phase.ENDED, Phase.HANDED_OVER},
-    Phase.TAKING_OVER: {Phase.SERVING, Phase.UPGRADING, Phase.UNMOUNTING, Phase.ENDING, Phase.HANDED_OVER},
+    Phase.TAKING_OVER: {
+        *(Phase.SERVING, Phase.UPGRADING, Phase.UNMOUNTING),
+        *(Phase.ENDING, Phase.ENDED, Phase.HANDED_OVER),
+    },
     Phase.UNMOUNTING: {Phase.TAKING_OVER, Phase.ENDING, Phase.ENDED},
     Phase.ENDING: {Phase.ENDED},
     Phase.ENDED: set(),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from pkernfs.server.child import Child, WorkerGoneError, WorkerStuckError, request_socket
+from pkernfs.server.child import Child, Readable, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import BUFFER, REPLY, REQUEST, RESENT, WITHOUT_REPLY, Device, Request, patched_init
 from pkernfs.server.messages import Instruction
+from pkernfs.server.resources import GONE, asking
 
 log = logging.getLogger("pkernfs")
 
@@ -24,6 +24,7 @@ DEATHS = 3
 #: far more than max_background and all threads of a machine together.  An answer that no request waits for
 #: costs one write(2) that fails.
 LOST = 1 << 16
+RequestSocket = tuple[socket.socket, socket.socket, int]  #: see request_socket
 PROVOKED = 5.0  #: seconds that a request of our own may take to come
 
 
@@ -37,8 +38,10 @@ def _send(worker: Child, ours: socket.socket, raw: bytes) -> bool:
     try:
         ours.send(raw)
     except OSError as error:
-        if error.errno != errno.EMSGSIZE:
+        if error.errno in GONE:
             raise WorkerGoneError(f"worker {worker.pid} has ended") from None
+        if error.errno != errno.EMSGSIZE:
+            raise
         return False
     return True
 
@@ -51,20 +54,24 @@ class Relay:
     costs two wake-ups for each request.
     """
 
-    def __init__(self, device: Device, mountpoint: str, init: bytes, patience: float) -> None:
+    def __init__(self, device: Device, mountpoint: str, init: bytes, patience: float, readable: Readable) -> None:
         self.device = device
         self.mountpoint = mountpoint
         self.init = init
         self.patience = patience  #: seconds that a worker may take for a request
+        self.readable = readable  #: how replies are waited for
         self.deaths: dict[int, int] = {}  #: workers that ended with a request, by its unique number
 
-    def hand_over(self, worker: Child, message: Instruction, fds: Sequence[int], *, takeover: bool) -> None:
+    def hand_over(
+        self, worker: Child, message: Instruction, fds: Sequence[int], sockets: RequestSocket, *, takeover: bool
+    ) -> None:
         """Let an opened worker serve.
 
         It gets ``message``, a "serve", with the descriptors of the device, of what stands in for that, and ``fds``.
-        Raises WorkerGoneError; ConnectionAbortedError when the mount has ended.
+        ``sockets``: from request_socket.  Raises WorkerGoneError, OSError; ConnectionAbortedError when the mount has
+        ended.
         """
-        ours, theirs, largest = request_socket()
+        ours, theirs, largest = sockets
         with ours:
             with theirs:
                 worker.send(message, [self.device.fd, theirs.fileno(), *fds])
@@ -84,7 +91,8 @@ class Relay:
         can_resend = device.resend()
         if not can_resend:
             # The number of any request tells which ones may be lost.
-            threading.Thread(target=_provoke, args=[self.mountpoint], daemon=True).start()
+            with asking("a thread that provokes a request"):
+                threading.Thread(target=_provoke, args=[self.mountpoint], daemon=True).start()
         while device.readable(0 if can_resend else PROVOKED):
             raw = device.read()
             request = REQUEST.unpack(raw)
@@ -122,7 +130,7 @@ class Relay:
     def _reply(self, worker: Child, ours: socket.socket) -> bytes:
         """The next reply; notifications go on to the kernel."""
         while True:
-            if not select.select([ours], [], [], self.patience)[0]:
+            if not self.readable(ours.fileno(), self.patience):
                 raise WorkerStuckError(f"worker {worker.pid} does not answer within {self.patience:g} s")
             try:
                 reply = ours.recv(BUFFER)

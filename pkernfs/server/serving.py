@@ -6,17 +6,21 @@ Nothing here waits for events or decides who is to serve next: that is the keepe
 from __future__ import annotations
 
 import json
+import logging
 import os
+import socket
 import subprocess
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.mountinfo import mount_at
-from pkernfs.server.child import Child, WorkerGoneError
+from pkernfs.server.child import START, Child, Readable, WorkerGoneError, request_socket
 from pkernfs.server.device import Device, mount_device, umount_command
 from pkernfs.server.messages import Instruction, Opened, Pulse, Ready
-from pkernfs.server.relay import Relay
+from pkernfs.server.relay import Relay, RequestSocket
+from pkernfs.server.resources import REFUSALS, Attempt, ResourceError, asking, backoff, reserve
+from pkernfs.server.signals import EndWantedError
 from pkernfs.server.state import FD_NAMES, Descriptors, State
 from pkernfs.server.systemd import service
 from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
@@ -24,7 +28,10 @@ from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
 if TYPE_CHECKING:
     from pkernfs.server.commands import Command
 
-START = 60.0  #: seconds that a worker may take to import and open
+log = logging.getLogger("pkernfs")
+
+OPEN = 60.0  #: seconds that a worker may take to open the region
+UMOUNT_TRIES = 4  #: of an umount that nobody waits for
 HAND_OVER = 30.0  #: seconds that the next keeper may take
 
 
@@ -36,27 +43,32 @@ class Started(NamedTuple):
 
 
 class Serving:
-    """``worker``: the one that serves, None while nobody does.  ``fds.device`` is negative before ``start``."""
+    """``worker``: the one that serves, None while nobody does.  ``fds.device`` is negative before ``start``.
 
-    def __init__(self, state: State, fds: Descriptors, worker: Child | None = None) -> None:
+    ``readable``: how workers are waited for.
+    """
+
+    def __init__(self, state: State, fds: Descriptors, worker: Child | None, readable: Readable) -> None:
         self.state = state
         self.fds = fds
         self.worker = worker
         self._service = service()
         self._state_file = -1
+        self._readable = readable
+        self.publishing = Attempt("state", "cannot be given to the next keeper")
         if fds.device >= 0:
             self._connect(Device(fds.device))
 
     def _connect(self, device: Device) -> None:
         self.device = device
-        self._relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang)
+        self._relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang, self._readable)
 
     # -- the first worker -----------------------------------------------------------------------------------------
 
     def start(self) -> Started:
         """Open, mount, let the first worker serve.  Raises PkernfsError, and nothing is left of the mount then."""
         state = self.state
-        worker = Child(state.command)
+        worker = Child(state.command, readable=self._readable)
         device: Device | None = None
         try:
             opened = self.open(worker, first=True)
@@ -66,8 +78,8 @@ class Serving:
             state.device = mounted.device if mounted else ""
             self._listen(device)
             self._connect(device)
-            self._hand_over(worker, takeover=False)
-            ready = worker.receive(Ready, START)
+            self._hand_over(worker, request_socket(), takeover=False)
+            ready = worker.receive(Ready, OPEN)
             self._note(worker)
             return Started(opened["opened"], ready["warning"])
         except BaseException:
@@ -89,11 +101,11 @@ class Serving:
     # -- workers --------------------------------------------------------------------------------------------------
 
     def open(self, worker: Child, *, first: bool) -> Opened:
-        """Let a worker open the region.  Raises WorkerError, WorkerGoneError."""
+        """Let a worker open the region.  Raises WorkerError, WorkerGoneError, ResourceError."""
         worker.wait_until_up(START)
         message = Instruction(verb="open", state=self.state.to_json(), first=first)
         worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
-        return worker.receive(Opened, START)
+        return worker.receive(Opened, OPEN)
 
     def let_serve(self, worker: Child, begin: float) -> float:
         """Open and hand over, nobody serves since ``begin``; for how long that was so, in seconds.
@@ -101,8 +113,15 @@ class Serving:
         Raises PkernfsError, OSError; ConnectionAbortedError when the mount has ended.
         """
         state = self.state
-        self.open(worker, first=False)
-        self._hand_over(worker, takeover=True)
+        worker.wait_until_up(START)
+        # Before the worker is told anything: when it is refused, the worker is as good as it was.
+        sockets = request_socket()
+        try:
+            self.open(worker, first=False)
+            self._hand_over(worker, sockets, takeover=True)
+        finally:
+            for one in sockets[:2]:
+                one.close()
         stall = time.monotonic() - begin
         state.takeovers += 1
         state.last_takeover = time.time()
@@ -110,9 +129,9 @@ class Serving:
         self._note(worker)
         return stall
 
-    def _hand_over(self, worker: Child, *, takeover: bool) -> None:
+    def _hand_over(self, worker: Child, sockets: RequestSocket, *, takeover: bool) -> None:
         message = Instruction(verb="serve", state=self.state.to_json(), revive=not self._service)
-        self._relay.hand_over(worker, message, [self.fds.control, self.fds.commands], takeover=takeover)
+        self._relay.hand_over(worker, message, [self.fds.control, self.fds.commands], sockets, takeover=takeover)
 
     def _note(self, worker: Child) -> None:
         """It serves from now on."""
@@ -127,12 +146,15 @@ class Serving:
         worker = self.worker
         if worker is None:
             return
-        with suppress(WorkerGoneError):
+        try:
             worker.send({"verb": "drain"})
             while True:
                 worker.receive(Pulse, self.state.options.hang)
-        worker.kill()
-        self.worker = None
+        except (WorkerGoneError, ResourceError, EndWantedError):  # what it has read and not answered comes again
+            pass
+        finally:
+            worker.kill()
+            self.worker = None
 
     def wait_for_end(self, worker: Child) -> str:
         """Wait for the end of the worker that serves, which is about to end; how it ended."""
@@ -142,26 +164,41 @@ class Serving:
     def ask_to_end(self) -> None:
         """Let the worker write back what is dirty, and end."""
         if self.worker is not None:
-            with suppress(WorkerGoneError):
+            with suppress(WorkerGoneError, ResourceError):
                 self.worker.send({"verb": "end"})
 
     # -- the state, for the next keeper -----------------------------------------------------------------------------
 
     def publish_state(self) -> None:
-        """Give the state to those who start the next keeper: the worker, or systemd."""
+        """Give the state to those who start the next keeper: the worker, or systemd; again later where that fails."""
         if self.worker is None:
             return
-        with suppress(WorkerGoneError):
+        try:
             self.worker.send({"verb": "know", "state": self.state.to_json()})
-        if self._service:
-            self._store(self.worker)
+            if self._service:
+                with asking("systemd's store of descriptors"):
+                    self._store(self.worker)
+            self.publishing.succeeded()
+        except WorkerGoneError:
+            pass
+        except ResourceError as error:
+            self.publishing.refused(error)
+
+    def ensure_published(self) -> None:
+        """Publish what could not be published, when it is time."""
+        if self.publishing.failures and self.publishing.due():
+            self.publish_state()
 
     def _store(self, worker: Child) -> None:
+        """Raises OSError."""
+        file = self._state_file
+        if file < 0:
+            file = reserve().ask(lambda: os.memfd_create("pkernfs-state", os.MFD_CLOEXEC))
+        os.truncate(file, 0)
+        os.pwrite(file, json.dumps(self.state.to_json()).encode(), 0)
         if self._state_file < 0:
-            self._state_file = os.memfd_create("pkernfs-state", os.MFD_CLOEXEC)
-            self._service.store({"state": self._state_file, **dict(zip(FD_NAMES, self.fds, strict=True))})
-        os.truncate(self._state_file, 0)
-        os.pwrite(self._state_file, json.dumps(self.state.to_json()).encode(), 0)
+            self._state_file = file
+            self._service.store({"state": file, **dict(zip(FD_NAMES, self.fds, strict=True))})
         self._service.store({"worker": worker.socket.fileno()})
 
     def give_away(self, command: Command) -> bool:
@@ -169,12 +206,17 @@ class Serving:
         if self.worker is None:
             raise WorkerGoneError("no worker serves the mount", hint="try again")
         command.answer(self.state.to_json(), [*self.fds, self.worker.socket.fileno()])
-        command.connection.settimeout(HAND_OVER)
+        taken = b""
         try:
-            taken = command.connection.recv(1)
+            if self._readable(command.connection.fileno(), HAND_OVER):
+                taken = command.connection.recv(1)
         except OSError:
-            taken = b""
-        command.done.set()
+            pass
+        finally:
+            if not taken:  # it must not come later and find that there is another keeper
+                with suppress(OSError):
+                    command.connection.shutdown(socket.SHUT_RDWR)
+            command.done.set()
         return bool(taken)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -185,6 +227,15 @@ class Serving:
 
     def umount_lazily(self) -> None:
         """Take the mount out of the tree, whoever uses it."""
+        for failures in range(UMOUNT_TRIES):
+            time.sleep(backoff(failures))
+            try:
+                reserve().ask(self._umount_lazily)
+                return
+            except REFUSALS as error:
+                log.error("%s: cannot unmount: %s", self.state.mountpoint, error)
+
+    def _umount_lazily(self) -> None:
         subprocess.run(umount_command(self.state.mountpoint, lazy=True), stderr=subprocess.DEVNULL, check=False)
 
     def remove_sockets(self) -> None:

@@ -7,41 +7,43 @@ import time
 from collections.abc import Callable, Sequence
 
 from pkernfs.errors import PkernfsError
-from pkernfs.server.child import Child, WorkerStuckError
+from pkernfs.server.child import START, Child, Readable, WorkerGoneError, WorkerStuckError
 from pkernfs.server.heartbeat import kill_stuck
 from pkernfs.server.messages import Pulse
+from pkernfs.server.resources import Attempt, ResourceError, backoff
 from pkernfs.server.serving import Serving
+from pkernfs.server.signals import EndWantedError
 
 log = logging.getLogger("pkernfs")
 
-#: Seconds before the next try, by tries that failed one after the other.  The first comes at once: most workers die of
-#: something that the next one does not meet, and everybody waits.  The last keeps a mount whose workers cannot start (a
-#: package that is just being replaced) from taking a processor, and is short enough for somebody who waits for it.
-BACKOFF = (0.0, 0.02, 0.1, 0.5, 2.0, 10.0)
-
-
-def backoff(failures: int) -> float:
-    """Seconds before the next try."""
-    return BACKOFF[min(failures, len(BACKOFF) - 1)]
-
 
 class Standby:
-    """The standby of one mount, if there is one at the moment."""
+    """The standby of one mount, if there is one at the moment.  ``readable``: how workers are waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, readable: Readable) -> None:
         self.worker: Child | None = None
-        self._failures = 0
-        self._after = 0.0  #: when the next one may be started
+        self.attempt = Attempt("standby")
+        self.takeover = Attempt("worker", "takeover failed, nobody serves")
+        self._readable = readable
 
     @property
     def pid(self) -> int:
         """Its process id; 0: there is none."""
-        return self.worker.pid if self.worker is not None else 0
+        worker = self.worker
+        return worker.pid if worker is not None else 0
 
     def ensure(self, command: Sequence[str]) -> None:
-        """Start one if there is none."""
-        if self.worker is None and time.monotonic() >= self._after:
-            self.worker = Child(command)
+        """Start one if there is none, and it may be tried; give one up that does not get up."""
+        if self.worker is None:
+            if self.attempt.due():
+                try:
+                    self.worker = Child(command, readable=self._readable)
+                except ResourceError as error:
+                    self.attempt.refused(error)
+        elif not self.worker.facts and time.monotonic() - self.worker.started > START:
+            kill_stuck(self.worker, f"it is not up after {START:g} s")
+            self.kill()
+            self.attempt.refused(f"it was not up after {START:g} s")
 
     def on_message(self) -> None:
         """It is up, or has ended: when it ends again and again, the next one is not started at once."""
@@ -52,45 +54,66 @@ class Standby:
             if worker.facts:  # nothing more comes from it: it has ended
                 worker.receive(Pulse, 0)
             worker.wait_until_up(0)
-            self._failures = 0
+            self.attempt.succeeded()
+        except (WorkerStuckError, ResourceError):  # nothing could be read: it is still there
+            pass
+        except WorkerGoneError as error:
+            self._lost(*("", "has ended") if worker.facts else (error,))
         except PkernfsError as error:
-            log.error("standby: %s", error)
-            self.kill()
-            self._failures += 1
-            # One step behind those of a takeover, where somebody waits.
-            self._after = time.monotonic() + backoff(self._failures + 1)
+            self._lost(error)
 
-    def take_over(self, serving: Serving, reason: str, pause: Callable[[float], bool]) -> bool:
+    def _lost(self, why: object, cannot: str = "") -> None:
+        self.kill()
+        # One step behind those of a takeover, where somebody waits.
+        self.attempt.refused(why, ahead=1, cannot=cannot)
+
+    def take_over(self, serving: Serving, reason: str, pause: Callable[[float], None]) -> None:
         """Let the standby serve in place of a worker that has ended; where there is none, or it fails, new ones.
 
-        ``pause`` waits for some seconds; it gives False when nobody is to serve any more, and so does this.
+        ``pause`` waits for some seconds.  It raises EndWantedError when nobody is to serve any more, and
+        ConnectionAbortedError when the mount has ended, and so does this.
         """
         state = serving.state
         begin = time.monotonic()
         state.last_reason = reason
         log.warning("worker %d ended with %s: another one takes over", state.worker, reason)
         failures = 0
-        while pause(backoff(failures)):
-            worker = self._take(state.command)
+        while True:
+            pause(backoff(failures))
+            worker: Child | None = None
             try:
+                worker = self._take(state.command)
                 stall = serving.let_serve(worker, begin)
                 log.info("worker %d serves after %.1f ms", worker.pid, stall * 1000)
-                return True
+                break
             except ConnectionAbortedError:
                 serving.worker = worker  # which sees the end of the mount too
-                return True
-            except (PkernfsError, OSError) as error:
+                break
+            except EndWantedError:
+                if worker is not None:
+                    worker.kill()
+                raise
+            except (PkernfsError, OSError, MemoryError) as error:
                 failures += 1
-                log.error("the takeover failed: %s", error)
-                if isinstance(error, WorkerStuckError):
-                    kill_stuck(worker, "it did not answer")
-                worker.kill()
-        return False
+                self.takeover.refused(error)
+                self._give_up(worker, error)
+        self.takeover.succeeded()
 
     def _take(self, command: Sequence[str]) -> Child:
-        """The standby, which is none any more; a new worker where there is none."""
+        """The standby, which is none any more; a new worker where there is none.  Raises ResourceError."""
         worker, self.worker = self.worker, None
-        return worker or Child(command)
+        return worker or Child(command, readable=self._readable)
+
+    def _give_up(self, worker: Child | None, error: Exception) -> None:
+        """End a worker that could not take over; what was told nothing yet is still a standby."""
+        if worker is None:
+            return
+        if isinstance(error, ResourceError) and not worker.told and self.worker is None:
+            self.worker = worker
+            return
+        if isinstance(error, WorkerStuckError):
+            kill_stuck(worker, "it did not answer")
+        worker.kill()
 
     def kill(self) -> None:
         """End it."""

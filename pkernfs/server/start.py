@@ -10,6 +10,7 @@ from pkernfs.options import MountOptions
 from pkernfs.region import lock_region
 from pkernfs.server.child import worker_command
 from pkernfs.server.keeper import Keeper
+from pkernfs.server.resources import asking
 from pkernfs.server.state import Descriptors, State
 from pkernfs.server.stats import make_stats
 
@@ -23,10 +24,11 @@ def mount(region: str, mountpoint: str, options: MountOptions, ready: Callable[[
     # Not mapped, and nothing is read: that is for the worker, which gets the descriptor.  What can be refused without
     # that is refused here, before a worker has begun to import.
     locked = lock_region(region, readonly=options.readonly)
-    references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
-    os.truncate(references, lookups_size(locked.size))
-    state = State(locked.path, mountpoint, options, worker_command())
-    keeper = Keeper(state, Descriptors(locked.fd, references, make_stats(), -1, -1, -1))
-    started = keeper.start()
+    with asking("this mount"):
+        references = os.memfd_create("pkernfs-references", os.MFD_CLOEXEC)
+        os.truncate(references, lookups_size(locked.size))
+        state = State(locked.path, mountpoint, options, worker_command())
+        keeper = Keeper(state, Descriptors(locked.fd, references, make_stats(), -1, -1, -1))
+        started = keeper.start()
     ready(started.replayed, started.warning)
     keeper.keep()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pkernfs.options import MountOptions
 from pkernfs.server.messages import StateFacts
+from pkernfs.server.resources import Trouble
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -76,8 +78,9 @@ class State:
         requests: dict[str, int],
         failed_requests: int,
         dirty: int | None,
-        pinned: int,
         awaiting: int,
+        pinned: int | None,
+        troubles: Iterable[Trouble],
     ) -> api.Status:
         """What `pkernfs status` shows: of the state, and what the keeper adds."""
         from pkernfs import api
@@ -104,4 +107,5 @@ class State:
             dirty=dirty,
             pinned=pinned,
             awaiting=awaiting,
+            troubles=[api.Trouble(*one) for one in troubles],
         )

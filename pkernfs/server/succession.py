@@ -11,10 +11,12 @@ import os
 import socket
 import sys
 
+from pkernfs.inherited import open_standard_descriptors, settle
 from pkernfs.server.child import Child, receive
 from pkernfs.server.device import Device
 from pkernfs.server.keeper import Keeper
 from pkernfs.server.logs import start_logging
+from pkernfs.server.resources import reserve
 from pkernfs.server.state import FD_NAMES, STORED, Descriptors, State
 from pkernfs.server.systemd import service, stored
 
@@ -38,7 +40,7 @@ def taken(connection: socket.socket, data: bytes, fds: list[int]) -> Keeper:
     while not data.endswith(b"\n") and (more := connection.recv(1 << 16)):
         data += more
     state = State.from_json(decode_reply(data, HandOver()))
-    start_logging(state.options)
+    start_logging(state.options, strict=False)
     return adopt(state, fds)
 
 
@@ -60,19 +62,22 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
     connection = fds.get("worker", -1)
     if connection < 0:  # it has ended: systemd has closed the socket
         connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
-    start_logging(state.options)
+    start_logging(state.options, strict=False)
     return adopt(state, [*(fds[name] for name in FD_NAMES), connection])
 
 
 def main() -> None:
     """The keeper after one that is gone."""
+    open_standard_descriptors()
+    settle(ours=False, foreground=False)
+    reserve()
     connection = socket.socket(fileno=int(sys.argv[1]))
     if os.fork():
         os._exit(0)  # its parent is not the worker then, which may end before it
     os.setsid()
     message, fds = receive(connection)
     state = State.from_json(message["state"])
-    start_logging(state.options)
+    start_logging(state.options, strict=False)
     log.warning("the keeper of %s was gone: this is the next one", state.mountpoint)
     adopt(state, [*fds, connection.detach()]).keep()
 

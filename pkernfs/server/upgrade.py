@@ -11,8 +11,9 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.errors import PkernfsError
-from pkernfs.server.child import Child
+from pkernfs.server.child import START, Child, Readable, WorkerStuckError
 from pkernfs.server.messages import Checked
+from pkernfs.server.resources import ResourceError, readable
 from pkernfs.server.state import State
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ class Decision(NamedTuple):
 
 
 class Upgrade:
-    """One upgrade, as ``request`` has it.  ``command`` is answered at its end."""
+    """One upgrade, as ``request`` has it.  ``command`` is answered at its end.
 
-    def __init__(self, command: Command, request: api.Upgrade) -> None:
+    ``readable``: how workers are waited for.  Raises ResourceError when the new worker cannot be started.
+    """
+
+    def __init__(self, command: Command, request: api.Upgrade, readable: Readable = readable) -> None:
         self.command = command
         self.program = request.command
         self.probation = request.probation
@@ -55,18 +59,33 @@ class Upgrade:
         self._stall = 0.0  #: seconds in which nobody served
         self._end = 0.0  #: of the probation
         self._bugs = 0  #: requests that had failed in a bug before it served
-        self.worker = Child(request.command)
+        self._checking = False  #: it is up, and was asked whether it can read the region
+        self.worker = Child(request.command, readable=readable)
+        self._deadline = time.monotonic() + START  #: of what it does before it serves
         log.info("upgrade: starting %s", " ".join(request.command))
 
     def check_worker(self, state: State, region_fd: int) -> Decision:
         """To be called when the new worker has sent something, or has ended: whether it can read the region."""
         try:
+            if self._checking:
+                self.worker.receive(Checked, 0)
+                return Decision(Action.SERVE)
             self.worker.wait_until_up(0)
             self.worker.send({"verb": "check", "state": state.to_json()}, [region_fd])
-            self.worker.receive(Checked, CHECK)
+        except (WorkerStuckError, ResourceError):  # nothing could be read or sent now
+            return Decision(Action.WAIT)
         except PkernfsError as error:
             return Decision(Action.FALL_BACK, str(error))
-        return Decision(Action.SERVE)
+        self._checking = True
+        self._deadline = time.monotonic() + CHECK
+        return Decision(Action.WAIT)
+
+    def check_deadline(self) -> Decision:
+        """To be called all the time until it serves: it may hang."""
+        if time.monotonic() < self._deadline:
+            return Decision(Action.WAIT)
+        what = f"read the region within {CHECK:g} s" if self._checking else f"start within {START:g} s"
+        return Decision(Action.FALL_BACK, f"the new worker {self.worker.pid} did not {what}")
 
     def begin(self, version: str, bugs: int) -> None:
         """It is about to serve in place of a version; so many requests have failed in a bug by now."""

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import trio
 from msgspec.structs import asdict
 
 from pkernfs import api
@@ -18,6 +17,7 @@ from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.control import Handler, inode_of
 from pkernfs.server.iommu import iommu_verbs
 from pkernfs.server.operations import Operations
+from pkernfs.server.threads import in_thread
 
 
 def verbs(
@@ -46,7 +46,7 @@ def verbs(
         fs.attributes.set_region_mapped(ino, request.on)
         try:
             # In a thread: the kernel waits for dirty pages to be written, which this server must do meanwhile.
-            await trio.to_thread.run_sync(invalidate, ino, abandon_on_cancel=True)
+            await in_thread(invalidate, ino)
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing is cached
                 raise

@@ -11,13 +11,13 @@ import importlib
 import logging
 import mmap
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -28,6 +28,7 @@ from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.format import ROOT_INO
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.lookups import Lookups
+from pkernfs.inherited import open_standard_descriptors, raise_limits
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.restore import restore
 from pkernfs.options import MountOptions
@@ -35,14 +36,16 @@ from pkernfs.region import Region, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
 from pkernfs.server.buffers import keep_resident
-from pkernfs.server.child import PROTOCOL, receive, send
+from pkernfs.server.child import PROTOCOL, python_command, receive, send
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
 from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
+from pkernfs.server.resources import GONE, Attempt, ResourceError, asking, backoff, readable, refusal, reserve
 from pkernfs.server.state import State
 from pkernfs.server.stats import AWAITING, map_stats
+from pkernfs.server.threads import enduring, in_thread
 
 if TYPE_CHECKING:
     from pkernfs.server.control import ControlSocket
@@ -52,8 +55,20 @@ log = logging.getLogger("pkernfs")
 #: Seconds from the end of the keeper to the start of another one.  Whoever kills everything kills the keeper first, and
 #: is not to meet a new one.
 GRACE = 1.0
+REFUSED = 0.1  #: seconds before the next try where the host refuses to send or receive a message
+STARTED = 0.01  #: seconds between two looks whether the next keeper is on its own
 BUSY = 1.0  #: seconds after a takeover for requests that have waited, before what nobody has asked for is loaded
 IDLE = 0.2  #: seconds without a message after which a worker is a standby
+
+
+def load() -> None:
+    """Import what this process may need later: the installation may be gone by then.  Raises ResourceError: it is."""
+    try:
+        importlib.import_module("pkernfs.server.verbs")
+    except Exception as error:  # of a package that is half replaced it may be any
+        raise ResourceError(
+            f"{type(error).__name__}: {error}", hint="install this version again, or pkernfs upgrade MOUNT"
+        ) from None
 
 
 def _invalidate_name(directory: int, name: bytes) -> None:
@@ -95,28 +110,25 @@ class Worker:
         self.drained = False
         self.counted = -1  #: transactions, when it was counted what awaits an invalidation
         self.fds: list[int] = []  #: what another keeper needs
-        stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
-        self.stacks = open(stacks, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+        self.stacks = -1  #: a file for where it stands; -1: the host had none
 
     def run(self) -> None:
         """All messages, to the end of the mount."""
-        faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
+        with suppress(OSError):
+            self.stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
+            faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
         keep_resident()
-        up: Up = {
-            "pid": os.getpid(),
-            "version": pkernfs.__version__,
-            "protocol": PROTOCOL,
-            "stacks": self.stacks.fileno(),
-        }
+        up: Up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks}
         send(self.keeper, up)
-        if not select.select([self.keeper], [], [], IDLE)[0]:
-            importlib.import_module("pkernfs.server.verbs")  # a standby: a takeover is to find everything loaded
+        if not readable(self.keeper.fileno(), IDLE):
+            with suppress(ResourceError):  # said where the verbs are to be answered: it can do all else
+                load()  # a standby: a takeover is to find everything there
         while True:
-            message, fds = receive(self.keeper)
-            if message is None:
-                return None
-            self.state = State.from_json(message["state"])
             try:
+                message, fds = receive(self.keeper)
+                if message is None:
+                    return None
+                self.state = State.from_json(message["state"])
                 if message["verb"] == "serve":
                     return self.serve(message, *fds)
                 reply: Mapping[str, object] = (
@@ -124,6 +136,9 @@ class Worker:
                 )
             except PkernfsError as error:
                 reply = Failure(error=str(error), exit_code=error.exit_code, errno=error.errno)
+            except (OSError, MemoryError) as error:
+                refused = refusal(f"worker {os.getpid()}", error)
+                reply = Failure(error=str(refused), exit_code=refused.exit_code, errno=refused.errno)
             send(self.keeper, reply)
 
     def check(self, region_fd: int) -> Checked:
@@ -137,7 +152,7 @@ class Worker:
         options = self.state.options
         self.first = message["first"]
         self.fds = [region_fd, references_fd, stats_fd]
-        start_logging(options)
+        start_logging(options, strict=False)
         region = open_region(self.state.region, readonly=options.readonly, fd=region_fd)
         set_barriers(region, options)
         self.fs = fs = open_filesystem(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
@@ -163,8 +178,9 @@ class Worker:
         async def run() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.handle_messages, operations.requests, nursery.cancel_scope)
-                nursery.start_soon(self.answer_verbs, operations, control)
+                nursery.start_soon(enduring, "control socket", partial(self.answer_verbs, operations, control))
                 nursery.start_soon(operations.housekeeping.run)
+                reserve()  # after what must be open: it takes what there is
                 try:
                     await pyfuse3.main()
                 finally:
@@ -188,11 +204,12 @@ class Worker:
         """
         if self.first:
             await self.report_ready()
+            self.first = False
         else:
             with trio.move_on_after(BUSY):
                 await trio.lowlevel.wait_readable(listener)
-        socket_ = await trio.to_thread.run_sync(control_socket, operations, listener, abandon_on_cancel=True)
-        await socket_.serve()
+        await in_thread(load)
+        await control_socket(operations, listener).serve()
 
     async def report_ready(self) -> None:
         """Tell that the mount is usable, once it is."""
@@ -202,30 +219,54 @@ class Worker:
             os.stat(state.mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
             return tune(state.mountpoint) if state.options.tune else ""
 
-        warning = await trio.to_thread.run_sync(wait_and_tune, abandon_on_cancel=True)
-        send(self.keeper, Ready(ready=os.getpid(), warning=warning))
+        await self.tell(Ready(ready=os.getpid(), warning=await in_thread(wait_and_tune)))
+
+    async def tell(self, message: Mapping[str, object]) -> None:
+        """Send the keeper a message, which waits for it.  Raises OSError: it has ended."""
+        while True:
+            try:
+                return send(self.keeper, message)
+            except OSError as error:
+                if error.errno in GONE:
+                    raise
+            await trio.sleep(REFUSED)
 
     async def handle_messages(self, requests: Requests, scope: trio.CancelScope) -> None:
         """Handle the keeper's messages; start another keeper when it has ended."""
+        attempt = Attempt("keeper")
         while True:
             await trio.lowlevel.wait_readable(self.keeper)
-            with suppress(OSError):
-                message, _ = receive(self.keeper)
+            try:
+                message, _ = receive(self.keeper, wait=False)
                 if message is not None:
                     await self.handle(message, requests, scope)
+                    attempt.succeeded()
+                    continue
+            except BlockingIOError:
+                continue
+            except (OSError, MemoryError) as error:
+                # Of a keeper that has ended: the socket says so again at once.  Of any other reason nothing ends.
+                if not isinstance(error, OSError) or error.errno not in GONE:
+                    log.error("a message of the keeper: %s", refusal("it cannot be handled", error))
+                    await trio.sleep(REFUSED)
                     continue
             await trio.sleep(GRACE)
             if not self.replaces_keeper:
                 log.warning("the keeper has ended")
                 return
-            await self.start_keeper()
+            try:
+                with asking("its process"):
+                    await self.start_keeper()
+            except ResourceError as error:
+                attempt.refused(error)
+                await trio.sleep(backoff(attempt.failures))
 
     async def handle(self, message: Instruction, requests: Requests, scope: trio.CancelScope) -> None:
-        """Handle one message."""
+        """Handle one message.  Raises OSError."""
         match message["verb"]:
             case "beat":
-                self.count_awaiting(requests.counters)
-                send(self.keeper, Pulse(oldest=requests.oldest(), begun=requests.begun))
+                await self.tell(Pulse(oldest=requests.oldest(), begun=requests.begun))
+                self.count_awaiting(requests.counters)  # after what the keeper waits for: it may be refused memory
             case "know":
                 self.state = State.from_json(message["state"])
                 if not self.state.options.foreground:
@@ -236,7 +277,8 @@ class Worker:
                 self.drained = True
                 scope.cancel()
             case "end":
-                await trio.to_thread.run_sync(pyfuse3.syncfs, self.state.mountpoint, abandon_on_cancel=True)
+                with suppress(OSError):  # what cannot be written back now will not be
+                    await in_thread(pyfuse3.syncfs, self.state.mountpoint)
                 pyfuse3.terminate()
 
     def count_awaiting(self, counters: memoryview) -> None:
@@ -248,24 +290,40 @@ class Worker:
                 counters[AWAITING] = self.fs.guard.kept_bytes()
 
     async def start_keeper(self) -> None:
-        """Start another keeper, and give it the state of the mount and its descriptors."""
-        self.keeper.close()
-        self.keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Start another keeper, and give it the state of the mount and its descriptors.
+
+        Raises what resources.REFUSALS has; the socket of the one before says then again that it has ended.
+        """
+        ours, theirs = reserve().ask(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         with theirs:
-            process = subprocess.Popen(  # noqa: ASYNC220  # some ms, while the mount has no keeper
-                [sys.executable, "-P", "-m", "pkernfs.server.succession", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                cwd="/",
-            )
+            try:
+                process = reserve().ask(lambda: self._start_keeper(theirs))
+            except BaseException:
+                ours.close()
+                raise
+        self.keeper.close()
+        self.keeper = ours
         with suppress(OSError):
             send(self.keeper, {"state": self.state.to_json()}, self.fds)
-        await trio.to_thread.run_sync(process.wait)
+        # It ends when it has made the keeper its child.
+        while process.poll() is None:  # noqa: ASYNC110  # a process has no event, and a thread may be refused
+            await trio.sleep(STARTED)
+
+    @staticmethod
+    def _start_keeper(theirs: socket.socket) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*python_command("pkernfs.server.succession"), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+        )
 
 
 def main() -> None:
     """The process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the keeper
+    open_standard_descriptors()
+    raise_limits(ours=False)  # as they are now, and not as they were when the keeper was started
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 
 
