@@ -360,7 +360,7 @@ def kept(tmp_path: Path) -> Iterator[str]:
     def status() -> api.Status:
         raise RuntimeError("nothing to tell")
 
-    Commands(listener, status, lambda: None)
+    Commands(listener.fileno(), status, lambda: None)
     yield path
     listener.shutdown(socket.SHUT_RDWR)
 

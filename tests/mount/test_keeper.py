@@ -309,7 +309,7 @@ def test_signals_while_nobody_serves(unmounted: Site) -> None:
     flag.touch()
     kill(status["standby"])
     kill(status["worker"])
-    wait_for(lambda: site.server_log.read_text().count("the takeover failed") > 2, "failures")
+    wait_for(lambda: site.server_log.read_text().count("takeover failed") > 0, "failures")
     assert site.status()["keeper"] == status["keeper"]
     os.kill(status["keeper"], signal.SIGTERM)
     site.wait_for_end()
