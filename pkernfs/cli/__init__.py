@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from pkernfs.inherited import open_standard_descriptors
+from pkernfs.surroundings import open_standard_descriptors
 
 
 class _Output(io.FileIO):

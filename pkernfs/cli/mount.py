@@ -62,13 +62,13 @@ def run(argv: Sequence[str] | None) -> int:
     """Mount.  Raises PkernfsError before anything is mounted; afterwards only the server's exit status tells."""
     arguments = parser().parse_args(argv)
     from pkernfs.errors import UsageError
-    from pkernfs.inherited import settle
     from pkernfs.server.logs import start_logging
     from pkernfs.server.mountpoint import check_mountpoint, remount
     from pkernfs.server.resources import reserve
     from pkernfs.server.start import mount
     from pkernfs.server.succession import resumed
     from pkernfs.server.systemd import service
+    from pkernfs.surroundings import settle
 
     try:
         options = parse_options(arguments.options)

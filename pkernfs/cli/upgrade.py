@@ -93,12 +93,12 @@ def _take_over(mount: str, report: int) -> None:
     from pkernfs.api import HandOver
     from pkernfs.client import keeper_address
     from pkernfs.codec import encode_request
-    from pkernfs.inherited import settle
     from pkernfs.server.child import FDS_MAX
     from pkernfs.server.daemon import let_go_of_terminal
     from pkernfs.server.resources import reserve
     from pkernfs.server.succession import taken
     from pkernfs.sockets import receive_fds
+    from pkernfs.surroundings import settle
 
     settle(ours=False, foreground=False)
     reserve()

@@ -39,7 +39,7 @@ class Wakeup:
         self._pending: set[int] = set()
         self.tick: Callable[[], object] = lambda: None  #: what is done while something is waited for
         for number in (*END, signal.SIGCHLD):
-            # nohup(1) has it ignored; in the background it is not any more (inherited.py).
+            # nohup(1) has it ignored; in the background it is not any more (surroundings.py).
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._note)
 

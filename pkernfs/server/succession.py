@@ -11,7 +11,6 @@ import os
 import socket
 import sys
 
-from pkernfs.inherited import open_standard_descriptors, settle
 from pkernfs.server.child import Child, receive
 from pkernfs.server.device import Device
 from pkernfs.server.keeper import Keeper
@@ -19,6 +18,7 @@ from pkernfs.server.logs import start_logging
 from pkernfs.server.resources import reserve
 from pkernfs.server.state import FD_NAMES, STORED, Descriptors, State
 from pkernfs.server.systemd import service, stored
+from pkernfs.surroundings import open_standard_descriptors, settle
 
 log = logging.getLogger("pkernfs")
 

@@ -28,7 +28,6 @@ from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.format import ROOT_INO
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.lookups import Lookups
-from pkernfs.inherited import open_standard_descriptors, raise_limits
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.restore import restore
 from pkernfs.options import MountOptions
@@ -46,6 +45,7 @@ from pkernfs.server.resources import GONE, Attempt, ResourceError, asking, backo
 from pkernfs.server.state import State
 from pkernfs.server.stats import AWAITING, map_stats
 from pkernfs.server.threads import enduring, in_thread
+from pkernfs.surroundings import open_standard_descriptors, raise_limits
 
 if TYPE_CHECKING:
     from pkernfs.server.control import ControlSocket

@@ -44,7 +44,7 @@ def go_where_nothing_is() -> None:
     os.rmdir(folder)
 
 
-#: What is inherited -> (what sets it, environment)
+#: What a mount is started with -> (what sets it, environment)
 CASES: dict[str, tuple[Callable[[], object], dict[str, str]]] = {
     "no-stdin": (close(0), {}),
     "no-stdout": (close(1), {}),
@@ -84,7 +84,7 @@ def kill(pid: int) -> None:
 
 
 def mount(site: Site, name: str) -> None:
-    """Mount as somebody does from whom all that is inherited."""
+    """Mount as somebody does who leaves it all that."""
     prepare, environment = CASES[name]
     command = [
         sys.executable,
@@ -137,7 +137,7 @@ def works(site: Site) -> None:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_inherited(unmounted: Site, name: str) -> None:
+def test_started(unmounted: Site, name: str) -> None:
     """Those that were found to end a mount."""
     mount(unmounted, name)
     works(unmounted)
@@ -145,7 +145,7 @@ def test_inherited(unmounted: Site, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_inherited_each(unmounted: Site, name: str) -> None:
+def test_started_each(unmounted: Site, name: str) -> None:
     """All of them."""
     mount(unmounted, name)
     works(unmounted)
