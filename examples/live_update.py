@@ -10,7 +10,6 @@ Run as root, by examples/live-update, which first installs what it takes.
 
 import argparse
 import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -92,9 +91,8 @@ class LiveUpdate:
         self.report = report
         self.ram = mounted.mountpoint / "guest-ram"
         self.state = mounted.mountpoint / "guest-state"
-        self.ram.touch()
-        os.truncate(self.ram, memory)
-        machine = Machine(self._backend(memory), memory, images / "vmlinuz", images / "initramfs.gz")
+        self.mounted.create_ram(self.ram, memory)
+        machine = Machine(self._backend(memory), memory, images / "vmlinuz", images / "initramfs.gz", ram=self.ram)
         self.guest = Guest(machine)
 
     def _backend(self, memory: int) -> str:

@@ -45,6 +45,10 @@ class Mounted:
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         self._run("mount.pkernfs", str(self.region), str(self.mountpoint))
 
+    def create_ram(self, file: Path, size: int) -> None:
+        """Make a guest's memory, of `size` bytes."""
+        self._run("pkernfs", "create-ram", str(file), str(size))
+
     def direct_backend(self, file: Path) -> str:
         """What QEMU needs to map `file` past the mount, as the argument of its `-object`."""
         answer = self._run("pkernfs", "qemu-args", str(file), "--direct")

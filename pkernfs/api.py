@@ -40,6 +40,7 @@ Number = Annotated[int, Meta(ge=0)]  #: 64 bits
 InodeNumber = Annotated[int, Meta(ge=0, lt=1 << 60)]
 Key = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Segment = Annotated[int, Meta(ge=0, lt=1 << 16)]  #: of PCI
+Id = Annotated[int, Meta(ge=0, lt=(1 << 32) - 1)]  #: of a user or a group
 Access = Literal["rw", "ro", "wo"]  #: what a device may do
 Format = Literal["vtd", "amd"]  #: of tables: Intel VT-d second level, AMD-Vi v1
 
@@ -96,6 +97,34 @@ class Direct(WorkerRequest["FileInfo"], kw_only=True, tag="direct"):
     """Mark a file as mapped directly from the region, or as no longer so."""
 
     on: bool = True
+
+
+class CreateRam(Change["FileInfo"], kw_only=True, tag="create-ram"):
+    """Make a guest's memory: a new file, whole and allocated; ``ino`` is that of the directory.
+
+    In one piece of the region, but for ``fragmented``.
+    """
+
+    name: str
+    size: Number
+    owner: Id
+    group: Id
+    mode: Annotated[int, Meta(ge=0, le=0o7777)] = 0o600
+    fragmented: bool = False
+
+
+class Hold(WorkerRequest["FileInfo"], kw_only=True, tag="hold"):
+    """Let nobody change a file, its attributes and its names.  EBUSY: somebody has it open for writing."""
+
+    reason: str
+
+
+class Release(WorkerRequest["FileInfo"], tag="release"):
+    """End that; of a file that is not held nothing changes."""
+
+
+class Holds(WorkerRequest["HeldFiles"], tag="holds"):
+    """All files that are held."""
 
 
 class Scrub(WorkerRequest["Scrubbed"], kw_only=True, tag="scrub"):
@@ -315,6 +344,26 @@ class Awaiting(Struct):
     length: int
 
 
+class Held(Struct):
+    """Why nobody can change a file, and since when."""
+
+    since: int  #: 0: that cannot be read
+    reason: str
+
+
+class HeldFile(Held):
+    """A file that is held."""
+
+    ino: int
+    file: str | None  #: path in the mount; None: it was not found
+
+
+class HeldFiles(Struct):
+    """All of them, in the order of their inodes."""
+
+    files: list[HeldFile]
+
+
 class FileInfo(Struct):
     """The memory of a file."""
 
@@ -328,6 +377,7 @@ class FileInfo(Struct):
     extents: list[Extent]
     pins: list[Pin]
     awaiting: list[Awaiting] = []
+    held: Held | None = None  #: None also from a server of 0.2
 
 
 class DamagedChecksum(Struct):
@@ -588,6 +638,7 @@ class Verb(NamedTuple):
     server: Server  #: who answers
     changes: bool  #: whether it changes something
     patience: float | None  #: seconds that a client waits for the answer; None: as long as it takes
+    root: bool = False  #: whether only root may ask, and not the owner of a mount either
 
     @property
     def name(self) -> str:
@@ -605,8 +656,10 @@ class Verb(NamedTuple):
         return ["verb", *self.request.__struct_encode_fields__]
 
 
-def _worker(request: type[WorkerRequest[R]], reply: type[R], *, changes: bool = False, slow: bool = False) -> Verb:
-    return Verb(request, reply, Server.WORKER, changes, None if slow else PATIENCE)
+def _worker(
+    request: type[WorkerRequest[R]], reply: type[R], *, changes: bool = False, slow: bool = False, root: bool = False
+) -> Verb:
+    return Verb(request, reply, Server.WORKER, changes, None if slow else PATIENCE, root)
 
 
 def _keeper(request: type[Request[R]], reply: type[R], *, changes: bool = False, slow: bool = False) -> Verb:
@@ -620,6 +673,10 @@ VERBS: Final[dict[str, Verb]] = {
         _worker(Info, MountInfo),
         _worker(File, FileInfo),
         _worker(Direct, FileInfo, changes=True),
+        _worker(CreateRam, FileInfo, changes=True, slow=True),
+        _worker(Hold, FileInfo, changes=True, slow=True, root=True),
+        _worker(Release, FileInfo, changes=True, slow=True, root=True),
+        _worker(Holds, HeldFiles, slow=True),
         _worker(Scrub, Scrubbed),
         _worker(Quota, QuotaUse, changes=True, slow=True),
         _worker(IommuCreate, Domain, changes=True, slow=True),

@@ -31,7 +31,20 @@ from pkernfs.sockets import find
 if TYPE_CHECKING:
     from pkernfs import api
 
-__all__ = ["ControlError", "ask", "file", "info", "keeper_address", "mount_of", "quota", "set_direct", "status"]
+__all__ = [
+    "ControlError",
+    "ask",
+    "create_ram",
+    "file",
+    "hold",
+    "info",
+    "keeper_address",
+    "mount_of",
+    "quota",
+    "release",
+    "set_direct",
+    "status",
+]
 
 #: Seconds in which another server takes the place of one that is gone.  A takeover takes 10 ms, 300 ms without a
 #: standby; when three tries fail it is 1.5 s.  Behind that a person wants to know.  What a request is known by
@@ -66,6 +79,47 @@ def set_direct(path: str, on: bool = True) -> api.FileInfo:
     from pkernfs import api
 
     return ask(path, api.Direct(on=on))
+
+
+def create_ram(
+    path: str,
+    size: int,
+    *,
+    owner: int | None = None,
+    group: int | None = None,
+    mode: int = 0o600,
+    fragmented: bool = False,
+) -> api.FileInfo:
+    """Make a guest's memory: a new file of ``size`` bytes, all of them allocated, in one piece but for ``fragmented``.
+
+    It is the caller's but for ``owner`` and ``group``, and there as a whole, or not at all.
+    """
+    from pkernfs import api
+
+    folder, name = os.path.split(path)
+    request = api.CreateRam(
+        name=name,
+        size=size,
+        owner=os.geteuid() if owner is None else owner,
+        group=os.getegid() if group is None else group,
+        mode=mode,
+        fragmented=fragmented,
+    )
+    return ask(os.path.realpath(folder or "."), request)
+
+
+def hold(path: str, reason: str) -> api.FileInfo:
+    """Let nobody change a file, its attributes and its names, until ``release``.  For root."""
+    from pkernfs import api
+
+    return ask(path, api.Hold(reason=reason))
+
+
+def release(path: str) -> api.FileInfo:
+    """End what ``hold`` has begun; of a file that is not held nothing changes.  For root."""
+    from pkernfs import api
+
+    return ask(path, api.Release())
 
 
 def quota(path: str, limit: int | None = None) -> api.QuotaUse:

@@ -39,6 +39,8 @@ Orphans.  Inodes without a name that are still open, and files whose memory beyo
 in a circular list: orphan_next and orphan_prev, beginning and ending at the reserved inode ORPHANS_INO.  The next mount
 that may write finishes what is listed.  (A list through the inodes, so that removing a file never allocates.)
 
+Held files.  A regular file with FLAG_HELD has an attribute HOLD_NAME; no other inode has one.
+
 Quotas.  New inodes take over ``project`` from the directory that they are made in.  What counts against a directory
 with a quota counts against the quotas around it too: next is the project of its parent.  In a directory that has a
 limit every entry's project is that directory's, but for directories with a quota of their own.
@@ -132,10 +134,15 @@ JOURNAL_MAGIC: Final = 0x6C6E726A  #: "jrnl"
 
 # Features, as ext4 has them: an unknown compat bit is ignored, an unknown ro_compat bit allows a read-only mount only,
 # an unknown incompat bit refuses the region.
-COMPAT_KNOWN: Final = 0
 RO_COMPAT_AWAITING: Final = 2  #: content awaits invalidations: who does not know that would give it out too soon
-RO_COMPAT_KNOWN: Final = RO_COMPAT_AWAITING
+RO_COMPAT_HELD: Final = 4  #: there are, or were, held files
+COMPAT_KNOWN: Final = 0
+RO_COMPAT_KNOWN: Final = RO_COMPAT_AWAITING | RO_COMPAT_HELD
 INCOMPAT_KNOWN: Final = 0
+RO_COMPAT_NAMES: Final = {
+    RO_COMPAT_AWAITING: "content awaits invalidation",
+    RO_COMPAT_HELD: "held files",
+}
 
 # Kinds of blocks, in the block table.
 BLOCK_FREE: Final = 0
@@ -174,6 +181,7 @@ FLAG_IOMMU_DIR: Final = 4
 FLAG_IOMMU_ROOT_PGTABLES: Final = 8
 FLAG_IOMMU_DOMAIN_PGTABLES: Final = 16
 FLAG_REGION_MAPPED: Final = 32  #: a process may map the memory from the region, past the mount: its blocks do not move
+FLAG_HELD: Final = 64  #: neither content nor attributes nor names change, see Hold
 #: The content is page tables, which hardware reads: only the API of the IOMMU changes it.
 GUARDED: Final = FLAG_IOMMU_ROOT_PGTABLES | FLAG_IOMMU_DOMAIN_PGTABLES
 FLAG_NAMES: Final = {
@@ -183,6 +191,7 @@ FLAG_NAMES: Final = {
     FLAG_IOMMU_ROOT_PGTABLES: "iommu-root-pgtables",
     FLAG_IOMMU_DOMAIN_PGTABLES: "iommu-domain-pgtables",
     FLAG_REGION_MAPPED: "region-mapped",
+    FLAG_HELD: "held",
 }
 
 
@@ -341,6 +350,20 @@ class XattrHead(NamedTuple):
 
 XATTR_HEAD = layout(XattrHead, size=16)
 XATTR_INLINE: Final = 512
+
+
+class Hold(NamedTuple):
+    """Of a regular file with FLAG_HELD, whose content, attributes and names nobody can change: since when, and why.
+
+    The value of its attribute HOLD_NAME, whose namespace is not open to users; the reason, UTF-8, follows.
+    """
+
+    since: i64  #: ns since the epoch
+
+
+HOLD = layout(Hold, size=8)
+HOLD_NAME: Final = b"pkernfs.hold"
+HOLD_REASON_MAX: Final = 255  #: bytes; at least 1
 
 
 # Keys of the records of the IOMMU.  Those of mappings are below 1 << IOVA_PAGE_BITS.

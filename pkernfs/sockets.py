@@ -30,12 +30,13 @@ class Peer(Protocol):
         """As socket.socket has it."""
 
 
-def check_owner(connection: Peer) -> None:
-    """Raise FsError(EPERM) when the other end belongs neither to root nor to the user of this process."""
+def check_owner(connection: Peer) -> int:
+    """Whose the other end is.  Raises FsError(EPERM) when it is neither root's nor this process's user's."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     if uid not in (0, os.getuid()):
         raise FsError(errno.EPERM, f"user {uid} does not own this mount")
+    return int(uid)
 
 
 def receive_fds(connection: socket.socket, size: int, most: int, *, wait: bool = True) -> tuple[bytes, list[int]]:

@@ -3,10 +3,12 @@
 import argparse
 import os
 import re
+from collections.abc import Callable
 
 from pkernfs.errors import UsageError, quoted
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+ID_END = (1 << 32) - 1  #: user and group ids are below: this one means "no change" to chown(2)
 
 
 def size(word: str) -> int:
@@ -26,6 +28,37 @@ def seconds(word: str) -> float:
     if not 0.01 <= number <= 86400:
         raise argparse.ArgumentTypeError(f"expected seconds, 0.01 to 86400, found {quoted(word)}")
     return number
+
+
+def user(word: str) -> int:
+    """A user, by name or number.  For argparse."""
+    import pwd
+
+    return _id(word, "user", lambda: pwd.getpwnam(word).pw_uid)
+
+
+def group(word: str) -> int:
+    """A group, by name or number.  For argparse."""
+    import grp
+
+    return _id(word, "group", lambda: grp.getgrnam(word).gr_gid)
+
+
+def _id(word: str, what: str, look_up: Callable[[], int]) -> int:
+    try:
+        number = int(word) if word.isascii() and word.isdigit() else look_up()
+    except (KeyError, ValueError, OSError):
+        number = -1
+    if not 0 <= number < ID_END:
+        raise argparse.ArgumentTypeError(f"expected a {what} of this machine, or a number, found {quoted(word)}")
+    return number
+
+
+def mode(word: str) -> int:
+    """Permission bits in octal.  For argparse."""
+    if not re.fullmatch("0?[0-7]{1,4}", word, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected permissions in octal such as 0711, found {quoted(word)}")
+    return int(word, 8)
 
 
 def region_and_path(word: str) -> tuple[str, str]:

@@ -26,7 +26,8 @@ are sound are not touched.  A repair that was interrupted, also by a crash at an
 A transaction that a crash left in the journal is replayed, with -n in memory only.  Without -n, -y and -p it asks on a
 terminal, and only looks elsewhere.
 
-A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.
+A region that is in use is refused, unless -n is given: what changes meanwhile may then seem damaged.  So is a repair
+of one whose memory a process maps, as a guest on the direct map does while nothing is mounted: the error names it.
 """
 EPILOG = """\
 exit status, as fsck(8) has it; they add up:
@@ -71,6 +72,7 @@ def parser() -> Parser:
     answer.add_argument("-n", "--no", action="store_true", help="change nothing; check a region that is in use, too")
     answer.add_argument("-y", "--yes", action="store_true", help="correct what can be corrected")
     answer.add_argument("-p", "-a", "--auto", action="store_true", help="the same, as fsck(8) wants it at boot")
+    made.add_argument("--even-if-mapped", action="store_true", help="repair though processes map the region's memory")
     made.add_argument("-f", "--force", action="store_true", help="accepted: every check is a full one")
     made.add_argument("-v", "--verbose", action="store_true", help="say how much there is of everything")
     made.add_argument(
@@ -90,7 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = _Session(arguments)
     try:
         with session:
-            result = fsck(arguments.region, session.agree, in_use=arguments.no, progress=session.progress)
+            result = fsck(
+                arguments.region,
+                session.agree,
+                in_use=arguments.no,
+                even_if_mapped=arguments.even_if_mapped,
+                progress=session.progress,
+            )
     except PkernfsError as error:
         print(f"fsck.pkernfs: {error}", file=sys.stderr)
         return FAILED

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable, show
+from pkernfs.format import RO_COMPAT_NAMES
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -75,6 +76,7 @@ def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[s
     needed = facts.features
     kinds = {"compat": needed.compat, "ro_compat": needed.ro_compat, "incompat": needed.incompat}
     features = [f"{kind} {bits:#x}" for kind, bits in kinds.items() if bits]
+    features += [name for bit, name in RO_COMPAT_NAMES.items() if needed.ro_compat & bit]
     server = getattr(facts, "server", None)
     rows = {
         "region": f"{printable(facts.region)} ({facts.kind})",
@@ -115,6 +117,10 @@ def _file_lines(path: str, facts: api.FileInfo) -> list[str]:
         f"{printable(path)}: inode {facts.ino}, {facts.size} bytes, {human(facts.allocated)} allocated, {shape}",
         f"region {printable(facts.region)}, {'mapped directly' if facts.direct else 'not mapped directly'}",
     ]
+    if facts.held is not None:
+        from pkernfs.cli.hold import about
+
+        lines.append(about(facts.held))
     if facts.extents:
         lines.append(f"{'file offset':>18} {'region offset':>18} {'physical':>18} {'length':>14}")
     for extent in facts.extents:

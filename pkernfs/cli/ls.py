@@ -14,7 +14,7 @@ from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import printable
 from pkernfs.errors import CorruptError
-from pkernfs.format import Ino
+from pkernfs.format import FLAG_HELD, Ino, Inode
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem
@@ -46,6 +46,7 @@ class Row(NamedTuple):
     ctime: int
     target: str | None  #: of a symbolic link
     awaiting: int  #: bytes of its content, at most, that hardware may have cached though nothing maps them
+    held: dict[str, object] | None  #: why nobody can change it (pkernfs hold)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,11 +133,20 @@ def _row(fs: Filesystem, ino: Ino, name: bytes, folder: str) -> Row:
         ctime=inode.ctime,
         target=os.fsdecode(fs.readlink(ino)) if stat.S_ISLNK(inode.mode) else None,
         awaiting=max((one.length for one in fs.guard.describe_awaiting(ino)), default=0) if pins(inode) else 0,
+        held=_held(fs, ino, inode) if inode.flags & FLAG_HELD else None,
     )
 
 
+def _held(fs: Filesystem, ino: Ino, inode: Inode) -> dict[str, object]:
+    from pkernfs.api import to_builtins
+    from pkernfs.fs.facts import held_facts
+
+    found: dict[str, object] = to_builtins(held_facts(fs, ino, inode))
+    return found
+
+
 def _line(row: Row, arguments: argparse.Namespace) -> str:
-    name = printable(row.name)
+    name = printable(row.name) + (f"  (held: {printable(str(row.held['reason']))})" if row.held else "")
     prefix = f"{row.ino:>10} " if arguments.inode else ""
     if not (arguments.long or arguments.numeric):
         return prefix + name

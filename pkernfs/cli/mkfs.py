@@ -9,20 +9,27 @@ import sys
 import uuid
 from collections.abc import Sequence
 
-from pkernfs.cli.arguments import size
+from pkernfs.cli.arguments import group, mode, size, user
 from pkernfs.cli.parsers import Parser, add_version
 from pkernfs.cli.text import human, printable
 from pkernfs.errors import RegionError, UsageError, quoted
+
+ROOT_MODE = 0o700  #: as pkernfs.fs.mkfs has it, which a parser does not load
 
 DESCRIPTION = """\
 Make a pkernfs region: a file (on tmpfs, hugetlbfs or a disk) or a device-DAX device that holds a filesystem for state
 that must survive live updates.  A file is made if it is not there, readable and writable for its owner only.
 
-The new filesystem has a directory iommu/ with an empty file root-pgtables, for IOMMU page tables.
+The new filesystem has a directory iommu/ with an empty file root-pgtables, for IOMMU page tables.  Its root directory
+is for its owner only (0700), as guests' memory will be there: --mode, or the mount option mode=, lets others in.
+
+A region whose memory a process maps, as a guest on the direct map does while nothing is mounted, is refused, with
+--force too: the error names the process.
 """
 EPILOG = """\
 examples:
   mkfs.pkernfs --size 1G /dev/shm/pkernfs.img
+  mkfs.pkernfs --size 8G --owner libvirt-qemu --group kvm --mode 0700 /dev/shm/tenant.img
   mkfs.pkernfs --label host7 --phys-base 0x40000000 /dev/dax0.0
 
 exit status:
@@ -47,7 +54,26 @@ def parser() -> Parser:
         help="physical address of the region's first byte, for addresses in page tables "
         "(default: from sysfs for device DAX, else 0)",
     )
+    made.add_argument(
+        "--owner",
+        type=user,
+        metavar="USER",
+        help="whose the root directory is, and the region's file where it is made here (default: who runs this)",
+    )
+    made.add_argument("--group", type=group, metavar="GROUP", help="the group of both")
+    made.add_argument(
+        "--mode",
+        type=mode,
+        metavar="MODE",
+        default=ROOT_MODE,
+        help="of the root directory, in octal (default 0700); a region's file that is made here has 0600",
+    )
     made.add_argument("-f", "--force", action="store_true", help="overwrite a region, or other data, that is there")
+    made.add_argument(
+        "--even-if-mapped",
+        action="store_true",
+        help="go on though processes map the region's memory: a guest that has its RAM there loses it",
+    )
     made.add_argument("-q", "--quiet", action="store_true", help="print nothing")
     return made
 
@@ -65,7 +91,7 @@ def run(argv: Sequence[str] | None) -> int:
     path = os.path.realpath(arguments.region)
     from pkernfs.format import BLOCK, MIN_BLOCKS, geometry
     from pkernfs.fs.mkfs import check_parameters, mkfs
-    from pkernfs.region import find_address, open_region
+    from pkernfs.region import check_unmapped, find_address, open_region
 
     wanted = arguments.size
     if wanted is not None and (wanted % BLOCK or wanted < MIN_BLOCKS * BLOCK):
@@ -82,7 +108,7 @@ def run(argv: Sequence[str] | None) -> int:
         )
     if wanted is not None:
         check_parameters(wanted, arguments.label, phys_base)
-    made = None if os.path.exists(path) else _make(path, wanted)
+    made = None if os.path.exists(path) else _make(path, wanted, arguments)
 
     def prepare(fd: int) -> None:
         """Under the lock: nobody else makes, mounts or resizes it between these checks and the end."""
@@ -90,6 +116,10 @@ def run(argv: Sequence[str] | None) -> int:
         if not device:
             size = os.fstat(fd).st_size if wanted is None else wanted
             check_parameters(size, arguments.label, phys_base)
+        if made is None and not arguments.even_if_mapped:
+            warning = check_unmapped(fd, path)
+            if warning and not arguments.quiet:
+                print(f"mkfs.pkernfs: warning: {printable(warning)}", file=sys.stderr)
         if not arguments.force:
             _check_overwrite(fd, path)
         if wanted is not None:
@@ -97,16 +127,24 @@ def run(argv: Sequence[str] | None) -> int:
 
     try:
         with open_region(path, prepare=prepare) as region:
-            sb = mkfs(region, label=arguments.label, uuid=arguments.uuid, phys_base=phys_base)
+            sb = mkfs(
+                region,
+                label=arguments.label,
+                uuid=arguments.uuid,
+                phys_base=phys_base,
+                owner=arguments.owner,
+                group=arguments.group,
+                mode=arguments.mode,
+            )
         if made is not None:
             _flush_name(path)
     except BaseException:
         if made is not None and os.path.exists(path) and os.path.samestat(made, os.stat(path)):
             os.unlink(path)
         raise
-    mode = os.stat(path).st_mode
-    if mode & 0o077 and not arguments.quiet:
-        found = f"mode {stat.S_IMODE(mode):04o}, expected 0600"
+    found_mode = os.stat(path).st_mode
+    if found_mode & 0o077 and not arguments.quiet:
+        found = f"mode {stat.S_IMODE(found_mode):04o}, expected 0600"
         print(
             f"mkfs.pkernfs: {printable(path)}: others may use it ({found}): chmod 600 {shlex.quote(path)}",
             file=sys.stderr,
@@ -120,7 +158,7 @@ def run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def _make(path: str, size: int | None) -> os.stat_result:
+def _make(path: str, size: int | None, arguments: argparse.Namespace) -> os.stat_result:
     """Make an empty file that was not there, for its owner only.  Raises UsageError, RegionError."""
     if size is None:
         raise UsageError(f"{path}: no such file", hint="--size makes one")
@@ -130,7 +168,12 @@ def _make(path: str, size: int | None) -> os.stat_result:
         raise RegionError(f"{path}: cannot make the file: {error.strerror}") from None
     try:
         os.fchmod(fd, 0o600)  # whatever the umask took from it
+        if (arguments.owner, arguments.group) != (None, None):
+            os.fchown(fd, *(-1 if one is None else one for one in (arguments.owner, arguments.group)))
         return os.fstat(fd)
+    except OSError as error:
+        os.unlink(path)
+        raise RegionError(f"{path}: cannot give the file to another owner: {error.strerror}") from None
     finally:
         os.close(fd)
 

@@ -13,6 +13,7 @@ from pkernfs.fs.chunks import cut_at, truncate
 from pkernfs.fs.content import Content, killed_mode
 from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard, pins
+from pkernfs.fs.holds import Holds, check_not_held
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.reclaim import STEP, Reclaimer
 from pkernfs.fs.times import clamp_time
@@ -38,21 +39,25 @@ class SetAttr(NamedTuple):
 class Attributes:
     """What is known about files beside names and content."""
 
-    def __init__(self, volume: Volume, content: Content, orphans: Orphans, reclaimer: Reclaimer, guard: Guard) -> None:
+    def __init__(
+        self, volume: Volume, content: Content, orphans: Orphans, reclaimer: Reclaimer, guard: Guard, holds: Holds
+    ) -> None:
         self.volume = volume
         self.content = content
         self.orphans = orphans
         self.reclaimer = reclaimer
         self.guard = guard
+        self.holds = holds
 
     def setattr(self, ino: Ino, change: SetAttr, *, privileged: bool = True) -> Inode:
         """Change attributes and size together; the inode as it is then.
 
         ``privileged``: the caller keeps set-user-ID bits when it truncates (CAP_FSETID).  A change of owner clears
         them for everybody.  Raises FsError: EFBIG, ENOSPC, EISDIR, EINVAL, EBUSY (memory to be freed is a guest's, or
-        pinned), EPERM (see Guard.may_resize).
+        pinned), EPERM (held; see Guard.may_resize).
         """
         inode = self.volume.inode(ino)
+        check_not_held(ino, inode)
         now = self.volume.clock()
         changed = _changes(inode, change, now, privileged)
         if change.size is not None and not stat.S_ISREG(inode.mode):
@@ -115,7 +120,9 @@ class Attributes:
 
     def check_open(self, ino: Ino, flags: int) -> None:
         """Raise FsError(EPERM) when the inode, or a file to be made in this directory, may not be opened like that."""
-        self.guard.may_open(self.volume.inode(ino), flags)
+        inode = self.volume.inode(ino)
+        self.holds.check_open(ino, inode, flags)
+        self.guard.may_open(inode, flags)
 
     # -- extended attributes --------------------------------------------------------------------------------------
 
@@ -132,8 +139,13 @@ class Attributes:
         return [attribute.name for attribute in Xattrs(self.volume, ino, self.volume.inode(ino)).all()]
 
     def setxattr(self, ino: Ino, name: bytes, value: bytes) -> None:
-        """Create or replace.  Raises FsError: ERANGE, E2BIG, ENOSPC (also when the names would not fit in a list)."""
-        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        """Create or replace.
+
+        Raises FsError: ERANGE, E2BIG, ENOSPC (also when the names would not fit in a list), EPERM (held).
+        """
+        inode = self.volume.inode(ino)
+        check_not_held(ino, inode)
+        xattrs = Xattrs(self.volume, ino, inode)
         if sum(len(a.name) + 1 for a in xattrs.all() if a.name != name) + len(name) + 1 > XATTR_LIST_MAX:
             raise FsError(errno.ENOSPC, "the names of the attributes would take more than 64 KiB")
         with self.volume.transaction() as tx:
@@ -141,8 +153,10 @@ class Attributes:
             tx.put_inode(ino, xattrs.finish(self.volume.clock()))
 
     def removexattr(self, ino: Ino, name: bytes) -> None:
-        """Remove.  Raises FsError(ENODATA)."""
-        xattrs = Xattrs(self.volume, ino, self.volume.inode(ino))
+        """Remove.  Raises FsError: ENODATA, EPERM (held)."""
+        inode = self.volume.inode(ino)
+        check_not_held(ino, inode)
+        xattrs = Xattrs(self.volume, ino, inode)
         attribute = xattrs.find(name)
         if attribute is None:
             raise FsError(errno.ENODATA, quoted(name))

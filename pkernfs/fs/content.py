@@ -7,6 +7,7 @@ import stat
 
 from pkernfs.errors import FsError
 from pkernfs.format import (
+    FLAG_HELD,
     FLAG_REGION_MAPPED,
     GUARDED,
     INODE_CTIME_AT,
@@ -23,6 +24,7 @@ from pkernfs.format import (
 from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap, end_of
 from pkernfs.fs.guard import Guard, pins
+from pkernfs.fs.holds import check_not_held
 from pkernfs.fs.pages import has_extents
 from pkernfs.fs.reclaim import Reclaimer
 from pkernfs.fs.times import Times
@@ -30,6 +32,7 @@ from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import OUT_OF_SPACE, Volume
 
 NO_PIECE = (0, -1, 0)
+UNWRITABLE = GUARDED | FLAG_HELD  #: flags of what no user may write to
 
 
 class Content:
@@ -106,7 +109,7 @@ class Content:
         """Store ``data`` at ``offset``; how many bytes were stored, fewer than asked when the space ends.
 
         ``kill_priv``: the writer may not keep set-user-ID and set-group-ID bits.  Raises FsError: EFBIG, ENOSPC,
-        EDQUOT, EPERM for page tables.
+        EDQUOT, EPERM for page tables and held files.
         """
         if offset >= MAX_FILE_SIZE and data:
             raise FsError(errno.EFBIG, f"inode {ino}: expected an offset below {MAX_FILE_SIZE}, found {offset}")
@@ -118,7 +121,8 @@ class Content:
         volume = self.volume
         volume.damage.check_changeable(ino)
         inode = volume.inode(ino)
-        if inode.flags & GUARDED:
+        if inode.flags & UNWRITABLE:
+            check_not_held(ino, inode)
             self.guard.may_write(ino)
         if kill_priv and inode.mode & (stat.S_ISUID | stat.S_ISGID):
             inode = self._kill_priv(ino, inode)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
-from pkernfs.api import Extent, Features, FileInfo, Finding, JournalInfo, RegionInfo
+from pkernfs.api import Extent, Features, FileInfo, Finding, Held, JournalInfo, RegionInfo
 from pkernfs.errors import CorruptError
-from pkernfs.format import BLOCK, FLAG_NAMES, FLAG_REGION_MAPPED, PAGE, PAGES_PER_BLOCK, Ino, geometry
+from pkernfs.format import BLOCK, FLAG_NAMES, FLAG_REGION_MAPPED, PAGE, PAGES_PER_BLOCK, Ino, Inode, geometry
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
 from pkernfs.fs.volume import Volume
@@ -40,7 +40,17 @@ def file_facts(fs: Filesystem, ino: Ino) -> FileInfo:
         extents=extents,
         pins=fs.guard.describe_pins(ino) if pins(inode) else [],
         awaiting=fs.guard.describe_awaiting(ino) if pins(inode) else [],
+        held=held_facts(fs, ino, inode),
     )
+
+
+def held_facts(fs: Filesystem, ino: Ino, inode: Inode) -> Held | None:
+    """Why a file is held, and since when; where that cannot be read, that it is."""
+    try:
+        held = fs.holds.of(ino, inode)
+    except CorruptError as error:
+        return Held(since=0, reason=error.found)
+    return held and Held(since=held.since, reason=held.reason)
 
 
 def region_facts(fs: Filesystem) -> RegionInfo:
@@ -63,7 +73,7 @@ def region_facts(fs: Filesystem) -> RegionInfo:
         page_size=PAGE,
         blocks=sb.blocks,
         blocks_free=volume.space.free_blocks,
-        blocks_largest_free_run=_largest_free_run(fs),
+        blocks_largest_free_run=volume.space.largest_free_run(),
         slabs=len(volume.space.slab_blocks()),
         space=figures.blocks * PAGE,
         space_free=figures.free * PAGE,
@@ -101,10 +111,3 @@ def _noting(fs: Filesystem, count: Callable[[], int]) -> int | None:
     except CorruptError as error:
         fs.volume.damage.note(error)
         return None
-
-
-def _largest_free_run(fs: Filesystem) -> int:
-    """Blocks of the largest free piece: what a contiguous file can have."""
-    space = fs.volume.space
-    used_or_not = bytes(space.table[space.first_block :]).translate(b"\0" + b"\1" * 255)
-    return max(map(len, used_or_not.split(b"\1")))

@@ -12,6 +12,7 @@ from pkernfs.fs.attributes import Attributes
 from pkernfs.fs.content import Content
 from pkernfs.fs.damage import corrupt_inode
 from pkernfs.fs.guard import Guard
+from pkernfs.fs.holds import Holds
 from pkernfs.fs.lookups import Lookups
 from pkernfs.fs.names import Names
 from pkernfs.fs.orphans import Orphans
@@ -47,8 +48,9 @@ class Filesystem:
         self.orphans = Orphans(volume)
         self.reclaimer = Reclaimer(volume, self.lookups, self.orphans, self.guard)
         self.quotas = Quotas(volume, self.orphans)
+        self.holds = Holds(volume)
         self.content = content = Content(volume, self.times, self.reclaimer, self.guard)
-        self.attributes = attributes = Attributes(volume, content, self.orphans, self.reclaimer, self.guard)
+        self.attributes = attributes = Attributes(volume, content, self.orphans, self.reclaimer, self.guard, self.holds)
         self.names = names = Names(volume, self.times, content, self.orphans, self.reclaimer, self.quotas, self.guard)
         self.renames = Renames(names)
         # Bound methods, and not methods that call them: a request pays nothing for the handing on (a call costs 50 ns,

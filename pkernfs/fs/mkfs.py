@@ -38,6 +38,8 @@ from pkernfs.fs.volume import Volume
 from pkernfs.region import Region
 from pkernfs.region.superblock import encode_superblock
 
+ROOT_MODE = 0o700  #: of a new root directory: guests' memory is for nobody else until somebody says so
+
 
 def check_parameters(size: int, label: str, phys_base: int) -> Geometry:
     """The geometry of a region of ``size`` bytes.  Raises FormatError (size), UsageError (label, phys_base)."""
@@ -61,11 +63,15 @@ def mkfs(
     uuid: uuid_module.UUID | None = None,
     phys_base: int = 0,
     hash_seed: bytes | None = None,
+    owner: int | None = None,
+    group: int | None = None,
+    mode: int = ROOT_MODE,
 ) -> Superblock:
     """Make an empty filesystem: a root directory, ``iommu/`` and an empty ``iommu/root-pgtables``.
 
     What the region held is lost.  The superblock is stored last, so that a half-made region is not taken for one.
-    ``phys_base``: physical address of offset 0, a multiple of 2 MiB.  Raises FormatError, UsageError, FsError(ENOSPC).
+    ``phys_base``: physical address of offset 0, a multiple of 2 MiB.  ``owner``, ``group``, ``mode``: of the root
+    directory (default: this process's).  Raises FormatError, UsageError, FsError(ENOSPC).
     """
     geo = check_parameters(region.size, label, phys_base)
     blocks = geo.blocks
@@ -102,7 +108,9 @@ def mkfs(
         kinds = bytes(BLOCK_META if first + n < geo.first_block else BLOCK_FREE for n in range(count))
         region.store(PAGE + index * PAGE, encode_page(TABLE_MAGIC, PAGE + index * PAGE, index, 0, 0, kinds))
     region.store(geo.journal_offset + PAGE, JOURNAL_HEADER.pack(JournalHeader(0, JOURNAL_MAGIC, 0, 0, 0, 0)))
-    for ino, inode in _first_inodes(now).items():
+    uid = os.getuid() if owner is None else owner
+    gid = os.getgid() if group is None else group
+    for ino, inode in _first_inodes(now, uid, gid, mode).items():
         region.store(ino * INODE_SIZE, encode_inode(ino, inode))
     region.store(geo.journal_offset, raw)
     region.store(8, raw[8:])
@@ -113,11 +121,10 @@ def mkfs(
     return sb
 
 
-def _first_inodes(now: int) -> dict[Ino, Inode]:
+def _first_inodes(now: int, uid: int, gid: int, mode: int) -> dict[Ino, Inode]:
     """The root directory and the list of orphans."""
-    uid, gid = os.getuid(), os.getgid()
     orphans = new_inode(stat.S_IFREG, now, uid, gid)
     return {
-        ROOT_INO: new_inode(stat.S_IFDIR | 0o755, now, uid, gid, parent=ROOT_INO),
+        ROOT_INO: new_inode(stat.S_IFDIR | mode, now, uid, gid, parent=ROOT_INO),
         ORPHANS_INO: orphans._replace(orphan_next=ORPHANS_INO, orphan_prev=ORPHANS_INO),
     }

@@ -24,6 +24,7 @@ from pkernfs.fs.content import Content
 from pkernfs.fs.directory import Directory, Entry, check_name, open_directory
 from pkernfs.fs.filemap import FIRST, FileMap, end_of
 from pkernfs.fs.guard import Guard
+from pkernfs.fs.holds import check_not_held
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.pages import new_inode
 from pkernfs.fs.quota import Quotas
@@ -197,6 +198,7 @@ class Names:
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EPERM, "a directory has one name")
         check_removable(ino, name)
+        check_not_held(ino, inode)
         if not inode.nlink:
             raise FsError(errno.ENOENT, "the file was removed")
         if inode.nlink >= LINK_MAX:
@@ -225,6 +227,7 @@ class Names:
         if stat.S_ISDIR(inode.mode):
             raise FsError(errno.EISDIR, quoted(name))
         check_removable(entry.ino, name)
+        check_not_held(entry.ino, inode)
         if inode.flags & GUARDED:
             self.guard.may_unlink(entry.ino, inode)
         now = self.volume.clock()

@@ -9,6 +9,7 @@ from pkernfs.errors import FsError, quoted
 from pkernfs.format import GUARDED, ROOT_INO, Ino, Inode
 from pkernfs.fs.damage import NO_INO, corrupt_inode
 from pkernfs.fs.directory import Entry, check_name
+from pkernfs.fs.holds import check_not_held
 from pkernfs.fs.names import Names, check_project, check_removable
 from pkernfs.fs.transaction import Transaction
 
@@ -26,9 +27,9 @@ class Renames:
     def rename(self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, flags: int = 0) -> None:
         """Move or replace a name, or exchange two, as renameat2(2) does.  Flags: RENAME_NOREPLACE or RENAME_EXCHANGE.
 
-        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM and
-        EBUSY (see Guard.may_move, may_unlink), ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas of
-        other filesystems have it).
+        Raises FsError: ENOENT, EEXIST, ENOTDIR, EISDIR, ENOTEMPTY, EINVAL (into itself, unknown flags), EPERM (held)
+        and EBUSY (see Guard.may_move, may_unlink), ENOSPC, EDQUOT, EXDEV (from one quota to another, as project quotas
+        of other filesystems have it).
         """
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise FsError(errno.EINVAL, f"expected no flags, RENAME_NOREPLACE or RENAME_EXCHANGE, found {flags:#x}")
@@ -53,6 +54,8 @@ class Renames:
             return
         else:
             check_removable(new.ino, new_name)
+            check_not_held(new.ino, self.volume.inode(new.ino))
+        check_not_held(old.ino, moved)
         if source is not target:
             self.names.guard.may_move(source.inode, target.inode)
         check_project(source.inode, target.inode)

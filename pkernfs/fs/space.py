@@ -188,6 +188,11 @@ class Space:
         in_slabs = sum(slab.free for slab in map(self.usable_slab, self.slab_blocks()) if slab)
         return self.free_blocks * PAGES_PER_BLOCK + in_slabs
 
+    def largest_free_run(self) -> int:
+        """Blocks of the largest free piece: what a contiguous file can have."""
+        used_or_not = bytes(self.table[self.first_block :]).translate(b"\0" + b"\1" * 255)
+        return max(map(len, used_or_not.split(b"\1")))
+
     def inodes_in_use(self) -> int:
         """Inode slots in use, the reserved ones not counted."""
         return sum(slab.inodes for slab in map(self.usable_slab, self.slab_blocks()) if slab)

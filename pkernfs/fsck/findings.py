@@ -101,6 +101,18 @@ class Fields(NamedTuple):
     values: Values
 
 
+class WrongHold(NamedTuple):
+    """An inode of which not all says that it is held, or that is none that can be."""
+
+    ino: Ino
+
+
+class NoFeature(NamedTuple):
+    """A feature of the format that is in use, and that the superblock does not name."""
+
+    ro_compat: int
+
+
 class NotEmpty(NamedTuple):
     """A free slot with something in it."""
 
@@ -169,6 +181,8 @@ Data = (
     | Plausible
     | Unusable
     | Fields
+    | WrongHold
+    | NoFeature
     | NotEmpty
     | Unlisted
     | Nameless

@@ -41,6 +41,7 @@ class Stage(StrEnum):
     LEAKS = "leaks"
     LOST = "lost"  #: what has no name gets one
     PROJECTS = "projects"
+    HOLDS = "holds"
     TABLES = "page tables"
 
 
@@ -93,6 +94,7 @@ class Code(StrEnum):
     DIRECTORY_PARENT = "directory-parent"
     DIRECTORY_SIZE = "directory-size"
     LINK_COUNT = "link-count"
+    HOLD = "hold"
     # quotas
     PROJECT = "project"
     QUOTA = "quota"
@@ -209,6 +211,11 @@ PROBLEMS: dict[Code, Problem] = {
     Code.DIRECTORY_SIZE: Problem("a directory counts its entries", _WRONG, (_S.FIELDS,)),
     Code.LINK_COUNT: Problem(
         "a file counts its names, a directory itself and its subdirectories", _WRONG, (_S.FIELDS,)
+    ),
+    Code.HOLD: Problem(
+        "a held file has a record of why, nothing else has one, and the superblock says that there are such files",
+        _WRONG,
+        (_S.HOLDS,),
     ),
     Code.PROJECT: Problem(
         "an inode counts against the nearest quota that encloses it", _WRONG, (_S.FIELDS, _S.PROJECTS)

@@ -13,7 +13,7 @@ from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Check, Progress, check_region
 from pkernfs.fsck.findings import Finding
 from pkernfs.fsck.repair import Repair, finish_transaction, repair_region
-from pkernfs.region import FileRegion, open_region, read_superblock
+from pkernfs.region import FileRegion, check_unmapped, open_region, read_superblock
 
 
 class Result(NamedTuple):
@@ -34,12 +34,14 @@ def fsck(
     agree: Callable[[Result], bool] | None,
     *,
     in_use: bool = False,
+    even_if_mapped: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Result:
     """Check the region at ``path``, and repair it if there is something to do and ``agree`` says so.
 
     ``agree`` is called with what was found, when there are problems or a transaction to replay; None: look only.  A
     clean region is not opened for writing.  ``in_use``: look even though somebody else has the region open.
+    ``even_if_mapped``: repair even though a process maps the region's memory, as a guest on the direct map does.
     ``progress`` is called with what is done now.  Raises PkernfsError; after a KeyboardInterrupt the region is whole.
     """
     warnings = []
@@ -51,6 +53,8 @@ def fsck(
         warnings.append(f"{error.text}: what changes meanwhile may seem damaged")
         opened = open_region(path, readonly=True, locked=False)
     with opened as region:
+        if agree is not None and not even_if_mapped:
+            warnings += filter(None, [check_unmapped(region.fd, region.path)])
         before = _state_of(region)
         records = _waiting(region)
         problems, check = check_region(region, progress, for_repair=agree is not None)

@@ -19,6 +19,7 @@ from pkernfs.format import (
     PAGES_PER_BLOCK,
     RO_COMPAT_AWAITING,
     ROOT_PGTABLES_INO,
+    WRITE,
     FilePage,
     Ino,
     Iova,
@@ -28,6 +29,7 @@ from pkernfs.format import (
 from pkernfs.fs.chunks import allocate
 from pkernfs.fs.filemap import FileMap
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.holds import check_not_held
 from pkernfs.fs.transaction import Transaction
 from pkernfs.iommu import awaiting
 from pkernfs.iommu.domain import Domain
@@ -115,6 +117,8 @@ def map_file(
     if live_update:
         check_mapped(domain, first, mapping)
         return Mapped(iova, length, 0)
+    if mapping.access & WRITE:
+        check_not_held(file_ino, inode)
     for at, other in domain.records.mappings(first, last):
         found = hexadecimal(at * PAGE, (at + other.length) * PAGE - 1)
         raise FsError(errno.EEXIST, f"IOVAs {hexadecimal(iova, iova + length - 1)}: {found} are mapped already")

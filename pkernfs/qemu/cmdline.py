@@ -123,6 +123,8 @@ class Machine(NamedTuple):
     #: `max` would be faster to name than to migrate: it means another CPU in another QEMU.
     cpu: str = "qemu64"
     type: str = "q35"
+    #: The file of a mount that the RAM is, where the backend names the region: it is held while the guest is saved.
+    ram: Path | None = None
 
 
 def guest_command(

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from pkernfs.errors import quoted
+from pkernfs.qemu import keep
 from pkernfs.qemu.cmdline import Machine, Qemu, find_qemu, guest_command
 from pkernfs.qemu.console import Beat, Console
 from pkernfs.qemu.errors import QemuError
@@ -56,6 +57,7 @@ class Guest:
         self._errors = self.directory / "qemu-errors"
         self._process: subprocess.Popen[bytes] | None = None
         self._phase = Phase.NEW
+        self._state: Path | None = None  #: of a guest that is saved
         self._stopped_at = 0.0
         self._resumed_at = 0.0
 
@@ -96,28 +98,41 @@ class Guest:
         with self._explained():
             self.monitor.save(state)
         self._enter(Phase.SAVED)
+        self._state = state
         sync(ram)
         sync(state)
 
     def quit(self, timeout: float = 30.0) -> None:
-        """End the QEMU of a saved guest, and wait until it is gone."""
+        """End the QEMU of a saved guest, and wait until it is gone.
+
+        From then on nobody maps its RAM: it and the state file are held, where they are in a mount (pkernfs.qemu.keep).
+        """
         self._need(Phase.SAVED, "quit")
         with self._explained():
             self.monitor.quit()
         self._reap(timeout)
         self._enter(Phase.DOWN)
+        self._hold()
 
     def resume(self, state: Path) -> None:
         """Start a new QEMU on the same RAM, load `state`, and let the guest go on.
 
-        Also the first call of a Guest whose guest was saved by somebody else.
+        Also the first call of a Guest whose guest was saved by somebody else.  The RAM is released before QEMU opens
+        it, and the state when the guest runs; what a crash in between leaves held the next call releases.
         """
         if self._phase is not Phase.NEW:
             self._need(Phase.DOWN, "resume")
-        with self._spawned(incoming=True):
-            self.monitor.resume(state)
+        self._state = state
+        keep.release(self._ram_file())
+        try:
+            with self._spawned(incoming=True):
+                self.monitor.resume(state)
+        except BaseException:
+            self._hold()
+            raise
         self._resumed_at = time.monotonic()
         self._enter(Phase.RUNNING)
+        keep.release(state)
 
     def wait(self, tick: int, timeout: float = 120.0) -> Beat:
         """Wait until the guest of mount_helpers/guest-kernel has counted to `tick`, and return its last one."""
@@ -139,7 +154,10 @@ class Guest:
         """Kill the QEMU if there is one, and remove the temporary directory."""
         self._kill()
         if self._phase in {Phase.RUNNING, Phase.SAVED}:
-            self._enter(Phase.LOST if self._phase is Phase.RUNNING else Phase.DOWN)
+            saved = self._phase is Phase.SAVED
+            self._enter(Phase.DOWN if saved else Phase.LOST)
+            if saved:
+                self._hold()
         if self._temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -169,6 +187,16 @@ class Guest:
             if option.startswith("mem-path="):
                 return Path(option.removeprefix("mem-path=").replace("\0", ","))
         raise QemuError("a backend with mem-path=", quoted(self.machine.backend), "make it with backend_option()")
+
+    def _ram_file(self) -> Path:
+        """The file that is the RAM, by its name in the mount."""
+        return self.machine.ram or self._ram()
+
+    def _hold(self) -> None:
+        """Let nobody change or remove what the guest is now."""
+        if self._state is not None:
+            for path in (self._ram_file(), self._state):
+                keep.hold(path, f"guest saved to {self._state.name}")
 
     @contextlib.contextmanager
     def _spawned(self, *, incoming: bool) -> Iterator[None]:

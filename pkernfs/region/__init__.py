@@ -19,6 +19,7 @@ from pkernfs.region.superblock import (
     read_superblock,
     recover_superblock,
 )
+from pkernfs.region.unmapped import check_unmapped
 
 __all__ = [
     "FLUSH",
@@ -29,6 +30,7 @@ __all__ = [
     "Region",
     "Store",
     "check_superblock",
+    "check_unmapped",
     "copies_of",
     "enable_features",
     "find_address",

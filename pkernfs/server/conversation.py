@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from typing import Any, Final
 
-from pkernfs.api import Request, Server
+from pkernfs.api import VERBS, Request, Server
 from pkernfs.codec import Lines, decode_request
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.sockets import CONNECTIONS, Peer, check_owner
@@ -23,10 +23,11 @@ class Conversation:
     def __init__(self, connection: Peer, server: Server, open_now: int) -> None:
         self.server = server
         self.over = False  #: nothing that comes is read any more
+        self.uid = -1  #: who asks
         self._lines = Lines()
         self._refusal: PkernfsError | None = None
         try:
-            check_owner(connection)
+            self.uid = check_owner(connection)
             if open_now > CONNECTIONS:
                 raise FsError(errno.EAGAIN, f"{CONNECTIONS} connections are open")
         except PkernfsError as error:
@@ -49,6 +50,9 @@ class Conversation:
         if line is None:
             return None
         try:
-            return decode_request(line, self.server)
+            request = decode_request(line, self.server)
+            if self.uid and VERBS[str(request.__struct_config__.tag)].root:
+                raise FsError(errno.EPERM, f"{request.__struct_config__.tag}: user {self.uid} is not root")
         except PkernfsError as error:
             return error
+        return request

@@ -26,7 +26,7 @@ STEP = 0.005  #: seconds of an audit, or of a search for names, after which othe
 TRIES = 5  #: audits of a mount that changes meanwhile
 
 
-def _file_name(name: str) -> bytes:
+def file_name(name: str) -> bytes:
     """The bytes of a name.  Raises FsError(EINVAL)."""
     try:
         return os.fsencode(name)
@@ -43,7 +43,7 @@ def _create(fs: Filesystem, request: api.IommuCreate) -> api.Domain:
     if request.ino != IOMMU_INO:
         raise FsError(errno.EINVAL, "domains are files in the directory iommu of the mount")
     caller = Caller(os.getuid(), os.getgid())
-    ino = domain.create(fs, _file_name(request.name), request.format, request.levels, caller, request.key)
+    ino = domain.create(fs, file_name(request.name), request.format, request.levels, caller, request.key)
     return views.domain_facts(fs, ino, request.name)
 
 
@@ -160,7 +160,7 @@ async def _audit(fs: Filesystem) -> api.Audited:
 def _name(fs: Filesystem, request: api.WorkerRequest[Any]) -> bytes | None:
     """The name in iommu/ that a request makes or removes."""
     if isinstance(request, api.IommuCreate):
-        return _file_name(request.name)
+        return file_name(request.name)
     if isinstance(request, api.IommuDestroy):
         return name_of(fs.volume, Ino(request.ino))
     return None

@@ -15,15 +15,19 @@ from pkernfs.format import PageNo
 from pkernfs.fs.facts import file_facts, region_facts
 from pkernfs.fsck.scrub import scrub_step
 from pkernfs.server.control import Handler, inode_of
+from pkernfs.server.holding import holding_verbs
 from pkernfs.server.iommu import iommu_verbs
 from pkernfs.server.operations import Operations
 from pkernfs.server.threads import in_thread
 
 
 def verbs(
-    operations: Operations, invalidate: Callable[[int], None], invalidate_name: Callable[[int, bytes], None]
+    operations: Operations,
+    device: str,
+    invalidate: Callable[[int], None],
+    invalidate_name: Callable[[int, bytes], None],
 ) -> dict[type[api.Request[Any]], Handler]:
-    """The verbs of a mount.
+    """The verbs of the mount ``device``, MAJOR:MINOR.
 
     ``invalidate(ino)`` makes the kernel drop what it has cached of an inode, ``invalidate_name(directory, name)`` of a
     name and its directory.  Both may block until requests have been answered.
@@ -76,6 +80,7 @@ def verbs(
         api.Direct: direct,
         api.Scrub: scrub,
         api.Quota: quota,
+        **holding_verbs(fs, device, invalidate, invalidate_name),
         **iommu_verbs(fs, invalidate, invalidate_name),
     }
     return {request: noting(handler) for request, handler in known.items()}

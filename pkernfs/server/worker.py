@@ -79,12 +79,12 @@ def _invalidate_name(directory: int, name: bytes) -> None:
         pyfuse3.invalidate_inode(pyfuse3.InodeT(directory))
 
 
-def control_socket(operations: Operations, listener: int) -> ControlSocket:
+def control_socket(operations: Operations, device: str, listener: int) -> ControlSocket:
     """What answers the verbs of a mount."""
     from pkernfs.server.control import ControlSocket
     from pkernfs.server.verbs import verbs
 
-    known = verbs(operations, pyfuse3.invalidate_inode, _invalidate_name)
+    known = verbs(operations, device, pyfuse3.invalidate_inode, _invalidate_name)
     return ControlSocket(socket.socket(fileno=os.dup(listener)), known)
 
 
@@ -209,7 +209,7 @@ class Worker:
             with trio.move_on_after(BUSY):
                 await trio.lowlevel.wait_readable(listener)
         await in_thread(load)
-        await control_socket(operations, listener).serve()
+        await control_socket(operations, self.state.device, listener).serve()
 
     async def report_ready(self) -> None:
         """Tell that the mount is usable, once it is."""

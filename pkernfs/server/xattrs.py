@@ -41,8 +41,13 @@ def check_changeable(name: bytes) -> None:
 
 
 def visible(names: list[bytes], uid: int) -> list[bytes]:
-    """Those that listxattr(2) shows to a user.  Facts are never listed: a copy of the file would take them along."""
-    return names if uid == 0 else [name for name in names if not name.startswith(ROOT_ONLY)]
+    """Those that listxattr(2) shows to a user.
+
+    Facts are never listed: a copy of the file would take them along.  Nor are our own (HOLD_NAME), in no namespace.
+    """
+    return [
+        name for name in names if name.partition(b".")[0] in NAMESPACES and (uid == 0 or not name.startswith(ROOT_ONLY))
+    ]
 
 
 class Facts:

@@ -11,6 +11,8 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import encode_page, read_inode
 from pkernfs.fs.slab import Slab
+from pkernfs.fs.xattrs import Xattrs
+from pkernfs.region import copies_of
 from pkernfs.region.superblock import encode_superblock
 from tests.core import faults_iommu
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, patch_inode
@@ -439,6 +441,48 @@ CHECKSUMS: dict[str, tuple[str, Callable[[Filesystem], int]]] = {
     "a-slab": ("slab-header", lambda fs: slab_of(fs) * f.BLOCK + 4),
 }
 
+
+def held(fs: Filesystem, path: bytes = b"g") -> Ino:
+    """A file that is held."""
+    ino = fs.resolve(path)
+    fs.holds.hold(ino, "a guest is saved")
+    return ino
+
+
+def held_without_record(fs: Filesystem) -> None:
+    """The feature is on, as another file is held."""
+    held(fs)
+    ino = fs.resolve(b"big")
+    patch_inode(fs, ino, flags=fs.getattr(ino).flags | f.FLAG_HELD)
+
+
+def held_for(fs: Filesystem, value: bytes) -> None:
+    """A file whose record of why it is held is ``value``."""
+    held(fs)
+    record_of(fs, b"g", value)
+
+
+def record_of(fs: Filesystem, path: bytes, value: bytes) -> None:
+    """A record of a hold; the flag stays as it is."""
+    xattrs = Xattrs(fs.volume, fs.resolve(path), inode_of(fs, path))
+    with fs.volume.transaction() as tx:
+        xattrs.set(tx, f.HOLD_NAME, value)
+        tx.put_inode(fs.resolve(path), xattrs.finish(0))
+
+
+def held_directory(fs: Filesystem) -> None:
+    held(fs)
+    record_of(fs, b"empty", f.HOLD.pack(f.Hold(1)) + b"why")
+    ino = fs.resolve(b"empty")
+    patch_inode(fs, ino, flags=fs.getattr(ino).flags | f.FLAG_HELD)
+
+
+def held_without_feature(fs: Filesystem) -> None:
+    held(fs)
+    for offset in (0, *copies_of(fs.volume.sb.blocks)):
+        set_superblock(fs, offset, ro_compat=fs.volume.sb.ro_compat & ~f.RO_COMPAT_HELD)
+
+
 FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     # metadata
     "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
@@ -463,6 +507,14 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
         lambda fs: patch_slab(fs, page_of(fs, b"g"), lambda slab, index: slab.slots.__setitem__(index, 4)),
     ),
     "slab-empty": ("leaked-block", empty_slab),
+    # held files
+    "held-without-a-record": ("hold", held_without_record),
+    "held-without-the-flag": ("hold", lambda fs: patch_inode(fs, held(fs), flags=f.FLAG_FILE)),
+    "held-for-no-reason": ("hold", lambda fs: held_for(fs, bytes(8))),
+    "held-for-what-is-no-text": ("hold", lambda fs: held_for(fs, bytes(8) + b"\xff")),
+    "held-for-too-many-reasons": ("hold", lambda fs: held_for(fs, b"x" * 5000)),
+    "held-directory": ("hold", held_directory),
+    "held-without-the-feature": ("hold", held_without_feature),
     # quotas
     "quota-used-too-small": ("quota", lambda fs: patch_used(fs, 0)),
     "quota-used-too-large": ("quota", lambda fs: patch_used(fs, 1 << 63)),

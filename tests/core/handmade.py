@@ -13,6 +13,9 @@ from tests.core.faults import (
     child,
     external_page,
     flip,
+    held_directory,
+    held_for,
+    held_without_record,
     inode_of,
     name_twice,
     orphan_files,
@@ -145,12 +148,13 @@ class Case(NamedTuple):
     """A way to damage a region.
 
     ``damaged``: the paths of which some operation fails with EUCLEAN.  ``refused``: a word of the one line that the
-    mount is refused with.
+    mount is refused with.  ``held``: the paths of which changes fail with EPERM.
     """
 
     plant: Plant
     damaged: set[bytes] = set()  # noqa: RUF012  # a NamedTuple's default, which nobody changes
     refused: str = ""
+    held: set[bytes] = set()  # noqa: RUF012
 
 
 def of_file(**fields: Any) -> Plant:
@@ -240,6 +244,12 @@ CASES: dict[str, Case] = {
     "attribute-of-4-GiB": Case(lambda fs: xattr_head(fs, size=(1 << 32) - 1), {b"d"}),
     "attribute-name-longer-than-its-item": Case(lambda fs: xattr_head(fs, name_length=255), {b"d"}),
     "attribute-without-name": Case(lambda fs: xattr_head(fs, name_length=0), {b"d"}),
+    # held files
+    "held-directory": Case(held_directory, held={*FILE, b"empty"}),
+    "held-for-no-reason": Case(lambda fs: held_for(fs, bytes(8)), held=FILE),
+    "held-since-ever-for-terminal-codes": Case(lambda fs: held_for(fs, b"\xff" * 7 + b"\x7f" + b"\x1b[2J"), held=FILE),
+    "held-without-a-record": Case(held_without_record, held={*FILE, b"big"}),
+    "held-symlink": Case(lambda fs: patch_inode(fs, fs.resolve(b"link"), flags=f.FLAG_HELD), held={b"link"}),
     # orphans
     "orphans-in-a-loop": Case(orphan_loop),
     "orphans-lead-nowhere": Case(lambda fs: patch_inode(fs, f.ORPHANS_INO, orphan_next=FAR)),

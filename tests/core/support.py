@@ -255,6 +255,7 @@ def remove_all(fs: Filesystem, ino: Ino) -> None:
         if stat.S_ISDIR(entry.mode):
             fs.rmdir(ino, entry.name)
         else:
+            fs.holds.release(entry.ino)
             fs.unlink(ino, entry.name)
 
 

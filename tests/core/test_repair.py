@@ -90,6 +90,7 @@ VICTIMS: dict[str, set[bytes]] = {
     "extent-": {b"/big"},
     "extents-overlap": {b"/sparse"},
     "attribute-": {b"/d"},
+    "held-": {b"/g", b"/d/f", b"/big", b"/empty"},
     "fifo-": {b"/made"},
     "link-with": {b"/made"},
     "iommu-": {b"/iommu", b"/iommu/root-pgtables"},

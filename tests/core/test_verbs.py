@@ -13,7 +13,7 @@ def of(server: api.Server) -> set[type]:
 
 
 def test_the_worker(fs: Filesystem) -> None:
-    handlers = verbs(Operations(fs, dict), lambda _: None, lambda _, __: None)
+    handlers = verbs(Operations(fs, dict), "0:45", lambda _: None, lambda _, __: None)
     assert set(handlers) == of(api.Server.WORKER)
     assert {*OPERATIONS, api.IommuAudit} == {verb for verb in handlers if verb.__name__.startswith("Iommu")}
 

@@ -131,8 +131,8 @@ class Site(Mounted):
         return self.mountpoint
 
     def make(self, size: str) -> None:
-        """Make the region, whose path may be any bytes."""
-        self.run_ok("mkfs.pkernfs", "--size", size, self.region)
+        """Make the region, whose path may be any bytes; other users may enter, as tests are about what they find."""
+        self.run_ok("mkfs.pkernfs", "--size", size, "--mode", "0755", self.region)
 
     def mount(self, options: str = "") -> None:
         """Mount, or fail."""

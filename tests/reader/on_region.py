@@ -8,7 +8,8 @@ FREE, META, DATA, SLAB = range(4)  #: kinds of blocks
 P_FREE, P_HEADER, P_INODES, P_NODE, P_DATA, P_XATTR = range(6)  #: kinds of pages in a slab
 STORE, DISCARD, WORDS = range(3)  #: kinds of journal records
 ROOT, ORPHANS, IOMMU, ROOT_TABLES, FIRST_SLOT = 1, 2, 3, 4, 16
-F_ROOT_TABLES, F_DOMAIN = 8, 16  #: flags of inodes
+F_ROOT_TABLES, F_DOMAIN, F_HELD = 8, 16, 64  #: flags of inodes
+HELD_FILES = 4  #: the feature of a region that has them, of those that a writer must know
 
 SUPERBLOCK = struct.Struct("<QIIIIIIII16s64s16sQQQQQqQ")  #: the 192 bytes under the checksum
 PAGE_HEADER = struct.Struct("<IIQQHHI")

@@ -26,8 +26,10 @@ from tests.reader.on_region import (
     EXTENT,
     EXTENT_VALUE,
     F_DOMAIN,
+    F_HELD,
     F_ROOT_TABLES,
     FIRST_SLOT,
+    HELD_FILES,
     INODE,
     IOMMU,
     MAPPING,
@@ -67,6 +69,7 @@ class Entry:
     parent: int  #: of a directory, else 0
     target: bytes  #: of a symbolic link, else empty
     xattrs: dict[bytes, bytes]
+    held: tuple[int, str] | None  #: since when (ns since the epoch) and why nobody can change it
     extents: list[tuple[int, int, int]]  #: (file offset, region offset, length), in bytes
     pins: int  #: mappings that name the file
     mappings: list[tuple[int, int, int, int, int]]  #: of a domain: (IOVA, inode, file offset, length, access)
@@ -283,6 +286,16 @@ class Reader(Space):
             expect(f"inode {ino}: pins", entry.pins, pins[ino])
         return dict(pins)
 
+    def _held(self, ino: int, inode: Inode, record: bytes | None) -> tuple[int, str] | None:
+        """Since when and why a file is held; flag, record and the region's feature go together."""
+        expect(f"inode {ino}: a record of a hold", record is not None, bool(inode.flags & F_HELD))
+        if record is None:
+            return None
+        expect(f"inode {ino}: held, a regular file", stat.S_ISREG(inode.mode) and not inode.flags & F_TABLES, True)
+        expect(f"inode {ino}: bytes of the reason", 1 <= len(record) - 8 <= 255, True)
+        expect("the feature of held files", self.ro_compat & HELD_FILES, HELD_FILES)
+        return int.from_bytes(record[:8], "little", signed=True), record[8:].decode()
+
     def entry(self, ino: int) -> Entry:
         """The file ``ino``."""
         inode = self.inode(ino)
@@ -291,8 +304,10 @@ class Reader(Space):
             self.attachments()
         if stat.S_ISLNK(inode.mode):
             target = inode.inline[: inode.size] if inode.size <= 120 else self.read(ino, 0, inode.size)
+        xattrs = self.xattrs(ino)
+        held = self._held(ino, inode, xattrs.pop(b"pkernfs.hold", None))
         return Entry(
-            ino, *inode[5:7], *inode[8:11], *inode[:4], inode.parent, target, self.xattrs(ino),
+            ino, *inode[5:7], *inode[8:11], *inode[:4], inode.parent, target, xattrs, held,
             [(start * PAGE, page * PAGE, count * PAGE) for start, page, count in self.extents(ino)],
             0 if inode.flags & F_TABLES else inode.iommu, self.mappings(ino), self,
         )  # fmt: skip

@@ -57,8 +57,8 @@ class Twin:
         self.fs = open_filesystem(self.region)
         iommu, tables = self.fs.resolve(b"/iommu"), self.fs.resolve(b"/iommu/root-pgtables")
         self.files = {
-            b"/": Wanted(ROOT_INO, stat.S_IFDIR | 0o755, Caller(0, 0)),
-            b"/iommu": Wanted(iommu, stat.S_IFDIR | 0o755, Caller(0, 0)),
+            b"/": Wanted(ROOT_INO, stat.S_IFDIR | 0o700, Caller(0, 0)),
+            b"/iommu": Wanted(iommu, stat.S_IFDIR | 0o700, Caller(0, 0)),
             b"/iommu/root-pgtables": Wanted(tables, stat.S_IFREG | 0o600, Caller(0, 0)),
         }
         self.orphans: dict[int, Wanted] = {}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pkernfs.fsck.check.attributes import attributes
 from pkernfs.fsck.check.directories import entries, names
 from pkernfs.fsck.check.extents import extents
+from pkernfs.fsck.check.holds import held_feature, hold
 from pkernfs.fsck.check.inodes import flags, link_counts, mode, no_content, no_pins, pages, parent, size, symlink
 from pkernfs.fsck.check.iommu import attachments, awaiting, mappings, records, tables
 from pkernfs.fsck.check.metadata import block_table, journal, reserved_inodes, slab_headers, superblocks
@@ -33,6 +34,7 @@ FILESYSTEM: tuple[Pass, ...] = (
     orphans,  # and for those of the list
     lost_inodes,  # and for all others
     link_counts,
+    held_feature,
     quotas,
     mappings,
     attachments,
@@ -58,5 +60,6 @@ EACH_INODE: tuple[InodeCheck, ...] = (
     tables,
     records,
     pages,
+    hold,
     quota_form,
 )

@@ -30,6 +30,7 @@ class Reached:
         self.slots: dict[int, int] = {}  #: by page of inodes: bitmap of those that were reached
         self.damaged: set[Ino] = set()  #: those that cannot be read, which was noted
         self.wrong_flags: set[Ino] = set()  #: those whose flags are to be corrected
+        self.held = False  #: whether one is held
         self.names_left: dict[Ino, int] = {}  #: files of which not all names, or too many, were found yet
         self.says_listed: set[Ino] = set()  #: those that say they are on the list of orphans
         self.listed: set[Ino] = set()  #: those that are

@@ -18,6 +18,7 @@ from pkernfs.format import (
     PageNo,
 )
 from pkernfs.fs.damage import NO_INO, NO_PAGE
+from pkernfs.fs.mkfs import ROOT_MODE
 from pkernfs.fs.node import Node
 from pkernfs.fs.pages import new_inode, raw_inode, read_inode
 from pkernfs.fs.volume import Volume
@@ -64,7 +65,7 @@ def _reserved(volume: Volume, ino: Ino) -> Inode:
     kind, flags = RESERVED[ino]
     is_dir = kind == stat.S_IFDIR
     now = volume.clock()
-    permissions = 0o600 if ino == ROOT_PGTABLES_INO else 0o755
+    permissions = 0o600 if ino == ROOT_PGTABLES_INO else ROOT_MODE
     pages = map(PageNo, (raw.root, raw.xattrs, raw.iommu))
     trees = [page if is_root_of(volume, page, ino) else PageNo(volume.total_pages) for page in pages]
     root, xattrs = trees[:2] if is_dir else (NO_PAGE, NO_PAGE)

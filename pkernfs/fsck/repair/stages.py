@@ -19,6 +19,7 @@ from pkernfs.fsck.findings import Finding
 from pkernfs.fsck.problems import Stage
 from pkernfs.fsck.repair.checksums import checksums
 from pkernfs.fsck.repair.content import contents
+from pkernfs.fsck.repair.holds import holds
 from pkernfs.fsck.repair.inodes import bad_inodes, fields, free_slots, orphans
 from pkernfs.fsck.repair.iommu import bitmaps, domain_ids, records
 from pkernfs.fsck.repair.lost import lost
@@ -49,6 +50,7 @@ STAGES: dict[Stage, Callable[[Work], None]] = {
     Stage.LEAKS: leaks,
     Stage.LOST: lost,
     Stage.PROJECTS: projects,
+    Stage.HOLDS: holds,
     Stage.TABLES: page_tables,
 }
 STEPS: tuple[tuple[Stage, ...], ...] = (
@@ -61,6 +63,7 @@ STEPS: tuple[tuple[Stage, ...], ...] = (
     (Stage.RECORDS, Stage.DOMAIN_IDS, Stage.BITMAPS),
     (Stage.FIELDS, Stage.FREE_SLOTS, Stage.ORPHANS, Stage.LEAKS, Stage.LOST),
     (Stage.PROJECTS,),
+    (Stage.HOLDS,),
     (Stage.TABLES,),
 )
 

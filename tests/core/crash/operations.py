@@ -13,8 +13,8 @@ from typing import NamedTuple
 from pkernfs.format import PAGE
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
+from pkernfs.fs.ram import create_ram
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
-from pkernfs.iommu.reclaim import acknowledge
 from tests.core.crash.states import LEAF_EXTENTS
 from tests.core.support import ME, ROOT, MiB, mkdir, unmap
 
@@ -88,6 +88,8 @@ def write(path: bytes, offset: int, count: int) -> Run:
 
 NAMES: dict[str, Run] = {
     "create": create(b"new", stat.S_IFREG | 0o644),
+    "create-ram": lambda fs: create_ram(fs, ROOT, b"new", BLOCK + PAGE, 0o600, ME),
+    "create-ram-in-pieces": lambda fs: create_ram(fs, ROOT, b"new", 5 * PAGE, 0o600, ME, fragmented=True),
     "create-first": create(b"new", stat.S_IFREG | 0o644, b"empty"),
     "mkdir": lambda fs: mkdir(fs, b"new"),
     "mkfifo": create(b"new", stat.S_IFIFO | 0o600),
@@ -137,6 +139,8 @@ ATTRIBUTES: dict[str, Run] = {
     "utimens": setattr_(b"d", atime=5, mtime=-6),
     "all-attributes": setattr_(b"g", mode=0o600, uid=3, gid=4, size=PAGE, atime=7, mtime=8),
     "set-direct": lambda fs: fs.attributes.set_region_mapped(fs.resolve(b"big"), True),
+    "hold": lambda fs: fs.holds.hold(fs.resolve(b"big"), "saved"),
+    "hold-one-with-attributes": lambda fs: fs.holds.hold(fs.resolve(b"g"), "w" * 255),
     "xattr-first": setxattr(b"big", b"user.new", b"value"),
     "xattr-first-large": setxattr(b"big", b"user.new", b"w" * 5000),
     "xattr-small": setxattr(b"d", b"user.new", b"value"),
@@ -207,13 +211,14 @@ OPERATIONS: dict[str, Operation] = {
     "new-extent-inside": Operation(write(b"leaf", 100 * PAGE, 10), content=True),
     "cut-extent-level": Operation(setattr_(b"levels", size=(3 * LEAF_EXTENTS - 9) * PAGE)),
     "unlink-levels": Operation(unlink(b"levels")),
+    "release": Operation(lambda fs: fs.holds.release(fs.resolve(b"held"))),
+    "hold-another": Operation(lambda fs: fs.holds.hold(fs.resolve(b"big"), "saved")),
     "quota-set": Operation(lambda fs: fs.quotas.set(fs.resolve(b"empty"), 1 << 30)),
     "quota-within": Operation(create(b"new", stat.S_IFREG | 0o644, b"limited")),
     "quota-removed": Operation(rmdir(b"limited")),
     "quota-taken": Operation(lambda fs: fs.quotas.set(ROOT, 0)),
     "fill-holes": Operation(write(b"five", 100 * PAGE, 40 * PAGE), content=True),
     "last-slot-goes": Operation(unlink(b"last")),
-    "acknowledged": Operation(acknowledge),
     "last-page-goes": Operation(removexattr(b"filler", b"user.last")),
 }
 
@@ -252,9 +257,6 @@ CASES: dict[str, list[str]] = {
     ],
     "old-sequence": ["create", "unlink-sparse", "append-pages"],
     "domains": [*DOMAINS],
-    "awaiting": [
-        *("cut-100000", "cut-0", "cut-sparse-9", "cut-sparse-0", "cut-inline-extents", "grow-sparse"),
-        *("unlink-sparse", "mapped-file-removed", "mapped-file-replaced", "hole", "acknowledged"),
-    ],
+    "held": ["release", "hold-another"],
 }
 EVERY: list[tuple[str, str]] = [(state, name) for state, names in CASES.items() for name in names]

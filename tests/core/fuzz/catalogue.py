@@ -185,6 +185,9 @@ class _Walk:
             yield from _record("attribute", f.XATTR_HEAD, offset, "page", at)
             yield Field("attribute", "text", offset + f.XATTR_HEAD.size, head.name_length, "page", at)
             first = f.XATTR_HEAD.size + head.name_length
+            if value[f.XATTR_HEAD.size : first] == f.HOLD_NAME:
+                yield from _record("hold", f.HOLD, offset + first, "page", at)
+                yield Field("hold", "text", offset + first + f.HOLD.size, head.size - f.HOLD.size, "page", at)
             for start in range(first, len(value) if head.external else 0, f.EXTENT_VALUE.size):
                 yield from _record("attribute value", f.EXTENT_VALUE, offset + start, "page", at)
                 run = f.EXTENT_VALUE.unpack(value, start)

@@ -64,6 +64,8 @@ def attributes(fs: Filesystem) -> None:
     for ino in (f, d):
         for n, size in enumerate((0, 1, 513, 9000, 65536)):
             fs.setxattr(ino, b"user.value%d" % n, bytes([n + 1]) * size)
+    for n in range(3):
+        fs.holds.hold(mkfile(fs, b"held%d" % n, b"RAM"), "a guest is saved")
 
 
 def orphans(fs: Filesystem) -> None:
