@@ -130,3 +130,48 @@ venvs_in_use() {
 ours() {
     [ -L "$1" ] && [ "$(readlink "$1")" = "$(target_of "$1")" ]
 }
+
+# -- guests of the tests: what is taken out of Debian's packages, and not installed --
+
+# The package that the metapackage $1 stands for today.
+concrete_package() {
+    LC_ALL=C apt-cache depends --important "$1" 2>/dev/null |
+        awk '$1 == "Depends:" && $2 ~ /^linux-image-/ && !seen++ { print $2 }'
+}
+
+# Download the package $1 with apt and unpack it into $2.
+unpack_package() {
+    local name=$1 into=$2 deb
+    mkdir -p "$into"
+    (cd "$into" && step "downloading $name" apt-get -q -o APT::Sandbox::User=root -o Acquire::Retries=3 download "$name")
+    for deb in "$into"/*.deb; do
+        dpkg -x "$deb" "$into"
+        rm "$deb"
+    done
+}
+
+# Unpack the kernel of the metapackage $1 into $2.
+unpack_kernel() {
+    local name
+    name=$(concrete_package "$1" || true)
+    if [ -z "$name" ]; then
+        [ "$(id -u)" != 0 ] || step "fetching the lists of packages" apt-get -q update
+        name=$(concrete_package "$1" || true)
+    fi
+    [ -n "$name" ] || die "apt knows no package $1" \
+        "run 'apt-get update' as root; on a machine that is not amd64, add the architecture first"
+    unpack_package "$name" "$2"
+}
+
+# A busybox that needs nothing else: $1/busybox.
+unpack_busybox() {
+    unpack_package busybox-static "$1/busybox-static"
+    mv "$1"/busybox-static/bin/busybox "$1/busybox" 2>/dev/null ||
+        mv "$1"/busybox-static/usr/bin/busybox "$1/busybox" # Debian 13 has merged the two
+}
+
+# Pack the directory $1, with its bin/busybox and init, as the initramfs $2.  busybox does it: one tool less to install.
+pack_initramfs() {
+    chmod 755 "$1/init"
+    (cd "$1" && find . | bin/busybox cpio -o -H newc 2>/dev/null | gzip -n -"${3:-9}") >"$2"
+}
