@@ -74,7 +74,7 @@ def commit_late() -> None:
             region.write_back()
 
     Journal.commit = late  # type: ignore[method-assign]
-    pkernfs.region.opening.FileRegion = LateRegion  # type: ignore[misc, attr-defined]
+    pkernfs.region.opening.FileRegion = LateRegion  # type: ignore[attr-defined]
 
 
 def shorten_journal() -> None:
