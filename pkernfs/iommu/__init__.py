@@ -7,8 +7,8 @@ address of a root table, and acknowledges invalidations.  From below, each file 
     records, replies                trees of records in inodes of page tables; verbs that come again
     invalidations                   what hardware may have cached: added, listed, acknowledged
     pages, edit, contexts           pages of tables; changes that hardware may watch; what points devices to tables
-    awaiting                        content that is pinned until hardware has invalidated it
-    directory, domain               which domains there are; one of them (IOAS + HWPT), made and removed
+    directory, awaiting             which domains there are; content that is pinned until hardware has invalidated it
+    domain                          one of them (IOAS + HWPT), made and removed
     translations                    what tables and mappings say, as ranges, and where they differ
     mapping, devices, replace       map and unmap; attach and detach; tables made anew under DMA
     reclaim, restore                after an acknowledgement; at a mount

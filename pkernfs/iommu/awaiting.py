@@ -8,10 +8,12 @@ One record for each file and domain id, and not for each mapping: however many a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
-from pkernfs.errors import CorruptError
+from pkernfs.errors import CorruptError, FsError
 from pkernfs.format import (
     AWAITING,
     AWAITING_KEY,
@@ -26,12 +28,14 @@ from pkernfs.format import (
     DomainId,
     FilePage,
     Ino,
+    Inode,
     Mapping,
 )
 from pkernfs.fs.orphans import Orphans
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import Volume
-from pkernfs.iommu.invalidations import Invalidation, is_pending
+from pkernfs.iommu.directory import named_domains
+from pkernfs.iommu.invalidations import Invalidation, is_pending, pending
 from pkernfs.iommu.invalidations import add as add_invalidation
 from pkernfs.iommu.records import Records
 
@@ -134,8 +138,8 @@ def release(tx: Transaction, roots: Records, found: Iterable[Awaited]) -> None:
     """Hardware has invalidated all that was pending: drop records.  Those that name no file stay, for fsck."""
     for one in found:
         try:
-            roots.volume.inode_named_by(ROOT_PGTABLES_INO, one.ino)
-            _drop(tx, roots, one)
+            if _inode(roots.volume, one.ino):
+                _drop(tx, roots, one)
         except CorruptError as error:
             roots.volume.damage.complain(error)
 
@@ -146,15 +150,28 @@ def kept_bytes(volume: Volume) -> int:
     Raises CorruptError.
     """
     roots = Records(volume, ROOT_PGTABLES_INO)
-    total = 0
-    for ino in Orphans(volume).inos():
+    pages = 0
+    for ino, count in Counter(one.ino for one in awaiting(roots)).items():
+        inode = _inode(volume, ino)
+        pages += inode.pages if inode and not inode.nlink and inode.iommu == count else 0
+    ids = {one.id for one in pending(roots)} - {_id_of(volume, ino) for _, ino in named_domains(volume)}
+    # The list of orphans can be long, and this is asked often: it is read only where a removed domain is on it.
+    for ino in Orphans(volume).inos() if ids else ():
         inode = volume.inode(ino)
-        if inode.nlink:
-            continue
-        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES:
-            record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
-            kept = record is not None and is_pending(roots, DomainId(record.id))
-        else:
-            kept = inode.iommu > 0 and inode.iommu == len(_of_file(roots, ino))
-        total += inode.pages * PAGE if kept else 0
-    return total
+        if inode.flags & FLAG_IOMMU_DOMAIN_PGTABLES and not inode.nlink and _id_of(volume, ino) in ids:
+            pages += inode.pages
+    return pages * PAGE
+
+
+def _id_of(volume: Volume, ino: Ino) -> DomainId | None:
+    with suppress(CorruptError):
+        record = Records(volume, ino).record(DOMAIN, DOMAIN_KEY)
+        return DomainId(record.id) if record else None
+    return None
+
+
+def _inode(volume: Volume, ino: Ino) -> Inode | None:
+    """The inode that a record names; None: it is free, which keeps no other record from being used."""
+    with suppress(FsError):
+        return volume.inode(ino)
+    return None

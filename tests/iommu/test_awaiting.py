@@ -5,19 +5,32 @@ from __future__ import annotations
 import errno
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from pkernfs.format import BLOCK, PAGE, RO_COMPAT_AWAITING, ROOT_PGTABLES_INO, Ino
+from pkernfs.format import (
+    AWAITING,
+    AWAITING_KEY,
+    BLOCK,
+    PAGE,
+    RO_COMPAT_AWAITING,
+    ROOT_PGTABLES_INO,
+    AwaitingContent,
+    FilePage,
+    Ino,
+)
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.reclaim import ASIDE
 from pkernfs.iommu import devices, domain, mapping, reclaim, replace, views
 from pkernfs.iommu.awaiting import awaiting
+from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.restore import restore
-from pkernfs.region import MemoryRegion
+from pkernfs.region import MemoryRegion, open_region
 from tests.core.support import ME, ROOT, assert_sound, fails, mkdir, mkfile, open_fs
+from tests.golden.image import HERE, to_region
 from tests.iommu.space import DEVICE, OTHER, GiB, MiB, guest, make, new
 from tests.iommu.stamped import scattered_files
 from tests.reader.reader import Reader
@@ -498,6 +511,43 @@ def test_thousands_of_files_in_bounded_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert left[0] > 0
     assert all(after <= before for before, after in itertools.pairwise(left))
     assert left[-1] == 0
+
+
+def test_a_region_of_an_earlier_release(tmp_path: Path) -> None:
+    """What is pending there goes on being so; the feature comes with the first content that waits."""
+    path = tmp_path / "region"
+    to_region((HERE / "format-1.txt").read_text(), path)
+    with open_region(str(path)) as region:
+        fs = open_filesystem(region)
+        assert views.pending_facts(fs)
+        assert (fs.volume.sb.ro_compat & RO_COMPAT_AWAITING, records(fs)) == (0, 0)
+        dom, ram = fs.resolve(b"iommu/dom-0"), fs.resolve(b"guest-ram")
+        mapping.unmap(fs, dom, 0, 2 * MiB)
+        assert (fs.volume.sb.ro_compat & RO_COMPAT_AWAITING, records(fs)) == (RO_COMPAT_AWAITING, 1)
+        assert_sound(fs)
+    with open_region(str(path)) as region:
+        fs = open_filesystem(region)
+        restore(fs)
+        assert [one.id for one in fs.guard.describe_awaiting(ram)] == [1]
+        reclaim.acknowledge(fs)
+        assert (records(fs), views.pending_facts(fs)) == (0, [])
+        assert_sound(fs)
+
+
+def test_a_record_that_names_nothing_keeps_no_other_from_being_released() -> None:
+    fs = make()
+    dom, _ = in_use(fs)
+    fs.unlink(ROOT, RAM)
+    unmap(fs, dom)
+    with fs.volume.transaction() as tx:
+        roots = Records(fs.volume, ROOT_PGTABLES_INO)
+        roots.put(tx, AWAITING_KEY + (12345678 << 16) + 1, AWAITING.pack(AwaitingContent(FilePage(0), 1)))
+        roots.finish(tx)
+    assert fs.guard.kept_bytes() == SIZE
+    reclaim.acknowledge(fs)
+    assert fs.orphans.inos() == []
+    assert records(fs) == 1
+    assert not fs.volume.damage.found
 
 
 def test_mappings_by_the_thousand_leave_one_record() -> None:

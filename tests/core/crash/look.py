@@ -5,10 +5,11 @@ import stat
 from typing import NamedTuple
 
 from pkernfs.errors import FsError
-from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, Ino, Mapping
+from pkernfs.format import BLOCK, GUARDED, PAGE, PAGE_HEADER, PAGE_INODES, PAGE_NODE, ROOT_PGTABLES_INO, Ino, Mapping
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem, Statfs
-from pkernfs.iommu.records import Records
+from pkernfs.iommu.reclaim import acknowledge
+from pkernfs.iommu.records import Records, drop_records
 from pkernfs.region import Region
 from tests.core.support import ME, ROOT, check, mkdir, open_fs, remove_all
 
@@ -108,6 +109,10 @@ def assert_works(region: Region, empty: Statfs) -> None:
     _make(fs)
     _take_all(fs)
     remove_all(fs, ROOT)
+    if fs.getattr(ROOT_PGTABLES_INO).iommu:
+        acknowledge(fs)
+        with fs.volume.transaction() as tx:
+            drop_records(tx, fs.volume, ROOT_PGTABLES_INO)
     fs.reclaimer.settle()
     assert check(fs.volume) == []
     assert fs.statfs() == empty, "what an empty region has free"

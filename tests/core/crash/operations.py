@@ -15,6 +15,7 @@ from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.ram import create_ram
 from pkernfs.fs.rename import RENAME_EXCHANGE, RENAME_NOREPLACE
+from pkernfs.iommu.reclaim import acknowledge
 from tests.core.crash.states import LEAF_EXTENTS
 from tests.core.support import ME, ROOT, MiB, mkdir, unmap
 
@@ -219,6 +220,7 @@ OPERATIONS: dict[str, Operation] = {
     "quota-taken": Operation(lambda fs: fs.quotas.set(ROOT, 0)),
     "fill-holes": Operation(write(b"five", 100 * PAGE, 40 * PAGE), content=True),
     "last-slot-goes": Operation(unlink(b"last")),
+    "acknowledged": Operation(acknowledge),
     "last-page-goes": Operation(removexattr(b"filler", b"user.last")),
 }
 
@@ -258,5 +260,9 @@ CASES: dict[str, list[str]] = {
     "old-sequence": ["create", "unlink-sparse", "append-pages"],
     "domains": [*DOMAINS],
     "held": ["release", "hold-another"],
+    "awaiting": [
+        *("cut-100000", "cut-0", "cut-sparse-9", "cut-sparse-0", "cut-inline-extents", "grow-sparse"),
+        *("unlink-sparse", "mapped-file-removed", "mapped-file-replaced", "hole", "acknowledged"),
+    ],
 }
 EVERY: list[tuple[str, str]] = [(state, name) for state, names in CASES.items() for name in names]

@@ -12,13 +12,20 @@ from pkernfs.format import (
     PAGE,
     PAGE_FREE,
     PAGES_PER_BLOCK,
+    RO_COMPAT_AWAITING,
+    ROOT_PGTABLES_INO,
+    DomainId,
     Extent,
+    FilePage,
     Ino,
+    Mapping,
 )
 from pkernfs.fs.filesystem import Filesystem, Statfs
 from pkernfs.fs.journal import MAX_SEQUENCE
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.fs.reclaim import STEP
+from pkernfs.iommu.awaiting import add
+from pkernfs.iommu.records import Records
 from pkernfs.region import MemoryRegion, Region
 from tests.core.crash.scratch import Scratch
 from tests.core.images import cast
@@ -205,6 +212,19 @@ def held(fs: Filesystem) -> None:
     fs.holds.hold(mkfile(fs, b"held", b"RAM" * 2000), "saved")
 
 
+def content_awaits(fs: Filesystem) -> None:
+    """Content of files awaits an invalidation, of one of many extents, and of one that was removed."""
+    everything(fs)
+    fs.volume.enable(RO_COMPAT_AWAITING)
+    gone = mkfile(fs, b"gone", b"G" * 3 * PAGE)
+    with fs.volume.transaction() as tx:
+        roots = Records(fs.volume, ROOT_PGTABLES_INO)
+        inos = [gone, *map(fs.resolve, (b"big", b"sparse", b"five"))]
+        add(tx, roots, DomainId(7), [Mapping(ino, FilePage(0), 1 << 20, 3) for ino in inos])
+        roots.finish(tx)
+    fs.unlink(ROOT, b"gone")
+
+
 STATES: dict[str, Callable[[Filesystem], None]] = {
     "small": everything,
     "split": split,
@@ -221,6 +241,7 @@ STATES: dict[str, Callable[[Filesystem], None]] = {
     "quotas": quotas,
     "domains": domains,
     "held": held,
+    "awaiting": content_awaits,
 }
 
 
