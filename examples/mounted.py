@@ -50,7 +50,8 @@ class Mounted:
         self._run("pkernfs", "create-ram", str(file), str(size))
 
     def direct_backend(self, file: Path) -> str:
-        """What QEMU needs to map `file` past the mount, as the argument of its `-object`."""
+        """Mark `file`; what QEMU needs to map it past the mount, as the argument of its `-object`."""
+        self._run("pkernfs", "direct", str(file), "on")
         answer = self._run("pkernfs", "qemu-args", str(file), "--direct")
         words = shlex.split(answer)
         return words[words.index("-object") + 1]

@@ -94,7 +94,10 @@ class File(WorkerRequest["FileInfo"], tag="file"):
 
 
 class Direct(WorkerRequest["FileInfo"], kw_only=True, tag="direct"):
-    """Mark a file as mapped directly from the region, or as no longer so."""
+    """Mark a file as mapped directly from the region, or as no longer so.
+
+    EBUSY: a process has mapped it, through the mount or directly, which the other way would not be coherent with.
+    """
 
     on: bool = True
 
@@ -125,6 +128,10 @@ class Release(WorkerRequest["FileInfo"], tag="release"):
 
 class Holds(WorkerRequest["HeldFiles"], tag="holds"):
     """All files that are held."""
+
+
+class GetOthers(WorkerRequest["Others"], tag="others"):
+    """Whose files, beside those of the owner of a file, the region holds."""
 
 
 class Scrub(WorkerRequest["Scrubbed"], kw_only=True, tag="scrub"):
@@ -364,6 +371,14 @@ class HeldFiles(Struct):
     files: list[HeldFile]
 
 
+class Mapper(Struct):
+    """A process that maps a file's memory, shared with others."""
+
+    pid: int
+    text: str  #: which process, for people: its program, and the name of its guest
+    map: Literal["direct", "path"]  #: from the region, or through the mount
+
+
 class FileInfo(Struct):
     """The memory of a file."""
 
@@ -378,6 +393,14 @@ class FileInfo(Struct):
     pins: list[Pin]
     awaiting: list[Awaiting] = []
     held: Held | None = None  #: None also from a server of 0.2
+    mapped_by: list[Mapper] = []  #: those that the worker may look at
+
+
+class Others(Struct):
+    """Files of a region beside one: of another owner, or region-mapped, which may be another guest's memory."""
+
+    files: int
+    path: str  #: of one of them from the root of the filesystem on; "": none, or it has no name
 
 
 class DamagedChecksum(Struct):
@@ -677,6 +700,7 @@ VERBS: Final[dict[str, Verb]] = {
         _worker(Hold, FileInfo, changes=True, slow=True, root=True),
         _worker(Release, FileInfo, changes=True, slow=True, root=True),
         _worker(Holds, HeldFiles, slow=True),
+        _worker(GetOthers, Others, slow=True),
         _worker(Scrub, Scrubbed),
         _worker(Quota, QuotaUse, changes=True, slow=True),
         _worker(IommuCreate, Domain, changes=True, slow=True),

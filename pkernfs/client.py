@@ -40,6 +40,7 @@ __all__ = [
     "info",
     "keeper_address",
     "mount_of",
+    "others",
     "quota",
     "release",
     "set_direct",
@@ -65,7 +66,7 @@ def info(path: str) -> api.MountInfo:
 
 
 def file(path: str) -> api.FileInfo:
-    """The memory of a regular file, and the domains that map it."""
+    """The memory of a regular file, and the domains and processes that map it."""
     from pkernfs import api
 
     return ask(path, api.File())
@@ -74,7 +75,8 @@ def file(path: str) -> api.FileInfo:
 def set_direct(path: str, on: bool = True) -> api.FileInfo:
     """Mark a file as one that is mapped directly from the region.
 
-    Its memory stays where it is, and reads through the mount see what is stored there.
+    Its memory stays where it is, and reads through the mount see what is stored there.  ControlError with EBUSY: a
+    process has mapped it the other way.
     """
     from pkernfs import api
 
@@ -120,6 +122,13 @@ def release(path: str) -> api.FileInfo:
     from pkernfs import api
 
     return ask(path, api.Release())
+
+
+def others(path: str) -> api.Others:
+    """Whose files the region holds beside those of a file's owner: whoever opens the region can change them."""
+    from pkernfs import api
+
+    return ask(path, api.GetOthers())
 
 
 def quota(path: str, limit: int | None = None) -> api.QuotaUse:

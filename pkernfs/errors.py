@@ -114,3 +114,12 @@ class FsError(PkernfsError):
         text = f"{what}: {os.strerror(errno)}" if what else os.strerror(errno)
         super().__init__(text)
         self.errno = errno
+
+
+class MappedError(FsError):
+    """A process maps a file's memory, which must not be freed then, or be mapped in another way."""
+
+    def __init__(self, ino: int, holder: str, *, directly: bool = True) -> None:
+        super().__init__(
+            _errno.EBUSY, f"inode {ino}: mapped {'directly' if directly else 'through the mount'} by {holder}"
+        )

@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from pkernfs.cli import direct
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import human, printable, show
 from pkernfs.format import RO_COMPAT_NAMES
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Show a region (mounted or not), a mount, or the memory of a file in a mount: its extents as region offsets and physical
-addresses, and the mappings of IOMMU domains that pin it.
+addresses, the mappings of IOMMU domains that pin it, and the processes that map it.
 
   pkernfs info /dev/shm/pkernfs.img
   pkernfs info /mnt/pkernfs
@@ -115,7 +116,8 @@ def _file_lines(path: str, facts: api.FileInfo) -> list[str]:
     shape = "contiguous" if facts.contiguous else f"{len(facts.extents)} extents"
     lines = [
         f"{printable(path)}: inode {facts.ino}, {facts.size} bytes, {human(facts.allocated)} allocated, {shape}",
-        f"region {printable(facts.region)}, {'mapped directly' if facts.direct else 'not mapped directly'}",
+        f"region {printable(facts.region)}",
+        *map(printable, direct.lines(facts)),
     ]
     if facts.held is not None:
         from pkernfs.cli.hold import about

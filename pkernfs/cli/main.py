@@ -19,6 +19,7 @@ VERBS = {
     "status": ("pkernfs.cli.status", "who serves a mount, and how it has been doing"),
     "metrics": ("pkernfs.cli.metrics", "the same for Prometheus"),
     "upgrade": ("pkernfs.cli.upgrade", "let this version serve a mount in use"),
+    "direct": ("pkernfs.cli.direct", "whether a file's memory may be mapped past the mount"),
     "qemu-args": ("pkernfs.cli.qemu_args", "QEMU's -object option for a file as guest memory"),
 }
 

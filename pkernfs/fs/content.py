@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 
-from pkernfs.errors import FsError
+from pkernfs.errors import FsError, MappedError
 from pkernfs.format import (
     FLAG_HELD,
     FLAG_REGION_MAPPED,
@@ -30,6 +30,7 @@ from pkernfs.fs.reclaim import Reclaimer
 from pkernfs.fs.times import Times
 from pkernfs.fs.transaction import Transaction
 from pkernfs.fs.volume import OUT_OF_SPACE, Volume
+from pkernfs.processes import NoProcError, holder
 
 NO_PIECE = (0, -1, 0)
 UNWRITABLE = GUARDED | FLAG_HELD  #: flags of what no user may write to
@@ -47,15 +48,18 @@ class Content:
         self.region = volume.region
 
     def check_unmapped(self, ino: Ino, inode: Inode, first: FilePage) -> None:
-        """Raise FsError(EBUSY) when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
+        """Raise MappedError when a file's memory from page ``first`` on is mapped past the mount: a guest's RAM."""
         if inode.flags & FLAG_REGION_MAPPED:
             ranges = []
             for extent in FileMap(self.volume, ino, inode).extents(first):
                 skip = max(first - extent.start, 0)
                 ranges.append(((extent.page + skip) * PAGE, (extent.length - skip) * PAGE))
-            holder = self.region.mapped_by(ranges)
-            if holder:
-                raise FsError(errno.EBUSY, f"inode {ino}: its memory is mapped by {holder}")
+            try:
+                mappers = self.region.mapped_by(ranges)
+            except NoProcError:
+                raise MappedError(ino, "somebody unknown, as /proc is not mounted") from None
+            if mappers:
+                raise MappedError(ino, str(holder(mappers[0])))
 
     def read(self, ino: Ino, offset: int, length: int, *, noatime: bool = False) -> bytes | memoryview:
         """Up to ``length`` bytes from ``offset`` on, fewer at the end of the file; a view of the region if it can be.

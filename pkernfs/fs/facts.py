@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
-from pkernfs.api import Extent, Features, FileInfo, Finding, Held, JournalInfo, RegionInfo
+from pkernfs.api import Extent, Features, FileInfo, Finding, Held, JournalInfo, Others, RegionInfo
 from pkernfs.errors import CorruptError
-from pkernfs.format import BLOCK, FLAG_NAMES, FLAG_REGION_MAPPED, PAGE, PAGES_PER_BLOCK, Ino, Inode, geometry
+from pkernfs.format import (
+    BLOCK,
+    FLAG_NAMES,
+    FLAG_REGION_MAPPED,
+    GUARDED,
+    INODES_PER_PAGE,
+    PAGE,
+    PAGES_PER_BLOCK,
+    Ino,
+    Inode,
+    geometry,
+)
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.guard import pins
+from pkernfs.fs.pages import read_inode
+from pkernfs.fs.paths import search
 from pkernfs.fs.volume import Volume
 
 
@@ -51,6 +67,39 @@ def held_facts(fs: Filesystem, ino: Ino, inode: Inode) -> Held | None:
     except CorruptError as error:
         return Held(since=0, reason=error.found)
     return held and Held(since=held.since, reason=held.reason)
+
+
+def count_others(fs: Filesystem, ino: Ino, found: Others) -> Iterator[None]:
+    """Count, in steps of a page of inodes, the regular files that are another owner's than ``ino``, or region-mapped.
+
+    Damaged ones are not counted.
+    """
+    space, owner = fs.volume.space, fs.getattr(ino).uid
+    one = 0
+    for block in space.slab_blocks():
+        slab = space.usable_slab(block)
+        for index, slots in enumerate(slab.slots if slab else ()):
+            if not slots:
+                continue
+            first = (block * PAGES_PER_BLOCK + index) * INODES_PER_PAGE
+            for other in (Ino(first + slot) for slot in range(INODES_PER_PAGE) if slots >> slot & 1):
+                with suppress(CorruptError):
+                    if other != ino and _is_others(read_inode(fs.region, other), owner):
+                        found.files += 1
+                        one = one or other
+            yield
+    names: dict[int, list[bytes]] = {}
+    for _ in search(fs.volume, {one}, names) if one else ():
+        if names:
+            found.path = os.fsdecode(names[one][0])
+            break
+        yield
+
+
+def _is_others(inode: Inode, owner: int) -> bool:
+    """Whether it is a file with memory that somebody else than ``owner`` relies on."""
+    mine = inode.uid == owner and not inode.flags & FLAG_REGION_MAPPED
+    return stat.S_ISREG(inode.mode) and inode.size > 0 and not inode.flags & GUARDED and not mine
 
 
 def region_facts(fs: Filesystem) -> RegionInfo:

@@ -67,9 +67,12 @@ class Region:
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of a range that nobody uses back to the host, where that is possible."""
 
-    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:  # noqa: ARG002  # of memory: by nobody
-        """Who else maps a part of the ranges (offset, length); "" when nobody does, or nobody that may be seen."""
-        return ""
+    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> list[int]:  # noqa: ARG002  # of memory: by nobody
+        """The other processes that map a part of the ranges (offset, length), shared; those that may be seen.
+
+        Raises NoProcError.
+        """
+        return []
 
     def flush(self) -> None:
         """Return when all stores so far are on the medium.  Raises FsError(EIO)."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from pkernfs.errors import FormatError, FsError
 from pkernfs.format import BLOCK, MAX_BLOCKS, MIN_BLOCKS, PAGE, MiB
 from pkernfs.mountinfo import mounts
+from pkernfs.processes import shared_mappings
 from pkernfs.region.base import Region
-from pkernfs.region.lock import Holder, command_of, lock, shared_mappings
+from pkernfs.region.lock import lock
 
 if TYPE_CHECKING:
     from pkernfs.region.overlay import Overlay
@@ -155,13 +156,14 @@ class FileRegion(Region):
         if not self.readonly:
             self._punch(offset, length)
 
-    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> str:
+    def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
         """From /proc/PID/maps, which shows the processes that this one may look at: read once for all ranges."""
-        if ranges:
-            for pid, first, end in shared_mappings(self.fd):
-                if pid != os.getpid() and any(first < at + length and at < end for at, length in ranges):
-                    return str(Holder(pid, command_of(str(pid))))
-        return ""
+        found = {
+            pid
+            for pid, first, end in (shared_mappings(self.fd) if ranges else ())
+            if pid != os.getpid() and any(first < at + length and at < end for at, length in ranges)
+        }
+        return sorted(found)
 
     def flush(self) -> None:
         """msync: matters on a disk only.

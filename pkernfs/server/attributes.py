@@ -3,8 +3,10 @@
 Nothing changes attributes, names or content behind the kernel's back, so it may keep all of them for ever; but for
 
 - files whose memory is mapped from the region directly, or by a domain: somebody may store into it at any moment.
-  Their attributes are asked for at every read, with an mtime that is never the same, which makes the kernel drop its
-  cached pages (FUSE_AUTO_INVAL_DATA, fuse_change_attributes); and an open drops what it has cached;
+  Those that are marked as region-mapped are read and written past the cache (direct_io), and cannot be mapped shared
+  through the mount: the pages of such a mapping would be the cache's.  What is open since before the mark, or is mapped
+  by a domain only, has its attributes asked for at every read, with an mtime that is never the same, which makes the
+  kernel drop its cached pages (FUSE_AUTO_INVAL_DATA, fuse_change_attributes); and an open drops what it has cached;
 - page tables: they grow by themselves, and are read past the cache (direct_io);
 - access times: the kernel does not tell of reads that it answers itself, so an open drops what is cached of a file
   whose access time is due.
@@ -92,9 +94,10 @@ class Attributes:
         # Of a file that has blocks of its own what was cached is dropped at each open: it may have been mapped
         # directly meanwhile.
         keep_cache = inode.size < BLOCK // 2 and not changing and not self.fs.times.atime_due(inode)
-        # With writeback, AUTO_INVAL_DATA does nothing: a changing file is read and written past the cache then (and
-        # cannot be mapped shared before Linux 6.6, which has FUSE_DIRECT_IO_ALLOW_MMAP).
-        direct_io = bool(inode.flags & GUARDED) or (self.writeback and changing)
+        # With writeback, AUTO_INVAL_DATA does nothing: past the cache then, too.  direct_io refuses MAP_SHARED with
+        # ENODEV (fs/fuse/file.c, fuse_file_mmap; device.py).  sendfile(2) and copy_file_range(2) still go by the cache
+        # (fuse_splice_read), which is empty at each open.
+        direct_io = bool(inode.flags & UNUSUAL) or (self.writeback and changing)
         fh = pyfuse3.FileHandleT(handle(ino, flags, uid))
         return FileInfo(fh=fh, keep_cache=keep_cache, direct_io=direct_io)
 

@@ -92,8 +92,6 @@ class InitReply(NamedTuple):
 INIT_REPLY = layout(InitReply, size=36)
 HANDLE_KILLPRIV: Final = 1 << 19
 HANDLE_KILLPRIV_V2: Final = 1 << 28
-INIT_EXT: Final = 1 << 30
-DIRECT_IO_ALLOW_MMAP: Final = 1 << 36 - 32
 
 
 class Device:
@@ -162,19 +160,19 @@ def patched_init(reply: bytes, largest: int) -> bytes:
 
     HANDLE_KILLPRIV_V2: without it the kernel reads security.capability before each write.  It stands for: writing,
     truncating and changing the owner clear set-user-ID bits here (Linux 5.11, "fuse: introduce the notion of
-    FUSE_HANDLE_KILLPRIV_V2"; earlier ones ignore it, and do so themselves).  DIRECT_IO_ALLOW_MMAP: a file that is read
-    past the cache (see Operations) can be mapped all the same (Linux 6.6, "fuse: rename FUSE_DIRECT_IO_RELAX to
-    FUSE_DIRECT_IO_ALLOW_MMAP").  ``largest``: bytes of a write that fit through a socket.
+    FUSE_HANDLE_KILLPRIV_V2"; earlier ones ignore it, and do so themselves).  ``largest``: bytes of a write that fit
+    through a socket.
+
+    Not DIRECT_IO_ALLOW_MMAP (Linux 6.6, "fuse: rename FUSE_DIRECT_IO_RELAX to FUSE_DIRECT_IO_ALLOW_MMAP"): a file that
+    is read past the cache, since somebody stores to it past the mount (attributes.py), could be mapped shared with it,
+    and such a mapping shows the pages that were there when they were first touched.
 
     The reply is patched, and not pyfuse3: it fills in the structure inside of libfuse, where no option reaches.
     """
     init = INIT_REPLY.unpack(reply, REPLY.size)
-    flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2 | INIT_EXT
-    flags2 = (init.flags2 if init.flags & INIT_EXT else 0) | DIRECT_IO_ALLOW_MMAP
+    flags = init.flags & ~HANDLE_KILLPRIV | HANDLE_KILLPRIV_V2
     max_write = min(init.max_write, largest)
-    init = init._replace(
-        flags=flags, flags2=flags2, max_write=max_write, max_pages=min(init.max_pages, max_write // 4096)
-    )
+    init = init._replace(flags=flags, max_write=max_write, max_pages=min(init.max_pages, max_write // 4096))
     return reply[: REPLY.size] + INIT_REPLY.pack(init) + reply[REPLY.size + INIT_REPLY.size :]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 from pyfuse3 import FUSEError
 
-from pkernfs.errors import CorruptError, PkernfsError, quoted
+from pkernfs.errors import CorruptError, MappedError, PkernfsError, quoted
 from pkernfs.fs.ahead import UnreadyError
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.volume import OUT_OF_SPACE
@@ -115,6 +115,8 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
                 fs.volume.damage.note(error)
             elif error.errno == errno.ENOSPC:
                 requests.tell_what_is_kept(fs.guard.how_to_release())
+            elif isinstance(error, MappedError):  # an errno does not say who
+                log.info("%s of %s refused: %s", name, subject(args), error)
             raise FUSEError(error.errno) from None
         except Exception:
             log.exception("a bug: %s of %s failed", name, subject(args))

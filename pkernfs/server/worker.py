@@ -80,7 +80,7 @@ def _invalidate_name(directory: int, name: bytes) -> None:
 
 
 def control_socket(operations: Operations, device: str, listener: int) -> ControlSocket:
-    """What answers the verbs of a mount."""
+    """What answers the verbs of the mount ``device``, MAJOR:MINOR."""
     from pkernfs.server.control import ControlSocket
     from pkernfs.server.verbs import verbs
 

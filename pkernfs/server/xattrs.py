@@ -78,4 +78,5 @@ class Facts:
         from pkernfs.fs.facts import file_facts
 
         found: dict[str, object] = to_builtins(file_facts(self.fs, ino))
+        del found["mapped_by"]  # found out by asking, in a thread (mappers.py)
         return found

@@ -69,7 +69,7 @@ def map_memory(mnt: Path) -> None:
     ram = mnt / "guest-ram"
     with ram.open("wb") as file:
         file.truncate(2 * MiB)
-    run("pkernfs", "qemu-args", ram, "--direct")
+    run("pkernfs", "direct", ram, "on")
     for name, form in (("dom-0", "vtd"), ("dom-1", "amd")):
         path = mnt / "iommu" / name
         run("pkernfs", "iommu", "create", path, "--format", form)

@@ -356,6 +356,7 @@ def test_qemu_args(site: Site) -> None:
     assert through["share"] in ("on", "yes")
     assert "offset" not in through
     assert json.loads(os.getxattr(path, "user.pkernfs.direct")) is False
+    site.run_ok("pkernfs", "direct", path, "on")
     direct = options_of(site.run_ok("pkernfs", "qemu-args", "--direct", "--id", "ram0", path))
     (extent,) = json.loads(os.getxattr(path, "user.pkernfs.extents"))
     assert direct["mem-path"] == str(site.region)

@@ -223,7 +223,7 @@ def test_no_space_is_told_at_last(site: Site, last: Callable[[int], None]) -> No
 
 def test_a_direct_mapping_is_refused(site: Site) -> None:
     (site.mnt / "ram").write_bytes(bytes(2 * MiB))
-    result = run("pkernfs", "qemu-args", "--direct", site.mnt / "ram")
+    result = run("pkernfs", "direct", site.mnt / "ram", "on")
     assert result.returncode
     assert "writeback" in result.line
 
@@ -235,7 +235,7 @@ def test_a_file_that_is_mapped_directly_is_read_past_the_cache(site: Site) -> No
     site.umount()
     site.options = ""
     site.mount()
-    site.run_ok("pkernfs", "qemu-args", "--direct", path)
+    site.run_ok("pkernfs", "direct", path, "on")
     offset = json.loads(os.getxattr(path, "user.pkernfs.extents"))[0]["region_offset"]
     site.umount()
     site.options = "writeback"
