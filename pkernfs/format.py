@@ -85,9 +85,11 @@ next transaction's.
 import hashlib
 from typing import Annotated, Final, NamedTuple, NewType
 
-from crc32c import crc32c
-
 from pkernfs.layout import bytes16, bytes64, bytes120, i64, layout, u8, u16, u32, u64
+from pkernfs.lean import lean_imports
+
+with lean_imports():
+    from crc32c import crc32c
 
 # What numbers are of.  "Page" alone would say nothing: five things are counted in units of 4 KiB.
 Ino = NewType("Ino", int)  #: inode number: region offset / 256

@@ -6,6 +6,9 @@ ends with status 0 when the mount has ended and the region is closed, or when it
 
 from __future__ import annotations
 
+import pkernfs.server.packages  # before anything else imports trio
+
+# isort: split
 import faulthandler
 import importlib
 import logging
