@@ -102,6 +102,9 @@ def verbs(
                 if error.errno == errno.ENOSPC:
                     error.hint = error.hint or fs.guard.how_to_release()
                 raise
+            finally:
+                if fs.reclaimer.pending:  # an unmap or an acknowledgement has left something to be freed
+                    operations.housekeeping.wake()
 
         return call
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pkernfs import client
 from pkernfs.vfio import Container, DmaMapping
 from tests.iommu.space import DEVICE, OTHER, GiB, KiB, MiB
 from tests.iommu.walker import Fault, Memory, Translation, Vtd
@@ -152,6 +153,25 @@ def test_memory_of_a_removed_file_waits_for_the_acknowledgement(place: Site) -> 
     done = iommu(place, "invalidations", mnt, "--ack", str(token))
     assert (done["released"], done["awaiting"], done["stale"]) == (8 * MiB, 0, [])
     assert os.statvfs(mnt).f_bfree == free
+
+
+def test_what_an_acknowledgement_releases_is_freed_though_nobody_uses_the_mount(place: Site) -> None:
+    """Small files are freed later, together with others."""
+    dom, small, mnt = place.mnt / "iommu/dom-0", place.mnt / "small", place.mnt
+    iommu(place, "attach", dom, "00:05.0")
+    iommu(place, "invalidations", mnt, "--ack", "all")
+    small.write_bytes(b"small")
+    iommu(place, "map", dom, 0, small)
+    iommu(place, "unmap", dom, 0, "4K")
+    small.unlink()
+
+    def inodes() -> int:
+        """By the control socket: a request of the kernel would have it freed."""
+        return client.info(str(mnt)).inodes
+
+    before = inodes()
+    iommu(place, "invalidations", mnt, "--ack", "all")
+    wait_for(lambda: inodes() == before - 1, "the file is freed")
 
 
 def test_the_rfc_s_way_to_make_a_domain(place: Site) -> None:

@@ -341,7 +341,7 @@ def test_a_client_of_the_first_release(site: Site) -> None:
         mapped = client.say(words | {"op": "map", "file_ino": file, "offset": 0, "length": 0, "access": "rw"})["result"]
         assert (mapped["length"], mapped["entries"], mapped["stale"]) == (8192, 2, [])
         listed = client.say({"verb": "iommu", "op": "iotlb-needed", "ino": 1, "request": 8, "done": False, "token": 0})
-        assert listed["result"] == {"stale": [], "token": 0, "freed": 0}
+        assert listed["result"] == {"stale": [], "token": 0, "freed": 0, "awaiting": 0, "released": 0}
         done = client.say({"verb": "iommu", "op": "iotlb-needed", "ino": 1, "request": 9, "done": True, "token": 5})
         assert done["errno"] == errno.EAGAIN
         assert client.say({"verb": "iommu", "op": "audit", "ino": 1, "request": 10})["result"]["problems"] == []
