@@ -303,7 +303,10 @@ class RegionInfo(Struct):
     blocks_largest_free_run: int
     slabs: int
     space: int
-    space_free: int
+    space_used: int
+    space_free: int  #: and for which the host has memory: can be less than is not used
+    memory: int  #: how much of the region has memory
+    host_free: int | None  #: how much more the host can give it; None: it has all
     inodes: int
     orphans: int | None  #: inodes without a name; None: their list is damaged
     phys_base: int
@@ -639,6 +642,9 @@ class Status(Struct):
     pinned: int | None
     awaiting: int = 0  #: bytes that await an invalidation
     troubles: list[Trouble] = []  #: what the host refuses at the moment
+    memory: int | None = None  #: how much of the region has memory; None: a device, which has all
+    host_free: int | None = None  #: how much more the host can give it
+    refused: str = ""  #: why requests fail with EIO, as no worker can open the region; "": they do not
 
 
 class Upgraded(Struct):

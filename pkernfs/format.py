@@ -8,6 +8,7 @@ blocks, and of 4 KiB pages.
     next multiple of 2 MiB  page 0: copy of the superblock; page 1: journal header; then the journal's body, at most
                             up to first_block
     first_block             blocks for everybody: data blocks, and slabs (blocks cut into 4 KiB pages)
+    last page               with RO_COMPAT_FAR_COPY: one more copy of the superblock, in a slab that mkfs makes
 
 Block table.  The kind of block b is byte b % TABLE_FANOUT of table page b // TABLE_FANOUT (after the page header).
 
@@ -136,12 +137,14 @@ JOURNAL_MAGIC: Final = 0x6C6E726A  #: "jrnl"
 
 # Features, as ext4 has them: an unknown compat bit is ignored, an unknown ro_compat bit allows a read-only mount only,
 # an unknown incompat bit refuses the region.
+RO_COMPAT_FAR_COPY: Final = 1  #: the last page of the last block is a copy of the superblock; set by mkfs
 RO_COMPAT_AWAITING: Final = 2  #: content awaits invalidations: who does not know that would give it out too soon
 RO_COMPAT_HELD: Final = 4  #: there are, or were, held files
 COMPAT_KNOWN: Final = 0
-RO_COMPAT_KNOWN: Final = RO_COMPAT_AWAITING | RO_COMPAT_HELD
+RO_COMPAT_KNOWN: Final = RO_COMPAT_FAR_COPY | RO_COMPAT_AWAITING | RO_COMPAT_HELD
 INCOMPAT_KNOWN: Final = 0
 RO_COMPAT_NAMES: Final = {
+    RO_COMPAT_FAR_COPY: "far copy of the superblock",
     RO_COMPAT_AWAITING: "content awaits invalidation",
     RO_COMPAT_HELD: "held files",
 }
@@ -160,6 +163,9 @@ PAGE_INODES: Final = 2
 PAGE_NODE: Final = 3
 PAGE_DATA: Final = 4
 PAGE_XATTR: Final = 5
+#: Of the far copy of the superblock, which its place tells from the value of an attribute.  A kind of its own would
+#: make the header of that slab, the first one, unreadable for versions that may read the region.
+PAGE_FAR_COPY: Final = PAGE_XATTR
 PAGE_KINDS: Final = {
     PAGE_FREE: "free",
     PAGE_HEADER: "slab header",
@@ -198,7 +204,10 @@ FLAG_NAMES: Final = {
 
 
 class Superblock(NamedTuple):
-    """The first 256 bytes of a region; a copy stands in the first page of the block that the journal begins in.
+    """The first 256 bytes of a region.
+
+    A copy stands in the first page of the block that the journal begins in and, with RO_COMPAT_FAR_COPY, one more in
+    the last page of the last block, as far away as can be: a stray write of some MiB at the beginning leaves it.
 
     Nothing changes it after mkfs but its features, which are switched on when they are first used (region/superblock.py
     says how), and the words at the end, which a server that mounts it read-write stores in place, in

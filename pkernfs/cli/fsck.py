@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Check a pkernfs region: every structure, and that they agree.  Prints one line for each problem.
 
-With -y or -p problems are repaired: a superblock is restored from its copy, what cannot be read is taken out, counts
+With -y or -p problems are repaired: a superblock is restored from a copy, what cannot be read is taken out, counts
 are made right, memory that nobody owns is freed, and files that lost their names get one in /lost+found.  Files that
 are sound are not touched.  A repair that was interrupted, also by a crash at any moment, is continued by the next one.
 A transaction that a crash left in the journal is replayed, with -n in memory only.  Without -n, -y and -p it asks on a

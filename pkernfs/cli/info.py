@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.cli import direct
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, printable, show
+from pkernfs.cli.text import human, memory_line, printable, show
 from pkernfs.format import RO_COMPAT_NAMES
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ def _power_cut(facts: api.RegionInfo) -> str:
 
 def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[str]:
     """A region for people; ``mountpoint``: where it is mounted."""
-    used = facts.space - facts.space_free
+    missing = facts.space - facts.space_used - facts.space_free
     needed = facts.features
     kinds = {"compat": needed.compat, "ro_compat": needed.ro_compat, "incompat": needed.incompat}
+    kinds["ro_compat"] &= ~sum(RO_COMPAT_NAMES)
     features = [f"{kind} {bits:#x}" for kind, bits in kinds.items() if bits]
     features += [name for bit, name in RO_COMPAT_NAMES.items() if needed.ro_compat & bit]
     server = getattr(facts, "server", None)
@@ -88,8 +89,10 @@ def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[s
         "format": f"version {facts.version}, features: {', '.join(features) or 'none'}",
         "size": f"{human(facts.size)}: {facts.blocks} blocks of {human(facts.block_size)}",
         "physical": f"{facts.phys_base:#x} to {facts.phys_base + facts.size - 1:#x}",
-        "space": f"{human(used)} used, {human(facts.space_free)} free of {human(facts.space)}",
+        "space": f"{human(facts.space_used)} used, {human(facts.space_free)} free of {human(facts.space)}"
+        + f": the host has no memory for {human(missing)}" * (missing > 0),
         "awaiting": "?" if facts.awaiting is None else f"{human(facts.awaiting)} waiting for invalidation",
+        "memory": memory_line(facts.memory, facts.host_free),
         "free blocks": f"{facts.blocks_free}, {facts.blocks_largest_free_run} of them in one piece",
         "slabs": f"{facts.slabs} blocks cut into pages of 4 KiB",
         "inodes": f"{facts.inodes}, {'?' if facts.orphans is None else facts.orphans} of them without a name",

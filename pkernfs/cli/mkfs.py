@@ -1,7 +1,6 @@
 """mkfs.pkernfs: make a region."""
 
 import argparse
-import mmap
 import os
 import shlex
 import stat
@@ -44,6 +43,12 @@ def parser() -> Parser:
     made.add_argument("region", metavar="REGION", help="file or device")
     made.add_argument(
         "-s", "--size", type=size, help="of the region, a multiple of 2 MiB (default: what the file or device has)"
+    )
+    made.add_argument(
+        "--sparse",
+        action="store_true",
+        help="make it though the host has less memory (or room on its disk) than the region: what it cannot give later "
+        "is ENOSPC",
     )
     made.add_argument("-L", "--label", default="", help="a name for people, up to 64 bytes")
     made.add_argument("-U", "--uuid", type=_uuid, help="its UUID (default: a random one)")
@@ -116,6 +121,8 @@ def run(argv: Sequence[str] | None) -> int:
         if not device:
             size = os.fstat(fd).st_size if wanted is None else wanted
             check_parameters(size, arguments.label, phys_base)
+            if not arguments.sparse:
+                _check_host(fd, path, size)
         if made is None and not arguments.even_if_mapped:
             warning = check_unmapped(fd, path)
             if warning and not arguments.quiet:
@@ -187,20 +194,32 @@ def _flush_name(path: str) -> None:
         os.close(fd)
 
 
+def _check_host(fd: int, path: str, size: int) -> None:
+    """Refuse a region that is larger than what the host has for it.  Raises RegionError."""
+    from pkernfs.region.host import free_for, kind_of_file, what_it_has
+
+    kind = kind_of_file(fd)
+    found = what_it_has(fd, size) + free_for(fd, kind, thorough=True)
+    if found < size:
+        what = {"tmpfs": "memory", "hugetlbfs": "free huge pages"}.get(kind, "room on its disk")
+        text = f"{path}: expected {human(size)} of {what} for the region, the host has {human(found)}"
+        raise RegionError(text, hint="--sparse makes it all the same")
+
+
 def _check_overwrite(fd: int, path: str) -> None:
-    """Refuse to overwrite a region, or anything else that is not zeros.  Raises RegionError."""
-    from pkernfs.format import BLOCK, MAGIC
-    from pkernfs.region import find_device
+    """Refuse to overwrite a region, or what is left of one, or anything else that is not zeros.  Raises RegionError."""
+    from pkernfs.format import MAGIC
+    from pkernfs.region import find_copies, find_device
+    from pkernfs.region.remains import Descriptor, look_for_structures
 
     status = os.fstat(fd)
-    # All of it: a device maps multiples of its alignment only, and what is not looked at costs nothing.
-    length = find_device(status.st_rdev, path).usable if stat.S_ISCHR(status.st_mode) else status.st_size
-    if not length:
-        return
-    with mmap.mmap(fd, length, prot=mmap.PROT_READ) as data:
-        start, backup = data[:BLOCK], data[BLOCK : BLOCK + 8]
-    magic = MAGIC.to_bytes(8, "little")
-    if magic in (start[:8], backup):
+    size = find_device(status.st_rdev, path).usable if stat.S_ISCHR(status.st_mode) else status.st_size
+    source = Descriptor(fd, size)
+    if source.peek(0, 8) == MAGIC.to_bytes(8, "little"):
         raise RegionError(f"{path}: holds a pkernfs region already", hint="--force overwrites it")
-    if any(start):
+    left = look_for_structures(source)
+    if left.structures or find_copies(source):
+        text = f"{path}: looks like a pkernfs region whose superblock is damaged"
+        raise RegionError(text, hint=f"fsck.pkernfs {shlex.quote(path)}")
+    if left.content:
         raise RegionError(f"{path}: holds data that are not a pkernfs region", hint="--force overwrites them")

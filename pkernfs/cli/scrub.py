@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pkernfs.cli.progress import Advance
 
 DESCRIPTION = """\
-Verify every checksum of a region: of the superblock and its copy, the journal, the block table, slabs, inodes, tree
+Verify every checksum of a region: of the superblock and its copies, the journal, the block table, slabs, inodes, tree
 nodes and values of attributes.  A mounted region goes on being used meanwhile.  Single structures are looked at;
 whether they agree with each other is what fsck.pkernfs finds out, without a mount.
 
@@ -76,10 +76,9 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[api.DamagedC
     from pkernfs import api
     from pkernfs.cli.offline import keep_quiet
     from pkernfs.errors import CorruptError, FormatError
-    from pkernfs.fsck.repair.metadata import find_copy
     from pkernfs.fsck.scrub import Damage, scrub_all
     from pkernfs.iommu.guard import open_filesystem
-    from pkernfs.region import open_region
+    from pkernfs.region import find_copies, open_region
 
     keep_quiet()
     with open_region(path, readonly=True) as region:
@@ -88,7 +87,7 @@ def _offline(path: str, advance: Advance | None) -> tuple[int, list[api.DamagedC
         except CorruptError as error:
             return 1, [api.DamagedChecksum(*Damage.of(error))]
         except FormatError as error:
-            if find_copy(region) is None:
+            if not find_copies(region):
                 raise
             return 1, [api.DamagedChecksum(error.text.removeprefix(f"{region.path}: "), ino=0, offset=0)]
         pages = fs.volume.total_pages

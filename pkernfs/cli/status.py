@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_json, add_mount
-from pkernfs.cli.text import as_json, duration, human, printable, show
+from pkernfs.cli.text import as_json, duration, human, memory_line, printable, show
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -112,9 +112,12 @@ def lines(status: api.Status) -> list[str]:
         "stall": f"{duration(status.longest_stall)} at most",
         "dirty": "not known" if status.dirty is None else f"{human(status.dirty)} in the page cache",
         "awaiting": f"{human(status.awaiting)} waiting for invalidation",
+        "memory": memory_line(status.memory, status.host_free),
         "pinned": "not known" if status.pinned is None else f"{human(status.pinned)} mapped past the mount",
         "requests": f"{sum(status.requests.values()):,}: " + ", ".join(f"{kind} {count:,}" for kind, count in requests),
     }
+    if status.refused:
+        rows["worker"] = f"none can open the region: requests fail with EIO: {printable(status.refused)}"
     # A standby that is being started anew still has its trouble.
     more = [f"{'trouble':10} {what}: {why}" for what, why in troubles.items()]
     return [f"{name:10} {text}" for name, text in rows.items()] + more

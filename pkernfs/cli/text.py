@@ -30,6 +30,13 @@ def human(count: int) -> str:
     return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"
 
 
+def memory_line(memory: int | None, host_free: int | None) -> str:
+    """How much memory a region has, and how much more it can get."""
+    if memory is None:
+        return "all of it is there"
+    return f"{human(memory)} so far" + ("" if host_free is None else f", the host has {human(host_free)} more")
+
+
 def printable(name: str) -> str:
     """A name, or a message with names, as part of a line on a terminal or in a pipe."""
     return errors.printable(os.fsencode(name))

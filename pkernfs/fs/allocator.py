@@ -103,7 +103,8 @@ class Allocator:
 
     # -- pages ----------------------------------------------------------------------------------------------------
 
-    def _new_slab(self, tx: Transaction) -> Slab:
+    def new_slab(self, tx: Transaction) -> Slab:
+        """The last free block, cut into pages."""
         space = self.space
         block = BlockNo(space.table.rfind(BLOCK_FREE, space.first_block))
         if block < 0:
@@ -126,7 +127,7 @@ class Allocator:
                 if slab and slab.free:
                     return slab
             space.with_pages.discard(block)
-        return self._new_slab(tx)
+        return self.new_slab(tx)
 
     def alloc_pages(self, tx: Transaction, count: int, kind: int) -> list[tuple[PageNo, int]]:
         """``count`` zeroed pages as runs (page, count), in one piece where a slab has it.
@@ -231,7 +232,12 @@ class Allocator:
         block, index = block_of(page)
         slab = touched[block] = self.space.slab(block)
         kinds = slab.kinds[index : index + count]
-        if len(kinds) != count or PAGE_FREE in kinds or PAGE_HEADER in kinds:
+        if (
+            len(kinds) != count
+            or PAGE_FREE in kinds
+            or PAGE_HEADER in kinds
+            or page <= self.space.far_copy < page + count
+        ):
             raise CorruptError(f"slab {block}", page * PAGE, f"{count} pages were freed that are not in use")
         tx.change(slab)
         slab.kinds[index : index + count] = bytes(count)

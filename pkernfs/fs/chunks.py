@@ -148,7 +148,7 @@ def _move(tx: Transaction, filemap: FileMap, first: FilePage, end: FilePage, run
         for extent in filemap.until(at, FilePage(at + count)):
             low, high = max(extent.start, at), min(extent.start + extent.length, at + count)
             source = (extent.page + low - extent.start) * PAGE
-            region.store((page + low - at) * PAGE, region.view[source : source + (high - low) * PAGE])
+            region.store((page + low - at) * PAGE, region.present(source, (high - low) * PAGE))
         at = FilePage(at + count)
     filemap.remove(tx, first, end)
     for start, page, count in copies:

@@ -87,7 +87,7 @@ class Content:
             page, run = filemap.find(FilePage(first))
             step = min(run * PAGE - skip, left)
             start = page * PAGE + skip
-            parts.append(self.region.view[start : start + step] if page else bytes(step))
+            parts.append(self.region.present(start, step) if page else bytes(step))
             first += run
             skip = 0
             left -= step

@@ -25,10 +25,11 @@ from pkernfs.region import Region
 
 
 class Statfs(NamedTuple):
-    """Figures of statvfs(3); ``blocks`` and ``free`` in pages of 4 KiB."""
+    """Figures of statvfs(3); the first three in pages of 4 KiB."""
 
     blocks: int
     free: int
+    available: int  #: of those that are free: for which the host has memory
     files: int
     free_files: int
 
@@ -89,9 +90,10 @@ class Filesystem:
         self.region.close()
 
     def statfs(self) -> Statfs:
-        """Space in pages of 4 KiB, and inodes: as many more as the free pages can hold."""
+        """Space in pages of 4 KiB, and inodes: as many more as the available pages can hold."""
         space = self.volume.space
         free = space.free_pages()
-        free_files = free * INODES_PER_PAGE
+        available = free - self.volume.blocks_without_memory() * PAGES_PER_BLOCK
+        free_files = available * INODES_PER_PAGE
         blocks = (space.blocks - space.first_block) * PAGES_PER_BLOCK
-        return Statfs(blocks, free, space.inodes_in_use() + free_files, free_files)
+        return Statfs(blocks, free, available, space.inodes_in_use() + free_files, free_files)

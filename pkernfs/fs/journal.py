@@ -17,6 +17,7 @@ from pkernfs.format import (
     JOURNAL_MAGIC,
     JOURNAL_RECORD,
     PAGE,
+    RO_COMPAT_FAR_COPY,
     STORE,
     SUPERBLOCK,
     WORDS,
@@ -26,6 +27,7 @@ from pkernfs.format import (
     geometry,
 )
 from pkernfs.region.base import Region
+from pkernfs.region.superblock import far_copy_at
 
 #: Names the request that a transaction executes, see replies.py.
 REPLY_KEY = JournalRecord(SUPERBLOCK.offsets["reply_key"], 8, STORE)
@@ -43,6 +45,8 @@ class Journal:
         self.capacity = geometry(sb.blocks).journal_size
         self.end = sb.blocks * BLOCK  #: of the filesystem; the region may go on
         self.first_free = sb.first_block * BLOCK
+        #: where the far copy of the superblock begins; behind the end when there is none
+        self.far_copy = far_copy_at(sb.blocks) if sb.ro_compat & RO_COMPAT_FAR_COPY else self.end
         self.sequence = region.word(self.header_at) >> 1
         #: Header and body are those of transaction ``sequence``.  Not known of what an earlier user left: a crash in
         #: the middle of storing the next one leaves a mixture, which nobody looks at.
@@ -61,8 +65,8 @@ class Journal:
         Offsets and lengths of stores and words are multiples of 8, of discards multiples of the page size.
 
         Raises FsError: ENOSPC when they do not fit (mkfs makes the journal large enough for all that operations
-        change); EIO when the medium fails: the region can be read only then, and the next mount finds the state before
-        or after.
+        change), or the host has no memory for what they store to, and nothing is stored; EIO when the medium fails:
+        the region can be read only then, and the next mount finds the state before or after.
         """
         parts: list[bytes] = []
         pack = JOURNAL_RECORD.pack_values
@@ -79,12 +83,16 @@ class Journal:
         body = b"".join(parts)
         if len(body) > self.capacity:
             raise FsError(errno.ENOSPC, f"a transaction of {len(body)} bytes, the journal holds {self.capacity}")
+        region = self.region
+        if not region.whole:
+            # Behind the commit record nothing may fail.
+            for offset, data in (*stores, *words):
+                region.make_storable(offset, len(data))
         self.sequence = self.sequence % MAX_SEQUENCE + 1
         self.whole = False
         checkpointed = 2 * self.sequence
         header = JOURNAL_HEADER.pack_values(0, JOURNAL_MAGIC, 0, self.sequence, len(body), records)
         crc = checksum(body, checksum(header[JOURNAL_CHECKED_AT:]))
-        region = self.region
         # The transaction before is checkpointed on the medium before its body goes: a commit record must fit the body.
         region.barrier()
         region.store(self.body_at, body)
@@ -100,7 +108,7 @@ class Journal:
             self._store_words(offset, data)
         for offset, length in discards:
             # The transaction stands already: memory that cannot be given back is no reason to fail it.
-            with suppress(OSError):
+            with suppress(OSError, FsError):
                 region.discard(offset, length)
         region.barrier()
         region.store_word(self.header_at, checkpointed)
@@ -184,11 +192,11 @@ class Journal:
         """
         start = record.offset
         if record.kind == DISCARD:
-            return self.first_free <= start and start + record.length * PAGE <= self.end and not start % PAGE
+            return self.first_free <= start and start + record.length * PAGE <= self.far_copy and not start % PAGE
         end = start + record.length
         if record == REPLY_KEY:
             return True
         inode_or_table = SUPERBLOCK.size <= start and end <= self.header_at - PAGE
-        behind = self.first_free <= start and end <= self.end
+        behind = self.first_free <= start and end <= self.far_copy
         aligned = not start & 7 and not end & 7
         return aligned and ((record.kind == STORE and inode_or_table) or (record.kind in (STORE, WORDS) and behind))

@@ -21,6 +21,8 @@ from pkernfs.format import (
     MIN_BLOCKS,
     ORPHANS_INO,
     PAGE,
+    PAGE_FAR_COPY,
+    RO_COMPAT_FAR_COPY,
     ROOT_INO,
     TABLE_FANOUT,
     TABLE_MAGIC,
@@ -35,7 +37,7 @@ from pkernfs.format import (
 from pkernfs.fs.mkfs_iommu import add_iommu
 from pkernfs.fs.pages import encode_inode, encode_page, new_inode
 from pkernfs.fs.volume import Volume
-from pkernfs.region import Region
+from pkernfs.region import Region, far_copy_at
 from pkernfs.region.superblock import encode_superblock
 
 ROOT_MODE = 0o700  #: of a new root directory: guests' memory is for nobody else until somebody says so
@@ -81,7 +83,7 @@ def mkfs(
         version=VERSION,
         checksum=0,
         compat=0,
-        ro_compat=0,
+        ro_compat=RO_COMPAT_FAR_COPY,
         incompat=0,
         block_size=BLOCK,
         page_size=PAGE,
@@ -114,11 +116,28 @@ def mkfs(
         region.store(ino * INODE_SIZE, encode_inode(ino, inode))
     region.store(geo.journal_offset, raw)
     region.store(8, raw[8:])
-    add_iommu(Volume(region, sb))
+    volume = Volume(region, sb)
+    _add_far_copy(volume, raw)
+    add_iommu(volume)
     region.flush()
     region.store_word(0, MAGIC)
     region.flush()
     return sb
+
+
+def _add_far_copy(volume: Volume, raw: bytes) -> None:
+    """The superblock ``raw`` in the last page of the last block, whose other pages are for everybody.
+
+    In a slab, and not in a block of its own: that would cost 2 MiB, half of what the least region has for files.  The
+    first slab is made in the last block in any case.
+    """
+    region, sb = volume.region, volume.sb
+    with volume.transaction() as tx:
+        slab = volume.allocator.new_slab(tx)
+        slab.kinds[-1] = PAGE_FAR_COPY
+        slab.free -= 1
+    assert slab.block == sb.blocks - 1
+    region.store(far_copy_at(sb.blocks), raw)
 
 
 def _first_inodes(now: int, uid: int, gid: int, mode: int) -> dict[Ino, Inode]:

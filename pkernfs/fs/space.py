@@ -17,6 +17,7 @@ from pkernfs.format import (
     PAGE_INODES,
     PAGE_KINDS,
     PAGES_PER_BLOCK,
+    RO_COMPAT_FAR_COPY,
     TABLE_FANOUT,
     TABLE_MAGIC,
     BlockNo,
@@ -28,7 +29,7 @@ from pkernfs.format import (
 from pkernfs.fs.damage import Damage
 from pkernfs.fs.pages import check_page, encode_page
 from pkernfs.fs.slab import Slab
-from pkernfs.region import Region
+from pkernfs.region import Region, far_copy_at
 
 
 def block_of(page: PageNo) -> tuple[BlockNo, int]:
@@ -64,11 +65,15 @@ class Space:
     Raises CorruptError when the block table is damaged.
     """
 
+    far_copy = PageNo(0)  #: page of the far copy of the superblock; 0: the region has none
+
     def __init__(self, region: Region, sb: Superblock, damage: Damage) -> None:
         self.region = region
         self.damage = damage
         self.blocks = sb.blocks
         self.first_block = sb.first_block
+        if sb.ro_compat & RO_COMPAT_FAR_COPY:
+            self.far_copy = PageNo(far_copy_at(sb.blocks) // PAGE)
         table = bytearray()
         for index in range(sb.table_pages):
             offset = PAGE + index * PAGE

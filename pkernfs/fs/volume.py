@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from pkernfs.errors import FsError
-from pkernfs.format import INODE_SIZE, SUPERBLOCK, Superblock
+from pkernfs.format import BLOCK, INODE_SIZE, SUPERBLOCK, Superblock
 from pkernfs.fs.allocator import Allocator
 from pkernfs.fs.cache import Cache
 from pkernfs.fs.charge import charge
 from pkernfs.fs.journal import Journal
+from pkernfs.fs.memory import secure
 from pkernfs.fs.pages import encode_inode
 from pkernfs.fs.replies import LastReply
 from pkernfs.fs.transaction import Transaction
@@ -26,16 +27,20 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class Volume:
     """An open region: superblock, journal, allocator, inodes.
 
-    Opening replays the journal.  ``sb``: the superblock that mkfs is about to store.  Raises FormatError, CorruptError.
+    Opening makes sure of memory, and replays the journal.  ``sb``: the superblock that mkfs is about to store.
+
+    Raises FormatError, CorruptError; FsError when metadata have no memory: ENOSPC, EIO.
     """
 
     def __init__(self, region: Region, sb: Superblock | None = None) -> None:
         self.region = region
         self.sb = sb or read_superblock(region, readonly=region.readonly)
+        region.secure(0, self.sb.first_block * BLOCK)
         self.journal = Journal(region, self.sb)
         recover_superblock(region, self.sb)
         self.recovered = self.journal.recover()
         self.cache = cache = Cache(region, self.sb)
+        secure(region, cache.space)
         self.inode = cache.inode  #: bound here and not a method: one call less in each request
         self.inode_named_by = cache.inode_named_by
         self.inodes, self.nodes, self.pieces = cache.inodes, cache.nodes, cache.pieces
@@ -114,6 +119,15 @@ class Volume:
         self.sb = enable_features(self.region, self.sb, ro_compat)
 
     # -- facts ----------------------------------------------------------------------------------------------------
+
+    def blocks_without_memory(self) -> int:
+        """Free blocks for which the host has no memory now, also for what was lost in use; others may take more."""
+        host, space = self.region.host_free(), self.space
+        if host is None:
+            return 0
+        # Free blocks can have memory, where it could not be given back.
+        missing = space.blocks * BLOCK - self.region.memory()
+        return min(max(-(-(missing - host) // BLOCK), 0), space.free_blocks)
 
     def physical(self, offset: int) -> int:
         """The physical address of a region offset, bytes."""

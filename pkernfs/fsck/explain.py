@@ -114,7 +114,9 @@ def _in_slab(fs: Filesystem, found: Explained) -> None:
     slab = fs.volume.space.slab(found.block)
     index = found.page % PAGES_PER_BLOCK
     found.structure = found.page_kind = PAGE_KINDS[slab.kinds[index]]
-    if slab.kinds[index] in (PAGE_FREE, PAGE_HEADER):
+    if found.page == fs.volume.space.far_copy:
+        found.structure = "far copy of the superblock"
+    if found.page == fs.volume.space.far_copy or slab.kinds[index] in (PAGE_FREE, PAGE_HEADER):
         return
     if slab.kinds[index] != PAGE_INODES:
         _owner(fs, found)

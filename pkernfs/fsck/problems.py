@@ -135,7 +135,7 @@ _S = Stage
 
 #: In the order of the checks.
 PROBLEMS: dict[Code, Problem] = {
-    Code.SUPERBLOCK: Problem("both copies of the superblock are sound and equal", _FATAL, (_S.METADATA,)),
+    Code.SUPERBLOCK: Problem("the superblock and its copies are sound and equal", _FATAL, (_S.METADATA,)),
     Code.JOURNAL: Problem(
         "the journal's header is sound, and no transaction waits to be applied", _FATAL, (_S.METADATA,)
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from pkernfs.errors import PkernfsError, RegionBusyError
@@ -12,8 +13,11 @@ from pkernfs.fs.paths import a_path_of
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import Check, Progress, check_region
 from pkernfs.fsck.findings import Finding
-from pkernfs.fsck.repair import Repair, finish_transaction, repair_region
+from pkernfs.fsck.repair import Repair, finish_transaction, mend_part, repair_region
 from pkernfs.region import FileRegion, check_unmapped, open_region, read_superblock
+
+#: Structures without which a volume cannot be opened: superblock, journal, block table.  Each may hide the next one.
+METADATA = 3
 
 
 class Result(NamedTuple):
@@ -58,6 +62,9 @@ def fsck(
         before = _state_of(region)
         records = _waiting(region)
         problems, check = check_region(region, progress, for_repair=agree is not None)
+        as_it_is = check is not None
+        if not as_it_is:
+            problems, check = _go_on_in_memory(region, problems, progress)
         paths = _paths(check.volume, problems) if check else {}
     found = Result(problems, problems, [], check, records, False, warnings, paths)
     if not (records or problems) or agree is None or not agree(found):
@@ -65,14 +72,14 @@ def fsck(
     with open_region(path) as region:
         # The lock was given up meanwhile, for flock(2) cannot turn a shared one into an exclusive one in one step: what
         # was found holds only if nobody wrote.
-        check = check if _state_of(region) == before else None
+        check = check if as_it_is and _state_of(region) == before else None
         try:
             done = repair_region(region, progress, before=check)
         except KeyboardInterrupt:
             finish_transaction(region)
             raise
         paths |= _paths(Volume(region), [*done.found, *done.left, *done.repairs])
-    # A region that could not be opened has shown one problem only, until its metadata was mended.
+    # What could not be opened in memory either has shown its metadata only.
     return Result(
         problems=found.problems if found.check else found.problems + done.found,
         left=done.left,
@@ -83,6 +90,23 @@ def fsck(
         warnings=warnings,
         paths=paths,
     )
+
+
+def _go_on_in_memory(
+    region: FileRegion, problems: list[Finding], progress: Callable[[Progress], None] | None
+) -> tuple[list[Finding], Check | None]:
+    """Mend, in memory only, what keeps the volume from being opened, and check what is behind that: all problems."""
+    scratch = region.scratch()
+    noted, check = list(problems), None
+    # A region that must not be repaired raises: its metadata are all that there is to tell.
+    with suppress(PkernfsError):
+        for _ in range(METADATA):
+            mend_part(scratch, problems[0].code)
+            problems, check = check_region(scratch, progress)
+            noted += problems
+            if check is not None:
+                break
+    return noted, check
 
 
 def _state_of(region: FileRegion) -> tuple[bytes, bytes]:

@@ -32,7 +32,7 @@ from pkernfs.fs.pages import check_page, read_inode
 from pkernfs.fs.slab import Slab
 from pkernfs.fs.xattrs import Xattrs
 from pkernfs.fsck.findings import NO_INO
-from pkernfs.region import check_superblock
+from pkernfs.region import check_superblock, copies_of
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -113,7 +113,7 @@ class _Step:
     def metadata(self) -> None:
         """Superblocks, journal, block table, reserved inodes."""
         sb = self.fs.volume.sb
-        for offset in (0, sb.journal_offset):
+        for offset in (0, *copies_of(sb)):
             self.structures += 1
             try:
                 raw = self.region.read(offset, SUPERBLOCK.size)

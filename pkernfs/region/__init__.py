@@ -16,6 +16,8 @@ from pkernfs.region.superblock import (
     check_superblock,
     copies_of,
     enable_features,
+    far_copy_at,
+    find_copies,
     read_superblock,
     recover_superblock,
 )
@@ -33,7 +35,9 @@ __all__ = [
     "check_unmapped",
     "copies_of",
     "enable_features",
+    "far_copy_at",
     "find_address",
+    "find_copies",
     "find_device",
     "lock_holder",
     "lock_region",

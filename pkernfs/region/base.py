@@ -22,6 +22,10 @@ class Region:
     #: True: ``barrier`` flushes.  What a process or a kexec leaves behind needs no barrier.
     barriers: bool = False
     readonly: bool = False
+    #: True: all that is in use has memory, as far as is known, so that a store needs no question first.
+    whole: bool = True
+    #: True: it never says so, for there may be bad memory in it.
+    careful: bool = False
 
     def __init__(self, view: memoryview) -> None:
         self.view = view
@@ -33,8 +37,20 @@ class Region:
         return bytes(self.view[offset : offset + length])
 
     def present(self, offset: int, length: int) -> bytes | memoryview:
-        """A range that the kernel can copy to its end though this process is killed meanwhile."""
+        """A range that can be read to its end without a signal, and by the kernel though this process is killed."""
         return self.view[offset : offset + length]
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """A copy as ``read`` makes it, of what is in the memory itself, that takes no memory for what has none."""
+        return bytes(self.view[offset : offset + length])
+
+    def next_data(self, offset: int) -> int:
+        """The first offset from ``offset`` on that may hold anything but zeros; ``size``: there is none."""
+        return min(offset, self.size)
+
+    def scratch(self) -> "Region":
+        """The same bytes for somebody who stores in them, which must not reach the region: for a read-only one."""
+        return MemoryRegion(image=self.view)
 
     def word(self, offset: int) -> int:
         """The aligned 8-byte word at ``offset``."""
@@ -64,8 +80,28 @@ class Region:
         """
         self.zero(offset, length)
 
+    def make_storable(self, offset: int, length: int) -> None:
+        """Make sure, before anything is stored, that a store into the range does not fail: see ``whole``.
+
+        Raises FsError: ENOSPC, EIO.
+        """
+
+    def secure(self, offset: int, length: int) -> None:
+        """Make sure that the range has memory behind it, whatever it holds.
+
+        Raises FsError: ENOSPC when the host has none left, EIO when a part of the range cannot be used.
+        """
+
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of a range that nobody uses back to the host, where that is possible."""
+
+    def memory(self) -> int:
+        """How much of the region has memory, bytes."""
+        return self.size
+
+    def host_free(self) -> int | None:
+        """How much more memory the host can give it, bytes; None: it has all that it needs."""
+        return None
 
     def mapped_by(self, ranges: Sequence[tuple[int, int]]) -> list[int]:  # noqa: ARG002  # of memory: by nobody
         """The other processes that map a part of the ranges (offset, length), shared; those that may be seen.

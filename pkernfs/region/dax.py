@@ -66,7 +66,7 @@ class DaxRegion(FileRegion):
     Read-only: copies of the pieces that recovery stores to lie over the device's mapping, see overlay.py.
     """
 
-    size_hint = "it takes a larger device"
+    whole = True
 
     @staticmethod
     def device(fd: int, path: str) -> Device:
@@ -112,3 +112,18 @@ class DaxRegion(FileRegion):
 
     def discard(self, offset: int, length: int) -> None:
         """Nothing to give back."""
+
+    def secure(self, offset: int, length: int) -> None:
+        """The memory is there."""
+
+    def memory(self) -> int:
+        """All of it."""
+        return self.size
+
+    def host_free(self) -> int | None:
+        """It has all."""
+        return None
+
+    def peek(self, offset: int, length: int) -> bytes:
+        """Through the mapping: a device has no read(2)."""
+        return self.read(offset, length)

@@ -30,7 +30,9 @@ def _kind_of(path: str, fd: int = -1) -> Iterator[type[FileRegion]]:
     except FileNotFoundError:
         raise RegionError(f"{path}: no such region", hint="mkfs.pkernfs makes one") from None
     except OSError as error:
-        raise RegionError(f"{path}: cannot open the region: {error.strerror}") from None
+        refused = RegionError(f"{path}: cannot open the region: {error.strerror}")
+        refused.errno = error.errno or refused.errno
+        raise refused from None
 
 
 def open_region(

@@ -7,6 +7,8 @@ checksum of fewer features: that is accepted, and nothing else.  (In the journal
 the superblock.)
 """
 
+import shlex
+
 from pkernfs.errors import FormatError
 from pkernfs.format import (
     BLOCK,
@@ -16,15 +18,18 @@ from pkernfs.format import (
     MAX_BLOCKS,
     MIN_BLOCKS,
     PAGE,
+    RO_COMPAT_FAR_COPY,
     RO_COMPAT_KNOWN,
     SUPERBLOCK,
     SUPERBLOCK_CHECKED,
     VERSION,
+    MiB,
     Superblock,
     checksum,
     geometry,
 )
 from pkernfs.region.base import Region
+from pkernfs.region.remains import Source, look_for_structures
 
 CHECKSUM_AT = SUPERBLOCK.offsets["checksum"]
 CHECKSUM_WORD, FEATURES_WORD = CHECKSUM_AT & ~7, SUPERBLOCK.offsets["ro_compat"] & ~7
@@ -50,6 +55,10 @@ def _is_of_fewer_features(sb: Superblock) -> bool:
     return False
 
 
+class DamagedSuperblockError(FormatError):
+    """The bytes are no superblock, or one whose checksum is wrong: a copy may be sound."""
+
+
 def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False) -> Superblock:
     """Decode and check the 256 bytes of a superblock of the region ``name`` of ``size`` bytes.
 
@@ -58,17 +67,14 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
     sb = SUPERBLOCK.unpack(raw)
     if sb.magic != MAGIC:
         found = "zeros" if not any(raw) else f"magic {sb.magic:#x}"
-        raise FormatError(
-            f"{name}: not a pkernfs region: expected magic {MAGIC:#x}, found {found}", hint="mkfs.pkernfs makes one"
-        )
+        raise DamagedSuperblockError(f"{name}: not a pkernfs region: expected magic {MAGIC:#x}, found {found}")
     if sb.version != VERSION:
         raise FormatError(
             f"{name}: expected format version {VERSION}, found {sb.version}", hint="use the pkernfs that made it"
         )
     if sb.checksum != superblock_checksum(raw) and not _is_of_fewer_features(sb):
-        raise FormatError(
-            f"{name}: superblock checksum: expected {superblock_checksum(raw):#010x}, found {sb.checksum:#010x}",
-            hint="fsck.pkernfs can restore it from its copy",
+        raise DamagedSuperblockError(
+            f"{name}: superblock checksum: expected {superblock_checksum(raw):#010x}, found {sb.checksum:#010x}"
         )
     if sb.incompat & ~INCOMPAT_KNOWN:
         raise FormatError(
@@ -88,7 +94,7 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
     if sb.blocks * BLOCK > size:
         raise FormatError(
             f"{name}: the region is truncated: expected {sb.blocks * BLOCK} bytes, found {size}",
-            hint="restore the file to its full size",
+            hint=f"truncate -s {sb.blocks * BLOCK} keeps what is left; then run fsck.pkernfs",
         )
     geo = geometry(sb.blocks)
     if (sb.table_pages, sb.journal_offset, sb.first_block) != (geo.table_pages, geo.journal_offset, geo.first_block):
@@ -104,13 +110,82 @@ def check_superblock(raw: bytes, size: int, name: str, *, readonly: bool = False
 
 
 def read_superblock(region: Region, *, readonly: bool = False) -> Superblock:
-    """The checked superblock of ``region``.  Raises FormatError."""
-    return check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region", readonly=readonly)
+    """The checked superblock of ``region``.  Raises FormatError, which says what is there where it is damaged."""
+    name = region.path or "region"
+    try:
+        return check_superblock(region.read(0, SUPERBLOCK.size), region.size, name, readonly=readonly)
+    except DamagedSuperblockError as error:
+        raise _what_is_there(region, name, error) from None
 
 
-def copies_of(blocks: int) -> tuple[int, ...]:
-    """Where copies of the superblock stand in a region of ``blocks`` blocks: offsets, bytes."""
-    return (geometry(blocks).journal_offset,)
+def _what_is_there(region: Region, name: str, error: FormatError) -> FormatError:
+    """The error of a superblock that cannot be used, and what else there is: no hint may cost anybody a region."""
+    why = error.text.removeprefix(f"{name}: ").removeprefix("not a pkernfs region: ")
+    fsck = f"fsck.pkernfs {shlex.quote(name)}"
+    if found := find_copies(region):
+        text = (
+            f"{name}: looks like a pkernfs region whose superblock is damaged ({why}); its copy at {found[0][0]:#x} is"
+        )
+        return FormatError(f"{text} sound", hint=fsck)
+    left = look_for_structures(region)
+    if left.structures or error.text.startswith(f"{name}: superblock checksum"):
+        text = f"{name}: looks like a pkernfs region of which no superblock is sound ({why})"
+        return FormatError(f"{text}; {left}", hint="keep it as it is, and restore it from a copy")
+    hint = "is it the right file?" if left.content else "mkfs.pkernfs makes one"
+    return FormatError(f"{name}: not a pkernfs region: {why}, {left}", hint=hint)
+
+
+def error_of_size(source: Source, name: str) -> FormatError:
+    """The error of a region, or what is taken for one, whose size no region has."""
+    try:
+        check_superblock(source.peek(0, SUPERBLOCK.size).ljust(SUPERBLOCK.size, b"\0"), source.size, name)
+    except DamagedSuperblockError:
+        hint = "is it the right file?" if look_for_structures(source).content else "mkfs.pkernfs --size makes a region"
+    except FormatError as error:
+        return error
+    else:
+        hint = "the region in it is whole: who has made the file longer?"
+    found = f"expected a multiple of 2 MiB, at least {MIN_BLOCKS * BLOCK // MiB} MiB, found {source.size} bytes"
+    return FormatError(f"{name}: {found}", hint=hint)
+
+
+def copies_of(sb: Superblock) -> tuple[int, ...]:
+    """Where copies of the superblock ``sb`` stand: offsets, bytes."""
+    far = (far_copy_at(sb.blocks),) if sb.ro_compat & RO_COMPAT_FAR_COPY else ()
+    return (geometry(sb.blocks).journal_offset, *far)
+
+
+def far_copy_at(blocks: int) -> int:
+    """Where the far copy of the superblock stands in a region of ``blocks`` blocks: offset, bytes."""
+    return blocks * BLOCK - PAGE
+
+
+#: Ends of blocks at which a far copy is looked for, from the last one back: a region may be in a longer file.
+LOOKED_BACK = 1 << 16
+
+
+def find_copies(source: Source) -> list[tuple[int, Superblock]]:
+    """Offset and content of each sound copy that is where it says; the size allows journals to begin up to block 1024.
+
+    The nearest first.  Found without the first superblock, so that nothing is known of the region but its size.
+    """
+    blocks = source.size // BLOCK
+    last = geometry(min(max(blocks, 1), MAX_BLOCKS)).journal_offset // BLOCK
+    places = [block * BLOCK for block in range(1, min(last, blocks - 1) + 1)]
+    places += [far_copy_at(end) for end in range(blocks, max(blocks - LOOKED_BACK, last), -1)]
+    magic = MAGIC.to_bytes(8, "little")
+    found = []
+    for at in places:
+        raw = source.peek(at, SUPERBLOCK.size)
+        if not raw.startswith(magic) or len(raw) < SUPERBLOCK.size:
+            continue
+        try:
+            sb = check_superblock(raw, source.size, "copy", readonly=True)
+        except FormatError:
+            continue
+        if at in copies_of(sb):
+            found.append((at, sb))
+    return found
 
 
 def _store_features(region: Region, sb: Superblock, at: int) -> None:
@@ -123,7 +198,7 @@ def _store_features(region: Region, sb: Superblock, at: int) -> None:
 def enable_features(region: Region, sb: Superblock, ro_compat: int) -> Superblock:
     """Switch features on; the superblock as it is then.  Raises FsError when the medium fails."""
     sb = sb._replace(ro_compat=sb.ro_compat | ro_compat)
-    for at in (0, *copies_of(sb.blocks)):
+    for at in (0, *copies_of(sb)):
         _store_features(region, sb, at)
     return sb
 
@@ -134,7 +209,7 @@ def recover_superblock(region: Region, sb: Superblock) -> None:
     What differs in anything else is damage, and stays for fsck.
     """
     raw = encode_superblock(sb)[:SUPERBLOCK_CHECKED]
-    for at in (0, *copies_of(sb.blocks)):
+    for at in (0, *copies_of(sb)):
         found = region.read(at, SUPERBLOCK.size)
         if found[:SUPERBLOCK_CHECKED] != raw and _is_older(SUPERBLOCK.unpack(found), sb):
             _store_features(region, sb, at)

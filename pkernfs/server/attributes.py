@@ -120,7 +120,8 @@ def statvfs(figures: Statfs) -> StatvfsData:
     data = StatvfsData()
     data.f_bsize = data.f_frsize = PAGE
     data.f_blocks = figures.blocks
-    data.f_bfree = data.f_bavail = figures.free
+    # df calls used what is not f_bfree, and shows f_bavail.
+    data.f_bfree, data.f_bavail = figures.free, figures.available
     data.f_files = figures.files
     data.f_ffree = data.f_favail = figures.free_files
     data.f_namemax = NAME_MAX

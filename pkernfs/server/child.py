@@ -48,6 +48,10 @@ class WorkerError(PkernfsError):
     """The worker could not do what a message wants; the text is the worker's."""
 
 
+class RegionLostError(WorkerError):
+    """The worker could not open the region, or has ended over it: another one will hardly fare better."""
+
+
 def python_command(module: str, *arguments: str) -> list[str]:
     """A module of this installation as a program.
 

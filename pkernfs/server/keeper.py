@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.region import host
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import umount_command
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from pkernfs.server.commands import Command, Commands
 
 log = logging.getLogger("pkernfs")
+
+AT_ONCE = 0.001  #: seconds: only to take notice of signals
 
 
 class Keeper:
@@ -256,7 +259,10 @@ class Keeper:
         while (left := end - time.monotonic()) > 0:
             if self.serving.has_ended():
                 raise ConnectionAbortedError
-            self.wakeup.pause(min(left, BEAT))
+            refusing = self.serving.refusing
+            if refusing.serve(self.serving.device, self.wakeup, min(left, BEAT)):
+                return
+            self.wakeup.pause(AT_ONCE if refusing.why else min(left, BEAT))
             with self._enduring():
                 self._ensure_commands()
 
@@ -356,6 +362,7 @@ class Keeper:
 
     def status(self) -> api.Status:
         """What `pkernfs status` shows."""
+        memory, host_free = host.memory_of(self.serving.fds.region)
         return self.state.status(
             standby=self.standby.pid,
             requests=requests(self.stats),
@@ -364,6 +371,9 @@ class Keeper:
             dirty=dirty_bytes(self.state.device),
             pinned=pinned_bytes(self.serving.fds.region, self.state.worker),
             troubles=self.troubles(),
+            memory=memory,
+            host_free=host_free,
+            refused=self.serving.refusing.why,
         )
 
     def close(self) -> None:

@@ -46,6 +46,12 @@ def _send(worker: Child, ours: socket.socket, raw: bytes) -> bool:
     return True
 
 
+def fail_before(device: Device, unique: int) -> None:
+    """Answer what may have been lost with EIO: the kernel cannot deliver it again."""
+    for lost in range(max(unique - 2 * LOST, 2), unique, 2):
+        device.fail(lost, errno.EIO)
+
+
 class Relay:
     """Stands between the kernel and each new worker, until that one has answered what the one before did not.
 
@@ -98,7 +104,7 @@ class Relay:
             request = REQUEST.unpack(raw)
             again = bool(request.unique & RESENT)
             if not can_resend:
-                self._fail_before(request.unique)
+                fail_before(device, request.unique)
                 can_resend = True
             if again and self.deaths.get(request.unique, 0) >= DEATHS:
                 log.error("%s has ended %d workers: it is answered with EIO", request, DEATHS + 1)
@@ -121,11 +127,6 @@ class Relay:
         if request.opcode not in WITHOUT_REPLY:
             self.device.reply(self._reply(worker, ours))
         del self.deaths[key]
-
-    def _fail_before(self, unique: int) -> None:
-        """Answer what may have been lost with EIO: the kernel cannot deliver it again."""
-        for lost in range(max(unique - 2 * LOST, 2), unique, 2):
-            self.device.fail(lost, errno.EIO)
 
     def _reply(self, worker: Child, ours: socket.socket) -> bytes:
         """The next reply; notifications go on to the kernel."""

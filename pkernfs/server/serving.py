@@ -15,9 +15,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from pkernfs.mountinfo import mount_at
-from pkernfs.server.child import START, Child, Readable, WorkerGoneError, request_socket
+from pkernfs.server.child import (
+    START,
+    Child,
+    Readable,
+    RegionLostError,
+    WorkerError,
+    WorkerGoneError,
+    WorkerStuckError,
+    request_socket,
+)
 from pkernfs.server.device import Device, mount_device, umount_command
 from pkernfs.server.messages import Instruction, Opened, Pulse, Ready
+from pkernfs.server.refusing import Refusing
 from pkernfs.server.relay import Relay, RequestSocket
 from pkernfs.server.resources import REFUSALS, Attempt, ResourceError, asking, backoff, reserve
 from pkernfs.server.signals import EndWantedError
@@ -52,6 +62,7 @@ class Serving:
         self.state = state
         self.fds = fds
         self.worker = worker
+        self.refusing = Refusing(fds.region, fds.references)
         self._service = service()
         self._state_file = -1
         self._readable = readable
@@ -101,11 +112,21 @@ class Serving:
     # -- workers --------------------------------------------------------------------------------------------------
 
     def open(self, worker: Child, *, first: bool) -> Opened:
-        """Let a worker open the region.  Raises WorkerError, WorkerGoneError, ResourceError."""
+        """Let a worker open the region.  Raises RegionLostError, WorkerGoneError, ResourceError."""
         worker.wait_until_up(START)
         message = Instruction(verb="open", state=self.state.to_json(), first=first)
         worker.send(message, [self.fds.region, self.fds.references, self.fds.stats])
-        return worker.receive(Opened, OPEN)
+        try:
+            return worker.receive(Opened, OPEN)
+        except WorkerStuckError:
+            raise
+        except WorkerGoneError:
+            why = f"worker {worker.pid} ended with {worker.wait()} while it opened the region"
+            raise RegionLostError(why) from None
+        except WorkerError as error:
+            lost = RegionLostError(error.text)
+            lost.exit_code, lost.errno = error.exit_code, error.errno
+            raise lost from None
 
     def let_serve(self, worker: Child, begin: float) -> float:
         """Open and hand over, nobody serves since ``begin``; for how long that was so, in seconds.

@@ -77,13 +77,14 @@ class Standby:
         begin = time.monotonic()
         state.last_reason = reason
         log.warning("worker %d ended with %s: another one takes over", state.worker, reason)
-        failures = 0
+        failures, refusing = 0, serving.refusing
         while True:
             pause(backoff(failures))
             worker: Child | None = None
             try:
                 worker = self._take(state.command)
                 stall = serving.let_serve(worker, begin)
+                refusing.end()
                 log.info("worker %d serves after %.1f ms", worker.pid, stall * 1000)
                 break
             except ConnectionAbortedError:
@@ -96,6 +97,7 @@ class Standby:
             except (PkernfsError, OSError, MemoryError) as error:
                 failures += 1
                 self.takeover.refused(error)
+                refusing.note(error, serving.device)
                 self._give_up(worker, error)
         self.takeover.succeeded()
 

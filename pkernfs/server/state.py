@@ -81,6 +81,9 @@ class State:
         awaiting: int,
         pinned: int | None,
         troubles: Iterable[Trouble],
+        memory: int | None,
+        host_free: int | None,
+        refused: str,
     ) -> api.Status:
         """What `pkernfs status` shows: of the state, and what the keeper adds."""
         from pkernfs import api
@@ -108,4 +111,7 @@ class State:
             pinned=pinned,
             awaiting=awaiting,
             troubles=[api.Trouble(*one) for one in troubles],
+            memory=memory,
+            host_free=host_free,
+            refused=refused,
         )

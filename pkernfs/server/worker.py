@@ -28,13 +28,14 @@ import trio
 
 import pkernfs
 from pkernfs.errors import PkernfsError, RegionError
-from pkernfs.format import ROOT_INO
+from pkernfs.format import ROOT_INO, SUPERBLOCK_CHECKED
 from pkernfs.fs.attributes import SetAttr
+from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.lookups import Lookups
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.restore import restore
 from pkernfs.options import MountOptions
-from pkernfs.region import Region, open_region, read_superblock
+from pkernfs.region import Region, copies_of, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
 from pkernfs.server.buffers import keep_resident
@@ -89,6 +90,17 @@ def control_socket(operations: Operations, device: str, listener: int) -> Contro
 
     known = verbs(operations, device, pyfuse3.invalidate_inode, _invalidate_name)
     return ControlSocket(socket.socket(fileno=os.dup(listener)), known)
+
+
+def warn_of_copies(fs: Filesystem) -> None:
+    """Say in the log when a copy of the superblock is damaged: the end of a region that was cut is zeros."""
+    sb = fs.volume.sb
+    for at in copies_of(sb):
+        if fs.region.read(at, SUPERBLOCK_CHECKED) != fs.region.read(0, SUPERBLOCK_CHECKED):
+            log.error(
+                "%s: the copy of the superblock at %#x is damaged, and so may be what is around it: run pkernfs scrub",
+                *(fs.region.path, at),
+            )
 
 
 def set_barriers(region: Region, options: MountOptions) -> None:
@@ -158,8 +170,11 @@ class Worker:
         start_logging(options, strict=False)
         region = open_region(self.state.region, readonly=options.readonly, fd=region_fd)
         set_barriers(region, options)
+        # The worker before has touched memory that is not there (any more), or is bad: so each page is asked for first.
+        region.careful = "SIGBUS" in self.state.last_reason
         self.fs = fs = open_filesystem(region, Lookups(region.size, mmap.mmap(references_fd, 0)))
         fs.times.policy = options.atime
+        warn_of_copies(fs)
         if self.first and not options.readonly:
             fs.volume.mark_mounted()
             restore(fs, cold=options.cold)

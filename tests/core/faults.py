@@ -58,6 +58,12 @@ def flip(fs: Filesystem, offset: int) -> None:
     fs.region.store(offset, bytes([fs.region.view[offset] ^ 0x10]))
 
 
+def flip_both(fs: Filesystem) -> None:
+    """The superblock and its near copy."""
+    flip(fs, 60)
+    flip(fs, fs.volume.sb.journal_offset + 9)
+
+
 def flip_at(place: Callable[[Filesystem], int]) -> Callable[[Filesystem], None]:
     """Damage one byte of what ``place`` makes."""
     return lambda fs: flip(fs, place(fs))
@@ -487,6 +493,17 @@ FAULTS: dict[str, tuple[str, Callable[[Filesystem], object]]] = {
     # metadata
     "superblock-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.sb.journal_offset + 60)),
     "superblock-copies-differ": ("superblock", lambda fs: set_superblock(fs, fs.volume.sb.journal_offset, label=b"x")),
+    "superblock-far-copy-damaged": ("superblock", lambda fs: flip(fs, fs.volume.space.far_copy * f.PAGE + 60)),
+    "superblock-far-copy-differs": (
+        "superblock",
+        lambda fs: set_superblock(fs, fs.volume.space.far_copy * f.PAGE, label=b"x"),
+    ),
+    "superblock-far-copy-free": ("page-free", lambda fs: set_kind(fs, fs.volume.space.far_copy, f.PAGE_FREE)),
+    "superblock-far-copy-of-another-kind": (
+        "page-kind",
+        lambda fs: set_kind(fs, fs.volume.space.far_copy, f.PAGE_DATA),
+    ),
+    "superblock-and-its-near-copy-damaged": ("superblock", flip_both),
     "superblock-damaged": ("superblock", lambda fs: flip(fs, 60)),
     "superblock-magic-gone": ("superblock", lambda fs: flip(fs, 3)),
     "journal-header-magic": ("journal", lambda fs: flip(fs, fs.volume.journal.header_at + 8)),
@@ -664,6 +681,10 @@ DOUBLE: dict[str, tuple[set[str], Callable[[Filesystem], object]]] = {
     "attribute-in-wrong-pages": (
         {"xattr", "leaked-page"},
         lambda fs: patch_xattr(fs, b"user.large", lambda v: v[:-16] if len(v) > 42 else v[:-8] + bytes(8)),
+    ),
+    "extent-of-the-far-copy": (
+        {"page-kind", "leaked-page"},
+        lambda fs: patch_extent(fs, b"g", page=fs.volume.space.far_copy),
     ),
     "slot-of-a-file-free": (
         {"dirent-dangling", "leaked-page", "inode-free"},

@@ -274,6 +274,12 @@ CASES: dict[str, Case] = {
     "journal-stores-outside": Case(lambda fs: store(fs, fs.region.size), refused="journal record"),
     "journal-stores-far-outside": Case(lambda fs: store(fs, (1 << 64) - 8), refused="journal record"),
     "journal-stores-over-the-superblock": Case(lambda fs: store(fs, 0), refused="journal record"),
+    "journal-stores-over-the-far-copy": Case(
+        lambda fs: store(fs, fs.volume.space.far_copy * f.PAGE), refused="journal record"
+    ),
+    "journal-discards-the-far-copy": Case(
+        lambda fs: discard(fs, fs.volume.space.far_copy * f.PAGE, 1), refused="journal record"
+    ),
     "journal-stores-over-the-copy": Case(lambda fs: store(fs, fs.volume.sb.journal_offset), refused="journal record"),
     "journal-stores-in-the-journal": Case(lambda fs: store(fs, fs.volume.journal.body_at), refused="journal record"),
     "journal-stores-between-words": Case(lambda fs: store(fs, (1 << 23) + 1), refused="journal record"),

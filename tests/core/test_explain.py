@@ -33,6 +33,7 @@ def test_every_kind_of_place(fs: Filesystem) -> None:
     assert explain(fs, 256).path == "/"
     assert explain(fs, PAGE).structure == "block table, page 0"
     assert explain(fs, sb.journal_offset).structure == "copy of the superblock"
+    assert explain(fs, sb.blocks * BLOCK - 1).structure == "far copy of the superblock"
     assert explain(fs, sb.journal_offset + PAGE).structure == "journal header"
     assert explain(fs, (sb.blocks // 2) * BLOCK).structure == "free"
     extent = fs.content.extents(large)[0]
@@ -174,6 +175,7 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
     value = good.index(b"v" * 9000)
     for offset in (
         fs.volume.sb.journal_offset + 20,
+        fs.volume.space.far_copy * PAGE + 20,
         PAGE + 40,
         ino * 256 + 40,
         fs.getattr(ROOT).root * PAGE + 60,
@@ -183,7 +185,7 @@ def test_scrub_finds_what_is_damaged_and_nothing_else(fs: Filesystem) -> None:
         damaged = open_fs(other)
         other.store(offset, bytes([other.view[offset] ^ 1]))
         assert len(scrub(damaged)) == 1, hex(offset)
-        is_superblock = offset == fs.volume.sb.journal_offset + 20
+        is_superblock = offset % PAGE == 20
         assert len(damaged.volume.damage.found) == 1 - is_superblock
         assert damaged.volume.damage.inodes == ({ino} if offset in (ino * 256 + 40, value) else set())
 

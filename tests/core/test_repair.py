@@ -87,6 +87,7 @@ VICTIMS: dict[str, set[bytes]] = {
     "checksum-of-an-inner-node": {b"/sparse"},  # made larger first
     "checksum-of-a-leaf": {b"/sparse"},
     "extent-of-shared": {b"/two"},
+    "extent-of-the-far-copy": {b"/g", b"/d/f"},
     "extent-": {b"/big"},
     "extents-overlap": {b"/sparse"},
     "attribute-": {b"/d"},

@@ -47,6 +47,11 @@ def to_region(text: str, path: Path) -> None:
             region.write(pages.read(length * PAGE))
 
 
-def versions() -> list[int]:
-    """The versions of the format of which there is an image."""
-    return sorted(int(path.stem.partition("-")[2]) for path in HERE.glob("format-*.txt"))
+def images() -> list[str]:
+    """The names of the images: a version of the format, and features that the region has beyond it (1-far-copy)."""
+    return sorted(path.stem.partition("-")[2] for path in HERE.glob("format-*.txt"))
+
+
+def version_of(name: str) -> int:
+    """The version of the format of an image."""
+    return int(name.partition("-")[0])

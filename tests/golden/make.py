@@ -1,9 +1,10 @@
 """Make the golden image of a version of the format, with the commands of the release that has it.
 
-    PYTHON-OF-THE-RELEASE -m tests.golden.make NUMBER
+    PYTHON-OF-THE-RELEASE -m tests.golden.make NAME
 
-as root, where NUMBER is the version of the format.  The region is left as kexec finds it: the server killed, a file
-open that has no name any more, a device with DMA under way, and hardware not yet told of what is not mapped any more.
+as root, where NAME is the version of the format, and what features its regions have beyond it: 1-far-copy.  The region
+is left as kexec finds it: the server killed, a file open that has no name any more, a device with DMA under way, and
+hardware not yet told of what is not mapped any more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.golden.image import HERE
+from tests.golden.image import HERE, version_of
 from tests.golden.image import to_text as image_text
 from tests.golden.manifest import manifest, may_change, to_text
 from tests.namespace import enter_mount_namespace
@@ -95,13 +96,13 @@ def kill_servers(status: dict[str, Any]) -> None:
             time.sleep(0.01)
 
 
-def make(version: int) -> None:
+def make(name: str) -> None:
     """Write the image and the manifest."""
     work = Path(tempfile.mkdtemp(prefix="pkernfs-golden-", dir="/dev/shm"))
     region, mnt = work / "region", work / "mnt"
     mnt.mkdir()
     try:
-        uuid = f"f0f0f0f0-1111-2222-3333-{version:012}"
+        uuid = f"f0f0f0f0-1111-2222-3333-{version_of(name):012}"
         run("mkfs.pkernfs", "--size", "32M", "--label", "golden", "--uuid", uuid, "--phys-base", "1T", region)
         run("mount.pkernfs", region, mnt)
         fill(mnt)
@@ -111,11 +112,11 @@ def make(version: int) -> None:
             orphan.flush()
             (mnt / "orphan").unlink()
             set_times(mnt)
-            (HERE / f"format-{version}.json").write_text(to_text(manifest(mnt, str(PROGRAMS / "pkernfs"))))
+            (HERE / f"format-{name}.json").write_text(to_text(manifest(mnt, str(PROGRAMS / "pkernfs"))))
             os.sync()
             kill_servers(json.loads(run("pkernfs", "status", mnt, "--json")))
             with region.open("rb") as image:
-                (HERE / f"format-{version}.txt").write_text(image_text(image))
+                (HERE / f"format-{name}.txt").write_text(image_text(image))
     finally:
         subprocess.run(["umount", "--lazy", mnt], check=False)
         shutil.rmtree(work)
@@ -123,4 +124,4 @@ def make(version: int) -> None:
 
 if __name__ == "__main__":
     enter_mount_namespace()
-    make(int(sys.argv[1]))
+    make(sys.argv[1])

@@ -15,29 +15,29 @@ from pkernfs.iommu.guard import open_filesystem
 from pkernfs.layout import Layout
 from pkernfs.region import open_region
 from tests.core.support import assert_sound
-from tests.golden.image import HERE, to_region, to_text, versions
+from tests.golden.image import HERE, images, to_region, to_text, version_of
 from tests.reader.on_region import DISCARD, JOURNAL_HEADER, PAGE, RECORD, SUPERBLOCK, crc32c
 
-EVERY = pytest.mark.parametrize("version", versions())
+EVERY = pytest.mark.parametrize("name", images())
 
 
 @pytest.fixture
-def image(version: int, tmp_path: Path) -> Path:
-    """The region of a version of the format."""
+def image(name: str, tmp_path: Path) -> Path:
+    """The region of a version of the format, and of features."""
     path = tmp_path / "region"
-    to_region((HERE / f"format-{version}.txt").read_text(), path)
+    to_region((HERE / f"format-{name}.txt").read_text(), path)
     return path
 
 
 def test_there_is_an_image_of_each_version() -> None:
-    assert versions() == list(range(1, VERSION + 1)), "see tests/golden/make.py"
+    assert {version_of(name) for name in images()} == set(range(1, VERSION + 1)), "see tests/golden/make.py"
 
 
 @EVERY
-def test_an_image_is_what_it_was(image: Path, version: int) -> None:
+def test_an_image_is_what_it_was(image: Path, name: str) -> None:
     """As text and back: what the other tests open is the region that was written."""
     with image.open("rb") as file:
-        assert to_text(file) == (HERE / f"format-{version}.txt").read_text()
+        assert to_text(file) == (HERE / f"format-{name}.txt").read_text()
 
 
 @EVERY

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from pkernfs.format import SUPERBLOCK, SUPERBLOCK_CHECKED, checksum
+from pkernfs.region import copies_of
 from pkernfs.server.bdi import raise_limits
 from tests.mount.site import DEAD, PATIENCE, MiB, Result, Site, errno_of, find_program, run, wait_for
 from tests.mount.twin import Users
@@ -121,9 +122,9 @@ def test_not_a_region(unmounted: Site, size: int | None, start: bytes | None, pa
     ],
 )
 def test_damaged_superblocks(unmounted: Site, offset: int, value: int, word: str) -> None:
-    """In both copies.  The one line says what was expected and what was found."""
+    """In all copies.  The one line says what was expected and what was found."""
     data = bytearray(unmounted.region.read_bytes())
-    for at in (0, SUPERBLOCK.unpack(bytes(data[:256])).journal_offset):
+    for at in (0, *copies_of(SUPERBLOCK.unpack(bytes(data[:256])))):
         data[at + offset] = value
         if word != "checksum":
             data[at + 12 : at + 16] = bytes(4)

@@ -166,7 +166,9 @@ def test_scrub_of_a_region_that_is_not_mounted(site: Site) -> None:
     assert "the block table" in scrub(site.region)["problems"][0]["text"]
     flip(site.region, PAGE + 1000)
     flip(site.region, 60)
-    assert scrub(site.region)["problems"][0]["text"].startswith("superblock checksum: ")
+    assert scrub(site.region)["problems"][0]["text"].startswith(
+        "looks like a pkernfs region whose superblock is damaged (superblock checksum: "
+    )
     flip(site.region, 60)
     for target in (site.tmp / "missing", site.server_log):
         result = run("pkernfs", "scrub", target)

@@ -97,7 +97,7 @@ class Reader(Space):
         used = {b * 512 + i for b, kind in enumerate(self.kinds) if kind == DATA for i in range(512)}
         for block in (block for block, kind in enumerate(self.kinds) if kind == SLAB):
             used.update(block * 512 + i for i, kind in enumerate(self.slab(block).kinds) if kind >= P_NODE)
-        return used - self.owners.keys()
+        return used - self.owners.keys() - ({self.far_copy // PAGE} if self.far_copy else set())
 
     def _own(self, ino: int, page: int, count: int, kind: int) -> None:
         """Note that ``count`` pages belong to ``ino``; ``kind``: what their slab must say if they are in one."""

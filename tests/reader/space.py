@@ -6,6 +6,7 @@ import struct
 from tests.reader.on_region import (
     BLOCK,
     DISCARD,
+    FAR_COPY,
     FIRST_SLOT,
     FREE,
     INODE,
@@ -14,6 +15,7 @@ from tests.reader.on_region import (
     P_FREE,
     P_HEADER,
     P_INODES,
+    P_XATTR,
     PAGE,
     PAGE_HEADER,
     RECORD,
@@ -50,6 +52,8 @@ class Space:
         self.kinds = b"".join(self._table_page(index) for index in range(self.table_pages))
         expect("blocks in use beyond the end", any(self.kinds[self.blocks :]), False)
         self.kinds = self.kinds[: self.blocks]
+        if self.far_copy:
+            expect("kind of the last block", self.kinds[-1], SLAB)
         metadata = [block for block, kind in enumerate(self.kinds) if kind == META]
         expect("metadata blocks", metadata, list(range(self.first_block)))
 
@@ -70,6 +74,7 @@ class Space:
         first = bytes(self.image[:192])
         values = SUPERBLOCK.unpack(first)
         expect("superblock: magic and version", values[:2], (0x706B65726E6673, 1))
+        expect("superblock: ro_compat", values[4] & ~FAR_COPY, 0)
         expect("superblock: incompat, block_size, page_size, inode_size", values[5:9], (0, BLOCK, PAGE, 256))
         expect("superblock: checksum", crc32c(first[:12] + bytes(4) + first[16:]), values[2])
         self.ro_compat = values[4]
@@ -81,6 +86,9 @@ class Space:
         expect("superblock: journal_offset", self.journal, -(-(1 + self.table_pages) * PAGE // BLOCK) * BLOCK)
         expect("superblock: first_block", self.journal // BLOCK < self.first_block <= self.blocks, True)
         expect("copy of the superblock", bytes(self.image[self.journal : self.journal + 192]), first)
+        self.far_copy = self.blocks * BLOCK - PAGE if values[4] & FAR_COPY else 0
+        if self.far_copy:
+            expect("far copy of the superblock", bytes(self.image[self.far_copy : self.far_copy + 192]), first)
         self.mounts, self.mounted, self.unmounted = struct.unpack_from("<Qqq", self.image, 192)
 
     def _journal(self) -> int:
@@ -136,6 +144,8 @@ class Space:
             data = self.page(block * 512, 0x62616C73, block)[0]
             slab = Slab(data[32:544], struct.unpack_from("<512H", data, 544))
             expect(f"slab {block}: header pages", [i for i, kind in enumerate(slab.kinds) if kind == P_HEADER], [0])
+            if block == self.far_copy // BLOCK:
+                expect("kind of the page of the far copy", slab.kinds[511], P_XATTR)
             self.slabs[block] = slab
         return self.slabs[block]
 

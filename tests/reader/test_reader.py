@@ -502,6 +502,7 @@ def small_image() -> tuple[bytearray, Reader]:
 PLACES: dict[str, Callable[[Reader, dict[bytes, Entry]], int]] = {
     "superblock": lambda reader, tree: 40,
     "copy-of-superblock": lambda reader, tree: reader.journal + 40,
+    "far-copy-of-superblock": lambda reader, tree: reader.far_copy + 40,
     "block-table": lambda reader, tree: PAGE + 4000,
     "slab-header": lambda reader, tree: tree[b"/d"].ino // 8192 * 512 * PAGE + 4000,
     "inode": lambda reader, tree: tree[b"/d/7"].ino * 256 + 130,

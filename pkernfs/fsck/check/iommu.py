@@ -148,7 +148,7 @@ def tables(check: Check, ino: Ino, inode: Inode) -> None:
     filemap = FileMap(check.volume, ino, inode)
     for at in range(0, pages, BITMAP_PAGES):
         page, _ = filemap.find(FilePage(at))
-        if not check.region.view[page * PAGE] & 1:
+        if not check.region.read(page * PAGE, 1)[0] & 1:
             text = f"page {at} of page tables {ino}: expected it in use, found it free"
             check.note(Code.IOMMU_BITMAP, text, offset=page * PAGE, data=FreeBitmap(ino, PageNo(page)))
 

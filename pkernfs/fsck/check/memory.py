@@ -6,6 +6,7 @@ Nothing here raises on a damaged region: what a reader would raise is noted, and
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 from pkernfs.errors import CorruptError, quoted
 from pkernfs.format import (
@@ -20,6 +21,7 @@ from pkernfs.format import (
     NODE_MAGIC,
     PAGE,
     PAGE_DATA,
+    PAGE_FAR_COPY,
     PAGE_FREE,
     PAGE_HEADER_LAYOUT,
     PAGE_INODES,
@@ -40,6 +42,8 @@ from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.findings import DamagedHeader, Data, Findings, UsedAs, UsedAsData, UsedAsSlab
 from pkernfs.fsck.problems import Code
 
+SUPERBLOCK_OWNER: Final = Ino((1 << 64) - 1)  #: owns the page of its far copy; no inode has this number
+
 
 def _goes_on(one: Extent, other: Extent) -> Extent | None:
     """Two extents as one, when the second goes on in memory where the first ends."""
@@ -59,6 +63,7 @@ class Memory:
         self.table = volume.space.table
         self.slab_blocks = [BlockNo(block) for block in volume.space.slab_blocks()]
         self.first_block = volume.sb.first_block
+        self.far_copy = volume.space.far_copy
         self.total_pages = volume.total_pages
         self.blocks = array("Q", bytes(8 * len(self.table)))
         self.pages: dict[int, array[int]] = {}  #: by block, for slabs
@@ -84,6 +89,13 @@ class Memory:
             except CorruptError as error:
                 kinds = self.headless[block] = bytearray(PAGES_PER_BLOCK)
                 self.findings.note_error(Code.SLAB_HEADER, error, data=DamagedHeader(block, kinds))
+
+    def claim_far_copy(self) -> None:
+        """The page of the far copy is the superblock's, whoever else may name it."""
+        page = self.far_copy
+        block, index = block_of(page)
+        if page and block in self.pages and self.claim(page, 1, PAGE_FAR_COPY, "the far copy of the superblock"):
+            self.pages[block][index] = SUPERBLOCK_OWNER
 
     def in_use(self, ino: Ino) -> bool:
         """Whether an inode may be read from the slot; all slots of a damaged slab may."""
@@ -145,7 +157,8 @@ class Memory:
         return [(PageNo(first), number) for first, number in joined_runs(good)]
 
     def _note_double_use(self, what: str, owner: int, offset: int) -> None:
-        text = f"{what}: expected memory of its own, found memory that inode {owner} has too"
+        other = "the superblock" if owner == SUPERBLOCK_OWNER else f"inode {owner}"
+        text = f"{what}: expected memory of its own, found memory that {other} has too"
         self.findings.note(Code.DOUBLE_USE, text, offset=offset)
 
     # -- extents --------------------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ class Memory:
                 for index, kind in enumerate(slab.kinds):
                     if kind == PAGE_NODE:
                         page = PageNo(block * PAGES_PER_BLOCK + index)
-                        header = PAGE_HEADER_LAYOUT.unpack(self.region.view, page * PAGE)
+                        header = PAGE_HEADER_LAYOUT.unpack(self.region.read(page * PAGE, PAGE_HEADER_LAYOUT.size))
                         if header.magic == NODE_MAGIC and not header.level:
                             self._stray_leaves.setdefault(Ino(header.owner), []).append(page)
         return [page for page in self._stray_leaves.get(owner, ()) if not self.owner_of(page)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import stat
 
-from pkernfs.errors import CorruptError, FormatError, file_type
+from pkernfs.errors import CorruptError, FormatError, file_type, quoted
 from pkernfs.format import (
+    BLOCK_KINDS,
     BLOCK_META,
+    BLOCK_SLAB,
     FIRST_FREE_SLOT,
     JOURNAL_HEADER,
     JOURNAL_MAGIC,
@@ -29,21 +31,22 @@ from pkernfs.fsck.check.rules import RESERVED
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.findings import Fields, NoInodes, Unusable
 from pkernfs.fsck.problems import Code
-from pkernfs.region import check_superblock
+from pkernfs.region import check_superblock, copies_of
 
 
 def superblocks(check: Check) -> None:
-    """Both copies are sound and equal."""
-    sb = check.volume.sb
-    copies = [check.region.read(at, SUPERBLOCK.size) for at in (0, sb.journal_offset)]
-    for offset, raw in zip((0, sb.journal_offset), copies, strict=True):
+    """The superblock and its copies are sound and equal."""
+    first = check.region.read(0, SUPERBLOCK.size)
+    for offset in (0, *copies_of(check.volume.sb)):
+        raw = check.region.read(offset, SUPERBLOCK.size)
         try:
             check_superblock(raw, check.region.size, f"superblock at {offset:#x}", readonly=True)
         except FormatError as error:
             check.note(Code.SUPERBLOCK, error.text, offset=offset)
-            return
-    if copies[0][:SUPERBLOCK_CHECKED] != copies[1][:SUPERBLOCK_CHECKED]:
-        check.note(Code.SUPERBLOCK, "expected equal superblocks, found two that differ", offset=sb.journal_offset)
+            continue
+        if raw[:SUPERBLOCK_CHECKED] != first[:SUPERBLOCK_CHECKED]:
+            text = f"superblock at {offset:#x}: expected that at 0, found another one"
+            check.note(Code.SUPERBLOCK, text, offset=offset)
 
 
 def journal(check: Check) -> None:
@@ -75,13 +78,17 @@ def block_table(check: Check) -> None:
     wanted = bytes([BLOCK_META]) * sb.first_block
     if table[: sb.first_block] != wanted or table.count(BLOCK_META) != sb.first_block:
         check.note(Code.BLOCK_KIND, f"expected metadata in blocks 0 to {sb.first_block - 1} and nowhere else")
+    if check.volume.space.far_copy and table[sb.blocks - 1] != BLOCK_SLAB:
+        kind = BLOCK_KINDS.get(table[sb.blocks - 1], "of no kind")
+        check.note(Code.BLOCK_KIND, f"expected the last block to be a slab, with a superblock, found it {quoted(kind)}")
     if table[: sb.blocks] != check.volume.space.table or any(table[sb.blocks : sb.table_pages * TABLE_FANOUT]):
         check.note(Code.BLOCK_TABLE, "expected the kinds that the volume was opened with, and zeros behind them")
 
 
 def slab_headers(check: Check) -> None:
-    """The headers of slabs are sound, and only pages of inodes have slots in use."""
+    """The headers of slabs are sound, only pages of inodes have slots in use, and the superblock has its page."""
     check.memory.load_slabs()
+    check.memory.claim_far_copy()
     for block, slab in check.memory.slabs.items():
         for index, bits in enumerate(slab.slots):
             if bits and slab.kinds[index] != PAGE_INODES:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pkernfs.errors import CorruptError, FormatError
-from pkernfs.format import BLOCK, SUPERBLOCK, geometry
+from pkernfs.format import PAGE, SUPERBLOCK, TABLE_MAGIC, Superblock
 from pkernfs.fs.journal import Journal
+from pkernfs.fs.pages import check_page
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check.passes import EACH_INODE, PASSES, Pass
 from pkernfs.fsck.check.state import Check
 from pkernfs.fsck.findings import NO_INO, Finding, Tally
 from pkernfs.fsck.problems import Code
-from pkernfs.region import Region, check_superblock, read_superblock
+from pkernfs.region import Region, check_superblock, copies_of, find_copies, read_superblock
 
 
 class Progress(NamedTuple):
@@ -65,41 +66,62 @@ def check_region(
 ) -> tuple[list[Finding], Check | None]:
     """Open the volume in ``region`` and check it.  The journal is replayed: in memory, when the region is read-only.
 
-    Where the superblock, the journal or the block table is damaged the volume cannot be opened: that is the one
-    finding then, and the Check is None.  Raises FormatError when neither copy of the superblock can be used.
+    Where the superblock, the journal or the block table is damaged the volume cannot be opened: these are the findings
+    then, and the Check is None.  Raises FormatError when no copy of the superblock can be used.
     """
     opened = open_volume(region)
-    if isinstance(opened, Finding):
-        return [opened], None
+    if isinstance(opened, list):
+        return opened, None
     done = run_check(opened, passes, for_repair=for_repair, progress=progress)
     return done.findings.shown(), done
 
 
-def open_volume(region: Region) -> Volume | Finding:
+def open_volume(region: Region) -> Volume | list[Finding]:
     """The volume in ``region``, or what keeps it from being opened.
 
-    Raises FormatError when neither copy of the superblock can be used.
+    Raises FormatError when no copy of the superblock can be used.
     """
     try:
         sb = read_superblock(region, readonly=region.readonly)
     except FormatError as error:
-        return _superblock(region, error)
+        return _superblocks(region, error)
     try:
         Journal(region, sb).waiting()
     except CorruptError as error:
-        return Finding(Code.JOURNAL, f"{error.what}: {error.found}", NO_INO, error.offset)
+        return [Finding(Code.JOURNAL, f"{error.what}: {error.found}", NO_INO, error.offset)]
     try:
         return Volume(region)
     except CorruptError as error:
-        return Finding(Code.BLOCK_TABLE, f"{error.what}: {error.found}", NO_INO, error.offset)
+        return _table(region, sb) or [Finding(Code.BLOCK_TABLE, f"{error.what}: {error.found}", NO_INO, error.offset)]
 
 
-def _superblock(region: Region, error: FormatError) -> Finding:
-    """The finding that the superblock cannot be used, where its copy can; else the error is raised."""
-    copy_at = geometry(region.size // BLOCK).journal_offset
+def _superblocks(region: Region, error: FormatError) -> list[Finding]:
+    """The findings that the superblock, and which of its copies, cannot be used; when none can, the error is raised."""
+    copies = find_copies(region)
+    if not copies:
+        raise error
+    at, sb = copies[0]
     try:
-        check_superblock(region.read(copy_at, SUPERBLOCK.size), region.size, "copy", readonly=True)
-    except FormatError:
-        raise error from None
-    text = error.text.removeprefix(f"{region.path}: ")
-    return Finding(Code.SUPERBLOCK, f"{text}; the copy at {copy_at:#x} is sound")
+        check_superblock(region.read(0, SUPERBLOCK.size), region.size, "", readonly=True)
+    except FormatError as damaged:
+        error = damaged
+    text = error.text.removeprefix(": ").removeprefix("not a pkernfs region: ")
+    found = [Finding(Code.SUPERBLOCK, f"{text}; the copy at {at:#x} is sound")]
+    for other in copies_of(sb):
+        if other not in dict(copies):
+            found.append(
+                Finding(Code.SUPERBLOCK, f"expected a copy at {other:#x}, found none that is sound", offset=other)
+            )
+    return found
+
+
+def _table(region: Region, sb: Superblock) -> list[Finding]:
+    """The pages of the block table that cannot be used."""
+    found = []
+    for index in range(sb.table_pages):
+        offset = PAGE + index * PAGE
+        try:
+            check_page(region.read(offset, PAGE), TABLE_MAGIC, offset, index, f"page {index} of the block table")
+        except CorruptError as error:
+            found.append(Finding(Code.BLOCK_TABLE, f"{error.what}: {error.found}", NO_INO, offset))
+    return found

@@ -6,8 +6,8 @@
 which problem stands in the table of ``problems``.
 """
 
-from pkernfs.fsck.repair.metadata import finish_transaction
+from pkernfs.fsck.repair.metadata import finish_transaction, mend_part
 from pkernfs.fsck.repair.stages import Outcome, repair_region
 from pkernfs.fsck.repair.work import Repair
 
-__all__ = ["Outcome", "Repair", "finish_transaction", "repair_region"]
+__all__ = ["Outcome", "Repair", "finish_transaction", "mend_part", "repair_region"]

@@ -17,10 +17,10 @@ from pkernfs.format import (
     BLOCK_SLAB,
     JOURNAL_HEADER,
     JOURNAL_MAGIC,
-    MAX_BLOCKS,
-    MIN_BLOCKS,
+    MAGIC,
     PAGE,
     PAGE_HEADER_LAYOUT,
+    RO_COMPAT_FAR_COPY,
     SUPERBLOCK,
     SUPERBLOCK_CHECKED,
     TABLE_FANOUT,
@@ -28,7 +28,6 @@ from pkernfs.format import (
     BlockNo,
     JournalHeader,
     Superblock,
-    geometry,
 )
 from pkernfs.fs.journal import MAX_SEQUENCE, Journal
 from pkernfs.fs.pages import check_page, encode_page
@@ -36,44 +35,34 @@ from pkernfs.fs.slab import Slab
 from pkernfs.fsck.findings import NO_INO
 from pkernfs.fsck.problems import Code
 from pkernfs.fsck.repair.work import Repair, batches
-from pkernfs.region import Region, check_superblock
-
-
-def find_copy(region: Region) -> tuple[int, Superblock] | None:
-    """Offset and content of the sound copy of the superblock, wherever the region's size allows it to be."""
-    blocks = region.size // BLOCK
-    if not MIN_BLOCKS <= blocks <= MAX_BLOCKS:
-        return None
-    for block in range(1, geometry(blocks).journal_offset // BLOCK + 1):
-        try:
-            sb = check_superblock(region.read(block * BLOCK, SUPERBLOCK.size), region.size, "copy", readonly=True)
-        except FormatError:
-            continue
-        if sb.journal_offset == block * BLOCK:
-            return block * BLOCK, sb
-    return None
+from pkernfs.region import Region, check_superblock, copies_of, find_copies
 
 
 def mend_superblocks(region: Region) -> list[Repair]:
-    """Restore either superblock from the other.  Raises FormatError when none can be used."""
+    """Restore the superblock from a copy, and the copies from it.  Raises FormatError when none can be used."""
+    done = []
     try:
         sb = check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region")
     except FormatError as error:
-        copy = find_copy(region)
-        if copy is None:
+        copies = find_copies(region)
+        if not copies:
             raise FormatError(error.text, hint="no copy of the superblock can be used either") from None
+        at, sb = copies[0]
         # A superblock that allows reading only, or is too new, is not changed.
-        check_superblock(region.read(copy[0], SUPERBLOCK.size), region.size, "the copy of the superblock")
-        raw = region.read(copy[0], SUPERBLOCK_CHECKED)
+        check_superblock(region.read(at, SUPERBLOCK.size), region.size, "the copy of the superblock")
+        raw = region.read(at, SUPERBLOCK_CHECKED)
+        if region.word(0) != MAGIC:  # overwritten by somebody else, and so are the words behind, which no copy has
+            raw += bytes(SUPERBLOCK.size - SUPERBLOCK_CHECKED)
         # The magic last: a superblock without it is not taken for one.
         region.store(8, raw[8:])
         region.store_word(0, int.from_bytes(raw[:8], "little"))
-        return [Repair(Code.SUPERBLOCK, f"restored from its copy at {copy[0]:#x}")]
+        done = [Repair(Code.SUPERBLOCK, f"restored from its copy at {at:#x}")]
     raw = region.read(0, SUPERBLOCK_CHECKED)
-    if region.read(sb.journal_offset, SUPERBLOCK_CHECKED) == raw:
-        return []
-    region.store(sb.journal_offset, raw)
-    return [Repair(Code.SUPERBLOCK, "the copy was written anew", NO_INO, sb.journal_offset)]
+    for at in copies_of(sb):
+        if region.read(at, SUPERBLOCK_CHECKED) != raw:
+            region.store(at, raw)
+            done.append(Repair(Code.SUPERBLOCK, "the copy was written anew", NO_INO, at))
+    return done
 
 
 def mend_journal(region: Region, sb: Superblock) -> list[Repair]:
@@ -123,6 +112,8 @@ def mend_table(region: Region, sb: Superblock) -> list[Repair]:
                 kinds[at] = BLOCK_META
             elif block >= sb.blocks:
                 kinds[at] = BLOCK_FREE
+            elif block == sb.blocks - 1 and sb.ro_compat & RO_COMPAT_FAR_COPY:
+                kinds[at] = BLOCK_SLAB
             elif kind == BLOCK_META or kind not in BLOCK_KINDS or (kind == BLOCK_FREE and not trusted):
                 kinds[at] = BLOCK_SLAB if is_slab(region, block) else BLOCK_FREE
         if trusted and kinds == found:
@@ -149,6 +140,18 @@ def finish_transaction(region: Region) -> None:
     with suppress(PkernfsError):
         Journal(region, check_superblock(region.read(0, SUPERBLOCK.size), region.size, "superblock")).recover()
     region.flush()
+
+
+def mend_part(region: Region, code: Code) -> None:
+    """Mend only what findings of this code keep from being opened.  Raises FormatError, CorruptError."""
+    if code == Code.SUPERBLOCK:
+        mend_superblocks(region)
+        return
+    sb = check_superblock(region.read(0, SUPERBLOCK.size), region.size, region.path or "region")
+    mend_journal(region, sb)
+    if code == Code.BLOCK_TABLE:
+        Journal(region, sb).recover()
+        mend_table(region, sb)
 
 
 def mend_metadata(region: Region) -> tuple[list[Repair], int]:

@@ -16,6 +16,7 @@ from pkernfs.fs.pages import read_inode
 from pkernfs.fs.volume import Volume
 from pkernfs.iommu.guard import PageTableGuard
 from pkernfs.layout import Layout
+from pkernfs.region import far_copy_at
 from tests.core.fuzz.images import view_of
 
 
@@ -96,6 +97,8 @@ class _Walk:
         sb = self.fs.volume.sb
         yield from _record("superblock", f.SUPERBLOCK, 0, "superblock", 0)
         yield from _record("superblock copy", f.SUPERBLOCK, sb.journal_offset, "superblock", sb.journal_offset)
+        far = far_copy_at(sb.blocks)
+        yield from _record("superblock far copy", f.SUPERBLOCK, far, "superblock", far)
         yield from _record("block table", f.PAGE_HEADER_LAYOUT, f.PAGE, "page", f.PAGE)
         for block in range(sb.blocks + 1):
             yield Field("block table", "kind", f.PAGE + BODY_AT + block, 1, "page", f.PAGE)

@@ -73,7 +73,7 @@ class Use:
         sb = f.SUPERBLOCK.unpack(self.region.view)
         end = min(sb.blocks * f.BLOCK, self.region.size)
         for offset, length in self.region.log:
-            superblock = offset < f.SUPERBLOCK.size or offset == sb.journal_offset
+            superblock = offset < f.SUPERBLOCK.size or offset == sb.journal_offset or end - f.PAGE <= offset < end
             if (superblock and not is_feature(sb, offset, length)) or offset + length > end:
                 raise Violation(f"opening stored {length} bytes at {offset:#x}")
 
