@@ -280,8 +280,12 @@ def test_a_file_of_a_size_that_no_region_has(shm: os.PathLike[str], content: byt
         open_region(path)
 
 
-@pytest.mark.parametrize("plant", [without_superblocks, *(lambda p, d=d: overwrite(p, d) for d in DAMAGES.values())])
+@pytest.mark.parametrize(
+    "plant",
+    [without_superblocks, *(lambda p, d=d: overwrite(p, d) for name, d in DAMAGES.items() if name.endswith("zeros"))],
+)
 def test_mkfs_refuses_what_looks_like_a_region(region: str, plant: Callable[[str], None]) -> None:
+    """And says who helps, and not how to force it."""
     plant(region)
     before = digest(region)
     with pytest.raises(RegionError, match="looks like a pkernfs region whose superblock is damaged: fsck") as caught:

@@ -342,7 +342,7 @@ def test_a_page_that_cannot_be_had(host: Path, number: int) -> None:
         fs = open_filesystem(region)
         ino = fs.resolve(b"f")
         at = fs.content.extents(ino)[0].page * PAGE
-        region._map = Bad(region._map, number, at + PAGE, at + 2 * PAGE)  # type: ignore[assignment]
+        region._map = Bad(region._map, number, at + PAGE, at + 2 * PAGE)  # type: ignore[assignment, arg-type]
         for offset, length, bad in ((0, PAGE, False), (PAGE, 5, True), (0, 3 * PAGE, True), (2 * PAGE, PAGE, False)):
             if bad:
                 with pytest.raises(FsError) as caught:
