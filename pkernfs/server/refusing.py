@@ -32,14 +32,14 @@ RESOURCES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 PATIENCE = 2  #: workers that say so, one after the other, before requests fail
 
 
-class Forgotten(NamedTuple):
-    """fuse_forget_one: of a BATCH_FORGET; of a FORGET ``nodeid`` is in the header."""
+class References(NamedTuple):
+    """What a BATCH_FORGET has of each inode (of a FORGET ``nodeid`` is in the header)."""
 
     nodeid: u64
     lookups: u64
 
 
-FORGOTTEN = layout(Forgotten, size=16)
+REFERENCES = layout(References, size=16)
 
 
 class Woken(Protocol):
@@ -58,7 +58,7 @@ class Refusing:
         self._references = references
         self._times = 0  #: workers that could not open the region, one after the other
         self._refused = 0  #: requests so far
-        self._asked = False  #: the kernel was asked for what dead workers have left
+        self._resent = False  #: the kernel delivers again what dead workers have left
         self._size = os.fstat(region).st_size
         self._lookups: Lookups | None = None
 
@@ -70,14 +70,14 @@ class Refusing:
         if self._times >= PATIENCE and self.why != error.text:
             self.why = error.text
             log.error("requests fail with EIO until the region can be used again: %s", error.text)
-        if self.why and not self._asked:
-            self._asked = device.resend()
+        if self.why and not self._resent:
+            self._resent = device.resend()
 
     def end(self) -> None:
         """A worker serves."""
         if self.why:
             log.warning("the region can be used again; %d requests have failed with EIO", self._refused)
-        self.why, self._times, self._refused, self._asked = "", 0, 0, False
+        self.why, self._times, self._refused, self._resent = "", 0, 0, False
 
     def serve(self, device: Device, wakeup: Woken, seconds: float) -> bool:
         """Answer what comes within ``seconds``, until ``wakeup`` has something; at once, where requests do not fail.
@@ -94,18 +94,18 @@ class Refusing:
 
     def _answer(self, device: Device, raw: bytes) -> None:
         request = REQUEST.unpack(raw)
-        if not self._asked:  # Linux before 6.9: its number tells which ones may be lost
+        if not self._resent:  # Linux before 6.9: its number tells which ones may be lost
             fail_before(device, request.unique)
-            self._asked = True
+            self._resent = True
         if request.opcode not in WITHOUT_REPLY:
             device.fail(request.unique, errno.EIO)
             self._refused += 1
         elif request.opcode == FORGET:
-            self._drop(request.nodeid, FORGOTTEN.unpack(raw, REQUEST.size - 8).lookups)
+            self._drop(request.nodeid, REFERENCES.unpack(raw, REQUEST.size - 8).lookups)
         elif request.opcode == BATCH_FORGET:
             count = int.from_bytes(raw[REQUEST.size : REQUEST.size + 4], "little")
             for number in range(count):
-                self._drop(*FORGOTTEN.unpack(raw, REQUEST.size + 8 + FORGOTTEN.size * number))
+                self._drop(*REFERENCES.unpack(raw, REQUEST.size + 8 + REFERENCES.size * number))
 
     def _drop(self, nodeid: int, count: int) -> None:
         with suppress(*REFUSALS):  # what is not counted is freed at the end of the mount
