@@ -63,7 +63,7 @@ def feature_off(fs: Filesystem) -> None:
     """Content awaits an invalidation, and the superblocks do not say that there may be such."""
     domain(fs)
     raw = encode_superblock(fs.volume.sb._replace(ro_compat=fs.volume.sb.ro_compat & ~f.RO_COMPAT_AWAITING))
-    for at in (0, *copies_of(fs.volume.sb.blocks)):
+    for at in (0, *copies_of(fs.volume.sb)):
         fs.region.store(at, raw[: f.SUPERBLOCK_CHECKED])
 
 
