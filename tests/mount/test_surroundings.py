@@ -233,7 +233,7 @@ def test_a_working_directory_that_is_gone() -> None:
 
 def test_the_log_is_where_the_command_was_given(unmounted: Site) -> None:
     """A relative name is one in the working directory of the command, not of the server."""
-    words = ["mount.pkernfs", unmounted.region, unmounted.mnt, "-o", "log=relative.log"]
+    words: list[str | Path] = ["mount.pkernfs", unmounted.region, unmounted.mnt, "-o", "log=relative.log"]
     assert run(*words, cwd=unmounted.tmp).returncode == 0
     assert "mounted on" in (unmounted.tmp / "relative.log").read_text()
     assert not Path("/relative.log").exists()
