@@ -485,7 +485,7 @@ def held_directory(fs: Filesystem) -> None:
 
 def held_without_feature(fs: Filesystem) -> None:
     held(fs)
-    for offset in (0, *copies_of(fs.volume.sb.blocks)):
+    for offset in (0, *copies_of(fs.volume.sb)):
         set_superblock(fs, offset, ro_compat=fs.volume.sb.ro_compat & ~f.RO_COMPAT_HELD)
 
 
