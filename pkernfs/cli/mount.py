@@ -108,6 +108,7 @@ def run(argv: Sequence[str] | None) -> int:
     daemon = daemonize()
     if daemon is None:
         return 0
+    service.cache_clear()  # who was started by systemd has ended
     with daemon:
         start_logging(options)
 

@@ -92,8 +92,11 @@ def select_readable(fd: int) -> bool:
 
 
 def tracer(pid: int, thread: int) -> int:
-    """The process that traces a thread; 0: none."""
-    text = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+    """The process that traces a thread; 0: none; -1: the thread has ended."""
+    try:
+        text = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
     found = re.search(r"^TracerPid:\s*(\d+)", text, re.MULTILINE)
     assert found
     return int(found[1])
@@ -111,7 +114,8 @@ def refused(pid: int, calls: str, error: str, *, below: bool = False, every: boo
     command = ["strace", "-qq", "-o", "/dev/null", *["-f"] * below, *which, "-e", f"trace={calls}", "-e", inject]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        wait_for(lambda: tracer(pid, threads[-1]) == process.pid or process.poll() is not None, "strace")
+        traced = {process.pid, -1}
+        wait_for(lambda: traced.issuperset(tracer(pid, one) for one in threads) or process.poll() is not None, "strace")
         assert process.poll() is None, process.communicate()[1]
         yield
     finally:
