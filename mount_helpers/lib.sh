@@ -112,7 +112,7 @@ target_of() {
 mounts_in_use() {
     local path line
     # One process of each mount namespace; its line of mountinfo is split at the bytes that the kernel puts.
-    find /proc/[0-9]*/ns/mnt -maxdepth 0 -printf '%l %h\n' 2>/dev/null | sort -u -k 1,1 | while read -r _ path; do
+    { find /proc/[0-9]*/ns/mnt -maxdepth 0 -printf '%l %h\n' 2>/dev/null || true; } | sort -u -k 1,1 | while read -r _ path; do
         cat "${path%/ns}/mountinfo" 2>/dev/null || true
     done | awk -F ' ' '/ - fuse\.pkernfs / && !seen[$3]++ {
         split(substr($0, index($0, " - fuse.pkernfs ") + 16), rest, " "); print $5 " (" rest[1] ")" }' |
