@@ -18,6 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from pkernfs.errors import PkernfsError
+from pkernfs.mountinfo import mount_at
 
 #: Seconds that a server may take to end, and a mount to be gone.
 PATIENCE = 30.0
@@ -89,8 +90,7 @@ class Mounted:
     def is_mounted(self) -> bool:
         """Is something mounted at the mountpoint?  Asks the kernel's list, for a dead mount answers nothing itself."""
         at = os.path.realpath(self.mountpoint.parent) + "/" + self.mountpoint.name
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        return any(line.split()[4].encode().decode("unicode_escape") == at for line in lines)
+        return mount_at(at) is not None
 
     def close(self) -> None:
         """Unmount, see to it that no server is left, and delete the region and the mountpoint."""
@@ -136,8 +136,8 @@ def serving(region: Path) -> list[int]:
     found: set[int] = set()
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z" and pid != os.getpid():
+            state, parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()[:2]
+            if state != b"Z" and pid != os.getpid():
                 parents[pid] = int(parent)
                 if has_open(pid, status):
                     found.add(pid)
@@ -159,12 +159,12 @@ def has_open(pid: int, status: os.stat_result) -> bool:
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
             # Only the right inode number is asked with stat: it hangs where the server of another FUSE mount does.
-            if f"ino:\t{status.st_ino}\n" in Path(f"/proc/{pid}/fdinfo/{name}").read_text():
+            if b"ino:\t%d\n" % status.st_ino in Path(f"/proc/{pid}/fdinfo/{name}").read_bytes():
                 found = os.stat(f"/proc/{pid}/fd/{name}")
                 if (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino):
                     return True
-    wanted = f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x} {status.st_ino} "
-    return wanted in Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    wanted = b" %02x:%02x %d " % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+    return wanted in Path(f"/proc/{pid}/maps").read_bytes()
 
 
 def holds_fuse(pid: int) -> bool:

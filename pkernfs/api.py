@@ -238,6 +238,10 @@ class Upgrade(Request["Upgraded"], kw_only=True, tag="upgrade"):
     probation: Annotated[float, Meta(ge=0, le=3600)] = 5.0  #: seconds
 
 
+class Share(Request["Shared"], tag="share"):
+    """Let the mount be mounted once more, with what comes along: the descriptor of its connection (/dev/fuse)."""
+
+
 class HandOver(Request[dict[str, object]], tag="hand-over"):
     """Give the mount to the keeper that asks: the reply is the state (server/state.py), with all descriptors.
 
@@ -645,6 +649,16 @@ class Status(Struct):
     memory: int | None = None  #: how much of the region has memory; None: a device, which has all
     host_free: int | None = None  #: how much more the host can give it
     refused: str = ""  #: why requests fail with EIO, as no worker can open the region; "": they do not
+    mountpoints: list[str] = []  #: all, in the keeper's mount namespace; "mountpoint" is one that shows the root
+    elsewhere: list[str] = []  #: a process of each other mount namespace that has it
+
+
+class Shared(Struct):
+    """A mount that may be mounted once more, and the options that hold for all its mounts."""
+
+    device: str  #: MAJOR:MINOR
+    region: str  #: by the name that it was mounted by
+    options: dict[str, Any]
 
 
 class Upgraded(Struct):
@@ -723,6 +737,7 @@ VERBS: Final[dict[str, Verb]] = {
         _worker(IommuAudit, Audited, slow=True),
         _keeper(GetStatus, Status),
         _keeper(Upgrade, Upgraded, changes=True, slow=True),
+        _keeper(Share, Shared),
         _keeper(HandOver, dict[str, object], changes=True),
     )
 }

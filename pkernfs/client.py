@@ -7,12 +7,12 @@
     client.status("/mnt/pkernfs").takeovers                     also while no worker serves
     client.ask("/mnt/pkernfs/iommu/dom-0", api.IommuAudit())    any request of pkernfs.api
 
-A path is any path in the mount.  Replies are classes of pkernfs.api.  examples/api.md has more; pkernfs.vfio is for
-programs that know VFIO.
+A path is any path in the mount, or the region, in whichever mount namespace it is mounted.  Replies are classes of
+pkernfs.api.  examples/api.md has more; pkernfs.vfio is for programs that know VFIO.
 
-Raises UsageError for a path that is in no pkernfs mount, and ControlError, which has an ``errno``, when the server
-refuses or is gone.  A server that is replaced meanwhile is no error: the question is asked again, and what changes
-something is done once.
+Raises UsageError for a path that is neither, and ControlError, which has an ``errno``, when the server refuses or is
+gone.  A server that is replaced meanwhile is no error: the question is asked again, and what changes something is done
+once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from pkernfs import mountinfo
 from pkernfs.errors import PkernfsError, UsageError
-from pkernfs.mountinfo import FSTYPE, Mount, mounts
+from pkernfs.mountinfo import FSTYPE, Mount
+from pkernfs.processes import NoProcError
+from pkernfs.served import Served, served
 from pkernfs.sockets import find
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ __all__ = [
 #: standby; when three tries fail it is 1.5 s.  Behind that a person wants to know.  What a request is known by
 #: must be kept for longer (fs/replies.py).
 TAKEOVER: Final = 5.0
+ROOT: Final = 1  #: inode number of the root of every mount
+CONTROL: Final = "user.pkernfs.control"  #: attribute of each file of a mount: the worker's socket
 R = TypeVar("R")
 
 
@@ -155,14 +161,14 @@ def ask(path: str, request: api.Request[R], timeout: float | None = None) -> R:
 
     from pkernfs import api, codec
 
-    mount = _mount_of(path)
     verb = api.VERBS[str(request.__struct_config__.tag)]
+    place = _place_of(path, verb.server is api.Server.KEEPER)
     if isinstance(request, api.Change) and not request.key:
         request = replace(request, key=secrets.randbits(63) or 1)
     try:
         if isinstance(request, api.WorkerRequest) and not request.ino:
-            request = replace(request, ino=os.lstat(path).st_ino)
-        worker = os.getxattr(mount.mountpoint, "user.pkernfs.control") if verb.server is api.Server.WORKER else b""
+            request = replace(request, ino=os.lstat(path).st_ino if isinstance(place, Mount) else ROOT)
+        worker = _worker_address(place) if verb.server is api.Server.WORKER else b""
     except OSError as error:
         raise _unreachable(path, error) from None
     line = codec.encode_request(request)
@@ -203,28 +209,66 @@ def _unreachable(path: str, error: OSError) -> ControlError:
 
 
 def keeper_address(path: str) -> str:
-    """The socket of the keeper of the mount that ``path`` is in.  Raises UsageError; FileNotFoundError: it has none."""
-    mount = _mount_of(path)
-    address = find(mount.device, mount.owner)
+    """The socket of the keeper of the mount that ``path`` is in, or of the region that it is.
+
+    Raises UsageError; FileNotFoundError: it has none.
+    """
+    place = _place_of(path, keeper=True)
+    address = find(place.owner, device=place.device) if isinstance(place, Mount) else place.keeper
     if address is None:
         raise FileNotFoundError(errno.ENOENT, "it has no socket")
     return address
 
 
+def device_of(path: str) -> str:
+    """The number, MAJOR:MINOR, of the mount that ``path`` is in, or of the one of the region that it is; "": none."""
+    place = _find(path, keeper=True)
+    return place.device if place else ""
+
+
+def _worker_address(place: Mount | Served) -> str | bytes:
+    """The socket of the worker.  Raises OSError."""
+    return os.getxattr(place.mountpoint, CONTROL) if isinstance(place, Mount) else place.worker
+
+
 def mount_of(path: str) -> Mount | None:
-    """The pkernfs mount that ``path`` is in, or None."""
+    """The pkernfs mount that ``path`` is in, or None.  Raises NoProcError where /proc would be needed to know."""
     real = os.path.realpath(path)
-    found: Mount | None = None
-    for mount in mounts():
-        inside = real == mount.mountpoint or real.startswith(mount.mountpoint.rstrip("/") + "/")
-        # Of several mounts above the path the longest counts, of equal ones the last.
-        if inside and (found is None or len(mount.mountpoint) >= len(found.mountpoint)):
-            found = mount
+    try:
+        found = mountinfo.mount_of(real)
+        while found is None and real != "/":  # nothing of that name, or nobody serves it
+            real = os.path.dirname(real)
+            found = mountinfo.mount_of(real)
+    except NoProcError:
+        if os.path.isdir(real) or _is_served(real):
+            raise
+        return None
     return found if found is not None and found.fstype == FSTYPE else None
 
 
-def _mount_of(path: str) -> Mount:
-    mount = mount_of(path)
-    if mount is None:
-        raise UsageError(f"{path}: expected a path in a pkernfs mount", hint="mount -t pkernfs REGION DIR makes one")
+def _is_served(path: str) -> bool:
+    with suppress(OSError):
+        return bool(os.getxattr(path, CONTROL))
+    return False
+
+
+def _find(path: str, keeper: bool) -> Mount | Served | None:
+    """The mount that ``path`` is in, or who serves the region that it is.
+
+    A region may be a file of a mount itself: then a ``keeper`` is asked about what it is, a worker about the file.
+    """
+    real, mount = os.path.realpath(path), mount_of(path)
+    if mount is None or (keeper and real != mount.mountpoint):
+        return served(real) or mount
     return mount
+
+
+def _place_of(path: str, keeper: bool) -> Mount | Served:
+    """The same.  Raises UsageError when it is neither."""
+    place = _find(path, keeper)
+    if place is None:
+        raise UsageError(
+            f"{path}: expected a path in a pkernfs mount, or a region that is mounted",
+            hint="mount -t pkernfs REGION DIR mounts one",
+        )
+    return place

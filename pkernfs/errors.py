@@ -31,11 +31,20 @@ def mode_text(mode: int) -> str:
 
 
 def printable(name: bytes | str) -> str:
-    """A name as part of a line: what is no printable UTF-8 becomes an escape."""
-    text = name if isinstance(name, str) else name.decode(errors="backslashreplace")
+    """A name, or a message with names, as part of a line: what is no printable UTF-8 becomes an escape.
+
+    All that others may have chosen comes by here on its way to a terminal: names of files, of processes, of mounts.
+    """
+    text = name if isinstance(name, str) else name.decode(errors="surrogateescape")
     if text.isprintable():  # nearly all: fsck makes one of these for every name
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    """A letter as an escape; of os.fsdecode's for a byte that is no UTF-8, that byte's."""
+    byte = ord(char) - 0xDC00
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else char.encode("unicode_escape").decode()
 
 
 def quoted(name: bytes | str) -> str:

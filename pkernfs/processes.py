@@ -40,6 +40,7 @@ class Holder(NamedTuple):
 
     pid: int
     command: str  #: for people; "" when the process is gone
+    guest: bool = False  #: whether it is a QEMU, whose guest it names
 
     def __str__(self) -> str:
         return f"process {self.pid}, {self.command}" if self.command else f"process {self.pid}"
@@ -59,35 +60,42 @@ class Mapping(NamedTuple):
 
 
 def pids() -> list[int]:
-    """All processes that /proc shows.  Raises NoProcError."""
+    """All processes that /proc shows.  Raises NoProcError, OSError."""
     try:
         os.readlink("/proc/self")
         return [int(name) for name in os.listdir("/proc") if name.isascii() and name.isdigit()]
-    except OSError:
+    except FileNotFoundError:
         raise NoProcError from None
 
 
 def holder(pid: int) -> Holder:
-    """A process with its name."""
-    return Holder(pid, command_of(pid))
-
-
-def command_of(pid: int) -> str:
-    """What a process is called, in one line: a guest by its name, any other by its command line; "" when it is gone.
+    """A process with its name, in one line: a guest's by that, any other by its command line.
 
     A QEMU has a hundred arguments: of those the name of its guest is what an operator knows it by.
     """
-    with suppress(OSError):
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read(1 << 20).rstrip(b"\0").split(b"\0")
-        if not words[0]:  # of the kernel's, or about to end
-            with open(f"/proc/{pid}/comm", "rb") as file:
-                return printable(file.read().rstrip(b"\n"))
-        words[:2] = map(os.path.basename, words[:2])
-        if words[0].startswith((b"qemu", b"kvm")) and (guest := guest_of(words)):
-            return f"{printable(words[0][:COMM])} -name {printable(guest[:SHOWN])}"
-        return printable(b" ".join(words)[:SHOWN])
-    return ""
+    words = _words(pid)
+    if not words[0]:  # of the kernel's, about to end, or gone
+        with suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+            return Holder(pid, printable(file.read().rstrip(b"\n")))
+        return Holder(pid, "")
+    words[:2] = map(os.path.basename, words[:2])
+    if words[0].startswith((b"qemu", b"kvm")) and (guest := guest_of(words)):
+        return Holder(pid, f"{printable(words[0][:COMM])} -name {printable(guest[:SHOWN])}", guest=True)
+    return Holder(pid, printable(b" ".join(words)[:SHOWN]))
+
+
+def is_server(pid: int) -> bool:
+    """Whether a process serves a mount, by its command line."""
+    words = _words(pid)
+    return any(word.startswith(b"pkernfs.server.") for word in words) or any(
+        os.path.basename(word) in (b"pkernfs", b"mount.pkernfs") for word in words[:2]
+    )
+
+
+def _words(pid: int) -> list[bytes]:
+    with suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read(1 << 20).rstrip(b"\0").split(b"\0")
+    return [b""]
 
 
 def guest_of(words: list[bytes]) -> bytes:

@@ -1,7 +1,10 @@
-"""Where the sockets of mounts are: below one directory per user, named by the device number of the mount.
+"""Where the sockets of mounts are: below one directory per user, named by the mount and by the region.
 
-0:45.sock          verbs about the region and its files, answered by the worker
-0:45.keeper.sock   verbs about the mount, answered by its keeper
+0:45-1a.4d2-0f1e2d3c.worker.sock   verbs about the region and its files, answered by the worker
+0:45-1a.4d2-0f1e2d3c.keeper.sock   verbs about the mount, answered by its keeper
+
+The mount's number (MAJOR:MINOR); device and inode number of the region's file, or the number of its device; something
+random.  Not by paths: the mount may be moved, or be in another mount namespace, and the region be renamed.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pkernfs.errors import FsError, RegionError
 #: More at once are refused: each holds a descriptor, and a program that opens and never asks is not to take them all.
 CONNECTIONS = 32
 FD = struct.Struct("i")  #: a descriptor in an SCM_RIGHTS message
+KEEPER, WORKER = ".keeper.sock", ".worker.sock"
 
 
 class Peer(Protocol):
@@ -89,13 +93,29 @@ def runtime_dir() -> str:
         raise RegionError(f"/tmp: cannot make a directory for the control socket: {error.strerror}") from None
 
 
-def find(device: str, uid: int) -> str | None:
-    """The keeper's socket of a mount that is this user's, the newest if several have had its device number."""
+def region_key(status: os.stat_result) -> str:
+    """What the sockets of a region have in their names."""
+    if stat.S_ISCHR(status.st_mode):
+        return f"c{status.st_rdev:x}"
+    return f"{status.st_dev:x}.{status.st_ino:x}"
+
+
+def device_of(address: str) -> str:
+    """The number of the mount, MAJOR:MINOR, in the name of a socket."""
+    return os.path.basename(address).partition("-")[0]
+
+
+def find(uid: int, *, device: str = "*", region: str = "") -> str | None:
+    """The keeper's socket of a mount that is this user's, by its number or by the key of its region.
+
+    The newest, if several have had it.
+    """
     found = []
+    pattern = f"{device}-{region}{'-' * bool(region)}*{KEEPER}"
     for folder in [*_places(uid), *glob.glob(f"/tmp/pkernfs-{uid}-*")]:
         with suppress(OSError):
             if _is_safe(folder, uid):
-                found += glob.glob(f"{glob.escape(folder)}/{device}-*.keeper.sock")
+                found += glob.glob(f"{glob.escape(folder)}/{pattern}")
     ages = {}
     for path in found:
         with suppress(FileNotFoundError):
@@ -113,11 +133,17 @@ def _is_safe(path: str, uid: int) -> bool:
 def remove_stale(folder: str) -> None:
     """Remove the sockets of servers that were killed: nobody listens there."""
     for name in os.listdir(folder):
-        if name.endswith(".sock"):
-            with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):
-                probe.setblocking(False)
-                if probe.connect_ex(os.path.join(folder, name)) == errno.ECONNREFUSED:
-                    os.unlink(os.path.join(folder, name))
+        path = os.path.join(folder, name)
+        if name.endswith(".sock") and not is_alive(path):
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def is_alive(path: str) -> bool:
+    """Whether somebody listens on a socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 def listen(path: str) -> socket.socket:

@@ -65,7 +65,7 @@ def guarded(
         sys.stdout.flush()
         return code
     except PkernfsError as error:
-        from pkernfs.cli.text import printable
+        from pkernfs.errors import printable
 
         if isinstance(error, OutputError):
             _drop_output()

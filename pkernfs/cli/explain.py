@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import printable
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from pkernfs.fs.filesystem import Filesystem

@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Parser, add_version
-from pkernfs.errors import quoted
+from pkernfs.errors import printable, quoted
 
 if TYPE_CHECKING:
     from pkernfs.cli.progress import Advance
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=session.progress,
             )
     except PkernfsError as error:
-        print(f"fsck.pkernfs: {error}", file=sys.stderr)
+        print(f"fsck.pkernfs: {printable(str(error))}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("fsck.pkernfs: cancelled: what was repaired so far is whole; run it again", file=sys.stderr)
@@ -143,7 +143,7 @@ class _Session:
             self._advance(at.name, at.done, at.total)
         if self._descriptor:
             with suppress(OSError):  # nobody reads any more
-                os.write(self._descriptor, f"{at.number} {at.done} {at.total} {self.region}\n".encode())
+                os.write(self._descriptor, os.fsencode(f"{at.number} {at.done} {at.total} {self.region}\n"))
 
     def _ask(self, found: Result) -> bool:
         """Show what was found, and ask.  A transaction that waits is replayed without a question."""
@@ -156,7 +156,7 @@ class _Session:
         for line in lines(self.region, found.problems, found.paths):
             print(line)
         try:
-            answer = input(f"{self.region}: {count(found.problems, 'problem')} found: repair (y/N)? ")
+            answer = input(f"{printable(self.region)}: {count(found.problems, 'problem')} found: repair (y/N)? ")
         except EOFError:
             print()
             return False

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pkernfs.cli.text import human, printable
+from pkernfs.cli.text import human
+from pkernfs.errors import printable
 from pkernfs.format import BLOCK
 from pkernfs.fsck.problems import PROBLEMS
 
@@ -26,9 +27,9 @@ def report(arguments: argparse.Namespace, result: Result, code: int, *, shown: b
     if arguments.json:
         print(json.dumps(_object(arguments.region, result, code), indent=2))
         return
-    name, problems, left = arguments.region, result.problems, result.left
+    name, problems, left = printable(arguments.region), result.problems, result.left
     for warning in result.warnings:
-        print(f"fsck.pkernfs: warning: {warning}", file=sys.stderr)
+        print(f"fsck.pkernfs: warning: {printable(warning)}", file=sys.stderr)
     if result.records:
         where = "replayed" if result.stored else "replayed in memory only, the next mount (or -y) does it for good"
         print(f"{name}: the journal held an unfinished transaction of {result.records} records: {where}")

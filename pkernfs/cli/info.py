@@ -36,18 +36,23 @@ def run(arguments: argparse.Namespace) -> int:
     """Find out what the target is and print its facts.  Raises PkernfsError."""
     from pkernfs import client
     from pkernfs.api import to_builtins
-    from pkernfs.mountinfo import mountpoints_of
+    from pkernfs.served import served, still_mounted
 
     target = arguments.target
     mount = client.mount_of(target)
-    mountpoint = mount.mountpoint if mount else next(iter(mountpoints_of(os.path.realpath(target))), None)
+    found = None if mount else served(os.path.realpath(target))
+    mountpoint = mount.mountpoint if mount else next((one.mountpoint for one in found.here()), None) if found else None
     info: api.RegionInfo | api.FileInfo
     if mount is not None and os.path.isfile(target):
         info = client.file(target)
         lines = _file_lines(target, info)
-    elif mountpoint is not None:
-        info = client.info(target if mount else mountpoint)
-        lines = region_lines(info, mountpoint)
+    elif mount is not None or found is not None:
+        info = client.info(target)
+        if mountpoint is None and found is not None:
+            holders = found.elsewhere()
+            lines = region_lines(info, still_mounted(holders) if holders else "nowhere, but in use")
+        else:
+            lines = region_lines(info, f"on {mountpoint}")
     else:
         from pkernfs.cli.offline import with_filesystem
         from pkernfs.fs.facts import region_facts
@@ -71,8 +76,8 @@ def _power_cut(facts: api.RegionInfo) -> str:
     return "leaves it whole: barriers are on" if facts.barriers else "may damage it: mounted with nobarrier"
 
 
-def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[str]:
-    """A region for people; ``mountpoint``: where it is mounted."""
+def region_lines(facts: api.RegionInfo, place: str = "") -> list[str]:
+    """A region for people; ``place``: where it is mounted."""
     missing = facts.space - facts.space_used - facts.space_free
     needed = facts.features
     kinds = {"compat": needed.compat, "ro_compat": needed.ro_compat, "incompat": needed.incompat}
@@ -82,7 +87,7 @@ def region_lines(facts: api.RegionInfo, mountpoint: str | None = None) -> list[s
     server = getattr(facts, "server", None)
     rows = {
         "region": f"{printable(facts.region)} ({facts.kind})",
-        "mounted": f"on {mountpoint}, server {server}" if mountpoint else "no",
+        "mounted": f"{printable(place)}, server {server}" if place else "no",
         "power cut": _power_cut(facts),
         "uuid": facts.uuid,
         "label": printable(facts.label) or "-",

@@ -10,7 +10,7 @@ from typing import Any
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_mount
-from pkernfs.errors import PkernfsError, quoted
+from pkernfs.errors import PkernfsError, printable, quoted
 
 DESCRIPTION = """\
 Show the status of a mount as Prometheus reads it: once, or at a port or in a file until the mount ends.
@@ -56,8 +56,9 @@ def address(word: str) -> tuple[str, int]:
 class StatusCollector:
     """The status of one mount, asked for anew each time that it is collected."""
 
-    def __init__(self, mount: str) -> None:
-        self.mount = mount
+    def __init__(self, mount: str, mountpoint: str) -> None:
+        self.mount = mount  #: a path in it, or its region
+        self.mountpoint = mountpoint  #: as it was when it last answered
 
     def collect(self) -> Iterator[Any]:
         """The metrics; only pkernfs_up 0 when the keeper does not answer."""
@@ -70,10 +71,11 @@ class StatusCollector:
         try:
             status = client.status(self.mount)
         except PkernfsError:
-            up.add_metric([os.path.realpath(self.mount)], 0)
+            up.add_metric([printable(self.mountpoint)], 0)
             yield up
             return
-        mountpoint = status.mountpoint.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        self.mountpoint = status.mountpoint
+        mountpoint = printable(status.mountpoint)
         up.add_metric([mountpoint], 1)
         yield up
         for key, name, kind, text in FIGURES:
@@ -103,19 +105,19 @@ def run(arguments: argparse.Namespace) -> int:
 
     from pkernfs import client
 
-    device = client.status(arguments.mount).device
+    status = client.status(arguments.mount)
     registry = CollectorRegistry()
-    registry.register(StatusCollector(arguments.mount))
+    registry.register(StatusCollector(arguments.mount, status.mountpoint))
     if not arguments.port and not arguments.file:
         print(generate_latest(registry).decode(), end="")
         return 0
     try:
         if arguments.port:
             start_http_server(arguments.port[1], arguments.port[0], registry)
-            _wait_for_the_end(arguments.mount, device, lambda: None, 1.0)
+            _wait_for_the_end(arguments.mount, status.device, lambda: None, 1.0)
         else:
             _wait_for_the_end(
-                arguments.mount, device, lambda: write_to_textfile(arguments.file, registry), arguments.every
+                arguments.mount, status.device, lambda: write_to_textfile(arguments.file, registry), arguments.every
             )
     except OSError as error:
         place = arguments.file or "{}:{}".format(*arguments.port)
@@ -125,10 +127,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _wait_for_the_end(mount: str, device: str, step: Any, every: float) -> None:
     """Call ``step`` again and again while the mount is there, and the process that started this one."""
-    from pkernfs.client import mount_of
+    from pkernfs.client import device_of
 
     parent = os.getppid()
-    while (found := mount_of(mount)) is not None and found.device == device and os.getppid() == parent:
+    while device_of(mount) == device and os.getppid() == parent:
         step()
         time.sleep(every)
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from pkernfs.cli.arguments import group, mode, size, user
 from pkernfs.cli.parsers import Parser, add_version
-from pkernfs.cli.text import human, printable
-from pkernfs.errors import RegionError, UsageError, quoted
+from pkernfs.cli.text import human
+from pkernfs.errors import RegionError, UsageError, printable, quoted
 
 ROOT_MODE = 0o700  #: as pkernfs.fs.mkfs has it, which a parser does not load
 
@@ -153,7 +153,7 @@ def run(argv: Sequence[str] | None) -> int:
     if found_mode & 0o077 and not arguments.quiet:
         found = f"mode {stat.S_IMODE(found_mode):04o}, expected 0600"
         print(
-            f"mkfs.pkernfs: {printable(path)}: others may use it ({found}): chmod 600 {shlex.quote(path)}",
+            f"mkfs.pkernfs: {printable(path)}: others may use it ({found}): chmod 600 {printable(shlex.quote(path))}",
             file=sys.stderr,
         )
     if not arguments.quiet:

@@ -61,10 +61,11 @@ def parser() -> Parser:
 def run(argv: Sequence[str] | None) -> int:
     """Mount.  Raises PkernfsError before anything is mounted; afterwards only the server's exit status tells."""
     arguments = parser().parse_args(argv)
-    from pkernfs.errors import UsageError
+    from pkernfs.errors import UsageError, printable
     from pkernfs.server.logs import start_logging
     from pkernfs.server.mountpoint import check_mountpoint, remount
     from pkernfs.server.resources import reserve
+    from pkernfs.server.share import share
     from pkernfs.server.start import mount
     from pkernfs.server.succession import resumed
     from pkernfs.server.systemd import service
@@ -90,14 +91,18 @@ def run(argv: Sequence[str] | None) -> int:
         keeper.keep()
         return 0
     mountpoint = check_mountpoint(arguments.directory)
+    if share(region, mountpoint, options):
+        if arguments.verbose:
+            print(f"pkernfs: {printable(region)} mounted on {printable(mountpoint)} too", file=sys.stderr)
+        return 0
 
     def report(replayed: int, warning: str) -> None:
         if replayed:
-            print(f"pkernfs: {region}: replayed the journal: {replayed} records", file=sys.stderr)
+            print(f"pkernfs: {printable(region)}: replayed the journal: {replayed} records", file=sys.stderr)
         if warning:
-            print(f"pkernfs: {mountpoint}: {warning}", file=sys.stderr)
+            print(f"pkernfs: {printable(mountpoint)}: {warning}", file=sys.stderr)
         elif arguments.verbose:
-            print(f"pkernfs: {region} mounted on {mountpoint}", file=sys.stderr)
+            print(f"pkernfs: {printable(region)} mounted on {printable(mountpoint)}", file=sys.stderr)
 
     if arguments.foreground:
         start_logging(options)

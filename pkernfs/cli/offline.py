@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from pkernfs.cli.text import printable
-from pkernfs.errors import CorruptError
+from pkernfs.client import mount_of
+from pkernfs.errors import CorruptError, printable
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.iommu.guard import open_filesystem
-from pkernfs.mountinfo import FSTYPE, mountpoints_of, mounts
-from pkernfs.region import lock_holder, open_region
+from pkernfs.processes import Holder, NoProcError, lock_holder
+from pkernfs.region import open_region
+from pkernfs.served import served
 
 T = TypeVar("T")
 TRIES = 5
@@ -19,9 +20,8 @@ TRIES = 5
 
 def region_of(path: str) -> str:
     """The region that ``path`` is, or that is mounted there."""
-    real = os.path.realpath(path)
-    found = [mount.source for mount in mounts() if mount.mountpoint == real and mount.fstype == FSTYPE]
-    return found[-1] if found else path
+    mount = mount_of(path)
+    return mount.source if mount is not None and mount.mountpoint == os.path.realpath(path) else path
 
 
 def keep_quiet() -> None:
@@ -38,18 +38,26 @@ def with_filesystem(region_path: str, use: Callable[[Filesystem], T], program: s
     keep_quiet()
     for attempt in range(TRIES):
         with open_region(region_path, readonly=True, locked=False) as region:
-            holder = lock_holder(region.path)
+            holder, use_now = _user(region.path)
             try:
                 fs = open_filesystem(region)
-                if holder and attempt == 0:
-                    mounted = mountpoints_of(region.path)
-                    where = f"is mounted on {mounted[0]}" if mounted else f"is in use by {holder}"
-                    print(
-                        f"{program}: {printable(region_path)} {printable(where)}: what is shown may be changing",
-                        file=sys.stderr,
-                    )
+                if use_now and attempt == 0:
+                    print(f"{program}: {printable(region_path)} {use_now}", file=sys.stderr)
                 return use(fs)
             except CorruptError:
                 if holder is None or attempt == TRIES - 1:
                     raise
     raise AssertionError("not reached")
+
+
+def _user(region: str) -> tuple[Holder | None, str]:
+    """Who holds a region that is read meanwhile, and what to say of that; "": nobody does."""
+    try:
+        holder = lock_holder(region)
+        mounted = found.here() if holder and (found := served(region)) else []
+    except NoProcError:
+        return None, "may be in use, as /proc is not mounted: then what is shown may be changing"
+    if holder is None:
+        return None, ""
+    where = f"is mounted on {printable(mounted[0].mountpoint)}" if mounted else f"is in use by {holder}"
+    return holder, f"{where}: what is shown may be changing"

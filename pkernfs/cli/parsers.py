@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from pkernfs import __version__
+from pkernfs.errors import printable
 
 WIDTH = 120  #: of help
 FORMS = 23  #: width of the left column of a listing
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, and out."""
-        print(f"{self.prog}: {message}: see {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {printable(message)}: see {self.prog} --help", file=sys.stderr)
         raise SystemExit(self.usage_exit)
 
 
@@ -105,7 +106,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 def add_mount(parser: argparse.ArgumentParser) -> None:
     """The mount that a verb is about."""
-    parser.add_argument("mount", metavar="MOUNT", help="where the region is mounted")
+    parser.add_argument("mount", metavar="MOUNT|REGION", help="where it is mounted, or the region, wherever that is")
 
 
 def add_json(parser: argparse.ArgumentParser, note: str = "") -> None:

@@ -7,8 +7,8 @@ from pathlib import PurePath
 
 from pkernfs.cli.arguments import size
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, printable
-from pkernfs.errors import UsageError, quoted
+from pkernfs.cli.text import human
+from pkernfs.errors import UsageError, printable, quoted
 
 DESCRIPTION = """\
 Limit what a directory of a mount and all that is below it may use; beyond that, EDQUOT ("Disk quota exceeded").

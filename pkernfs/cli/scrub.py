@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import printable, show
-from pkernfs.errors import PkernfsError
+from pkernfs.cli.text import show
+from pkernfs.errors import PkernfsError, printable
 from pkernfs.format import Ino
 
 if TYPE_CHECKING:
@@ -38,36 +38,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Scrub, and name the files that are concerned.  Raises PkernfsError."""
+    from pkernfs import client
     from pkernfs.api import to_builtins
     from pkernfs.cli.progress import bar
     from pkernfs.client import mount_of
-    from pkernfs.mountinfo import mountpoints_of
+    from pkernfs.served import served
 
     target = arguments.target
-    mounted = mountpoints_of(os.path.realpath(target))
-    mount = mount_of(target) or (mount_of(mounted[-1]) if mounted else None)
+    mount = mount_of(target)
     with bar(quiet=arguments.json) as advance:
-        if mount:
-            region, (structures, problems) = mount.source, _all(_online(mount.mountpoint), advance)
+        if mount or served(os.path.realpath(target)):
+            region, (structures, problems) = client.info(target).region, _all(_online(target), advance)
         else:
             region, (structures, problems) = target, _offline(target, advance)
     paths = _paths(region, {problem.ino for problem in problems} - {0})
     lines = [(f"{printable(paths[Ino(one.ino)])}: " if one.ino in paths else "") + one.text for one in problems]
-    lines.append(f"{target}: {structures} structures verified, {len(problems)} damaged")
+    lines.append(f"{printable(target)}: {structures} structures verified, {len(problems)} damaged")
     found = [to_builtins(one) | {"path": paths.get(Ino(one.ino))} for one in problems]
     show(arguments, {"structures": structures, "clean": not problems, "problems": found}, lines)
     return DAMAGED if problems else 0
 
 
-def _online(mountpoint: str) -> Iterator[tuple[api.Scrubbed, int]]:
+def _online(path: str) -> Iterator[tuple[api.Scrubbed, int]]:
     """Each step of the server, and the number of pages of the region."""
     from pkernfs import api, client
     from pkernfs.format import PAGES_PER_BLOCK
 
-    pages = client.info(mountpoint).blocks * PAGES_PER_BLOCK
+    pages = client.info(path).blocks * PAGES_PER_BLOCK
     page = 0
     while page < pages:
-        step = client.ask(mountpoint, api.Scrub(page=page))
+        step = client.ask(path, api.Scrub(page=page))
         yield step, pages
         page = step.next
 

@@ -102,8 +102,15 @@ def lines(status: api.Status) -> list[str]:
         one.what: f"{printable(one.why)} ({f'next try in {duration(one.next_try)}' if one.next_try else 'trying now'})"
         for one in status.troubles
     }
+    others = [mountpoint for mountpoint in status.mountpoints if mountpoint != status.mountpoint]
     rows = {
         "mount": f"{printable(status.mountpoint)}, region {printable(status.region)}",
+        **({"also": ", ".join(map(printable, others))} if others else {}),
+        **(
+            {"elsewhere": f"in the mount namespace of {'; '.join(map(printable, status.elsewhere))}"}
+            if status.elsewhere
+            else {}
+        ),
         "keeper": f"{status.keeper}, mounted for {duration(status.uptime)}"
         + f", {status.keepers} keepers so far" * (status.keepers > 1),
         "worker": f"{status.worker}, version {status.version}, serving for {duration(status.worker_uptime)}",

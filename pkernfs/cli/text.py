@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Sequence
 
-from pkernfs import errors
+from pkernfs.errors import printable as printable  # noqa: PLC0414  # what all of it comes by
 
 
 def show(arguments: argparse.Namespace, facts: object, lines: Iterable[str]) -> None:
@@ -35,11 +34,6 @@ def memory_line(memory: int | None, host_free: int | None) -> str:
     if memory is None:
         return "all of it is there"
     return f"{human(memory)} so far" + ("" if host_free is None else f", the host has {human(host_free)} more")
-
-
-def printable(name: str) -> str:
-    """A name, or a message with names, as part of a line on a terminal or in a pipe."""
-    return errors.printable(os.fsencode(name))
 
 
 def duration(length: float) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_json, add_mount
-from pkernfs.cli.text import duration, printable, show
-from pkernfs.errors import PkernfsError
+from pkernfs.cli.text import duration, show
+from pkernfs.errors import PkernfsError, printable
 
 if TYPE_CHECKING:
     from pkernfs import api

@@ -13,6 +13,9 @@ back before they are dropped, and the first note of an inode counts, so that a w
 from __future__ import annotations
 
 import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 
 from pkernfs.format import INODE_SIZE, Ino
 from pkernfs.region.file import MAP_NORESERVE
@@ -57,6 +60,15 @@ class Lookups:
             for ino, count in self.noted.items():
                 self.drop(ino, count)
             self.noted = {}
+
+    def referenced(self, fd: int) -> Iterator[Ino]:
+        """The inodes that the kernel knows; ``fd``: the file that the memory is of, whose holes are passed over."""
+        end = NOTES
+        with suppress(OSError):  # ENXIO: no more data
+            while True:
+                begin = os.lseek(fd, end, os.SEEK_DATA)
+                end = os.lseek(fd, begin, os.SEEK_HOLE)
+                yield from (Ino(ino) for ino in range((begin - NOTES) // 8, (end - NOTES) // 8) if self.counts[ino])
 
     def __getitem__(self, ino: Ino) -> int:
         return self.counts[ino]

@@ -9,7 +9,6 @@ recovery can run in memory and nothing is written.
 from pkernfs.region.base import MemoryRegion, Region
 from pkernfs.region.dax import DaxRegion, find_address, find_device
 from pkernfs.region.file import FileRegion
-from pkernfs.region.lock import lock_holder
 from pkernfs.region.opening import lock_region, open_region
 from pkernfs.region.recording import FLUSH, RecordingRegion, Store
 from pkernfs.region.superblock import (
@@ -39,7 +38,6 @@ __all__ = [
     "find_address",
     "find_copies",
     "find_device",
-    "lock_holder",
     "lock_region",
     "open_region",
     "read_superblock",

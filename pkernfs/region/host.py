@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
 from pkernfs.format import KiB
-from pkernfs.mountinfo import mounts
+
+#: linux/magic.h
+FILESYSTEMS = {0x01021994: "tmpfs", 0x958458F6: "hugetlbfs"}
 
 
 def kind_of_file(fd: int) -> str:
-    """What a region in this file is called: "tmpfs", "hugetlbfs", or "file" for one on a disk."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    filesystem = next((mount.fstype for mount in mounts() if mount.device == wanted), "")
-    return filesystem if filesystem in ("tmpfs", "hugetlbfs") else "file"
+    """What a region in this file is called: "tmpfs", "hugetlbfs", or "file" for one on a disk.
+
+    fstatfs(2), which os.fstatvfs does not show all of, and not mountinfo: that needs /proc, and st_dev is not in it for
+    files of btrfs and overlayfs.
+    """
+    buffer = ctypes.create_string_buffer(256)  # struct statfs: f_type comes first, a long
+    if ctypes.CDLL(None).fstatfs(fd, buffer):
+        return "file"
+    kind = int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
+    return FILESYSTEMS.get(kind, "file")
 
 
 def what_it_has(fd: int, size: int) -> int:

@@ -1,53 +1,17 @@
-"""The lock of a region, and who uses its memory: looked up in /proc, so that an error can name them."""
+"""The lock of a region."""
 
-import contextlib
+from __future__ import annotations
+
 import fcntl
-import os
-import re
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import suppress
 
 from pkernfs.errors import RegionBusyError
-from pkernfs.mountinfo import mountpoints_of
+from pkernfs.processes import NoProcError, lock_holder
+from pkernfs.served import served, still_mounted
 
 LOCK_WAIT = 10.0  #: seconds
-
-
-class Holder(NamedTuple):
-    """The process that holds a region's lock."""
-
-    pid: int
-    command: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} ({self.command})"
-
-
-def lock_holder(path: str) -> Holder | None:
-    """Who holds the lock of the region at ``path``; None when nobody does, or nobody that may be seen.
-
-    From the lock lines of /proc/PID/fdinfo and not from /proc/locks, which names the process that took the lock: it may
-    have handed it to a child since.  Descriptors are only looked at closer when such a line names the region's inode: a
-    stat of any other may wait for a server that hangs.
-    """
-    status = os.stat(path)
-    wanted = re.compile(rf"^lock:.* FLOCK .*:{status.st_ino} 0 EOF$", re.MULTILINE)
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            for fd in os.listdir(f"/proc/{pid}/fdinfo") if int(pid) != os.getpid() else ():
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8") as info:
-                    if wanted.search(info.read()) and os.path.samestat(os.stat(f"/proc/{pid}/fd/{fd}"), status):
-                        return Holder(int(pid), command_of(pid))
-    return None
-
-
-def command_of(pid: str) -> str:
-    """A process's command line, program and script without their folders; one line, 100 letters at most."""
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        arguments = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
-    line = " ".join([os.path.basename(word) for word in arguments[:2]] + arguments[2:])
-    return "".join(letter if letter.isprintable() else " " for letter in line[:100])
+LOOK = 0.25  #: seconds between two looks at who has it mounted: all processes are asked
 
 
 def lock(fd: int, path: str, *, shared: bool = False) -> None:
@@ -57,29 +21,25 @@ def lock(fd: int, path: str, *, shared: bool = False) -> None:
     LOCK_WAIT seconds.  Raises RegionBusyError, which says who has it.
     """
     deadline = time.monotonic() + LOCK_WAIT
+    look = 0.0
+    where, hint = "", "try again when it has ended"
     while True:
         try:
             return fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            mounted = mountpoints_of(path)
-            if mounted or time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= look and (found := served(path)) is not None:
+                look = now + LOOK
+                if mounts := found.here():
+                    where, hint = f", mounted on {mounts[0].mountpoint}", f"umount {mounts[0].mountpoint} first"
+                    break
+                if holders := found.elsewhere():
+                    where, hint = f", {still_mounted(holders)}", "mount -t pkernfs REGION DIR mounts it here too"
+                    break
+            if now >= deadline:
                 break
         time.sleep(0.005)
-    raise RegionBusyError(
-        f"{path}: the region is in use by {lock_holder(path) or 'another process'}"
-        + (f", mounted on {mounted[0]}" if mounted else ""),
-        hint=f"umount {mounted[0]} first" if mounted else "end it first",
-    )
-
-
-def shared_mappings(fd: int) -> Iterator[tuple[int, int, int]]:
-    """(process id, first byte, end) of each shared mapping of the file, of the processes that we may look at."""
-    status = os.fstat(fd)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                addresses, mode, at, where, inode = line.split(maxsplit=5)[:5]
-                if inode == str(status.st_ino) and where == device and mode.endswith("s"):
-                    low, high = (int(word, 16) for word in addresses.split("-"))
-                    yield int(pid), int(at, 16), int(at, 16) + high - low
+    holder = None
+    with suppress(NoProcError, OSError):
+        holder = lock_holder(path)
+    raise RegionBusyError(f"{path}: the region is in use by {holder or 'another process'}{where}", hint=hint)

@@ -10,13 +10,12 @@ import os
 LIMITS = {"read_ahead_kb": 1024, "strict_limit": 0, "max_ratio": 100}
 
 
-def tune(mountpoint: str) -> str:
-    """Raise the limits of the filesystem mounted at ``mountpoint``; "", or in one line why that was not possible.
+def tune(device: str) -> str:
+    """Raise the limits of the mount ``device`` (MAJOR:MINOR); "", or in one line why that was not possible.
 
     A limit that this kernel does not have is none; one that cannot be raised does not keep the others as they are.
     """
-    device = os.stat(mountpoint).st_dev
-    return raise_limits(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
+    return raise_limits(f"/sys/class/bdi/{device}")
 
 
 def raise_limits(folder: str) -> str:

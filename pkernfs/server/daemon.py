@@ -8,7 +8,7 @@ import traceback
 from types import TracebackType
 from typing import Self
 
-from pkernfs.errors import PkernfsError, RegionError
+from pkernfs.errors import PkernfsError, RegionError, printable
 from pkernfs.server.resources import reserve
 
 
@@ -39,7 +39,7 @@ class Daemon:
 
             logging.getLogger("pkernfs").critical("the server ends: %s", error, exc_info=error)
         elif isinstance(error, PkernfsError):
-            print(f"mount.pkernfs: {error}", file=sys.stderr)
+            print(f"mount.pkernfs: {printable(str(error))}", file=sys.stderr)
         else:
             traceback.print_exception(error)
         sys.stderr.flush()

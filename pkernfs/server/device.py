@@ -192,10 +192,24 @@ def _failed(mountpoint: str, why: str) -> RegionError:
     return RegionError(f"{mountpoint}: mounting failed: {why}", hint="may you use /dev/fuse and this directory?")
 
 
-def _mount(source: str, mountpoint: str, options: MountOptions) -> Device:
+def mount_again(source: str, mountpoint: str, options: MountOptions, fd: int) -> None:
+    """Mount what is mounted already once more, by the descriptor of its connection.  Raises OSError.
+
+    Linux 5.15, "fuse: allow sharing existing sb"; EINVAL before, ENOTCONN when the connection has ended.  Not by
+    open_tree(2) of a mount that is there: it may be hidden by others, or be in no mount namespace any more.
+    """
+    data = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    mount2(source, mountpoint, "fuse.pkernfs", _flags(options), data)
+
+
+def _flags(options: MountOptions) -> int:
     flags = 0
     for word in ("ro", *options.kernel) if options.readonly else options.kernel:
         flags |= MS_FLAGS.get(word, 0)
+    return flags
+
+
+def _mount(source: str, mountpoint: str, options: MountOptions) -> Device:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -204,24 +218,25 @@ def _mount(source: str, mountpoint: str, options: MountOptions) -> Device:
     if allows_others(options):
         data += ",allow_other"
     try:
-        mount2(source, mountpoint, "fuse.pkernfs", flags, data)
+        mount2(source, mountpoint, "fuse.pkernfs", _flags(options), data)
     except OSError as error:
         os.close(fd)
         raise _failed(mountpoint, error.strerror or str(error)) from None
     return Device(fd)
 
 
-def umount_command(mountpoint: str, *, lazy: bool = False) -> list[str]:
-    """The command that unmounts; ``lazy``: at once, whoever uses the mount."""
-    if os.geteuid() == 0:
-        return ["umount", "-i", *["-l"] * lazy, mountpoint]
-    return ["fusermount3", "-u", *["-z"] * lazy, "--", mountpoint]
-
-
 def mount2(source: str, target: str, fstype: str, flags: int, data: str) -> None:
     """mount(2).  Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(os.fsencode(source), os.fsencode(target), fstype.encode(), ctypes.c_ulong(flags), data.encode()):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def umount2(target: str, flags: int) -> None:
+    """Unmount, as umount(2) describes it.  Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(target), flags):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

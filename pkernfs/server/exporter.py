@@ -16,11 +16,14 @@ END = 5.0  #: seconds that it may take to end
 
 
 class Exporter:
-    """`pkernfs metrics` for the mount at ``mountpoint``; ``where``: [ADDRESS:]PORT or an absolute path, "": nowhere."""
+    """`pkernfs metrics` for a region, wherever it is mounted.
 
-    def __init__(self, mountpoint: str, where: str) -> None:
+    ``where``: [ADDRESS:]PORT or an absolute path, "": nowhere.
+    """
+
+    def __init__(self, region: str, where: str) -> None:
         option = "--file" if where.startswith("/") else "--port"
-        self._arguments = ["metrics", option, where, "--", mountpoint] if where else []
+        self._arguments = ["metrics", option, where, "--", region] if where else []
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self.attempt = Attempt("metrics")

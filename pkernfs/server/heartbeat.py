@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 
+from pkernfs.errors import printable
 from pkernfs.server.child import Child, WorkerGoneError
 from pkernfs.server.device import Device
 from pkernfs.server.messages import Pulse
@@ -84,14 +85,18 @@ class Heartbeat:
 def kill_stuck(worker: Child, why: str) -> None:
     """Kill a worker that serves no more, and log where it stands."""
     log.error("killing worker %d: %s", worker.pid, why)
-    with suppress(OSError), open(f"/proc/{worker.pid}/stack", encoding="ascii", errors="replace") as file:
-        log.error("worker %d in the kernel: %s", worker.pid, " < ".join(line.split()[-1] for line in file))
+    with suppress(OSError), open(f"/proc/{worker.pid}/stack", "rb") as file:
+        calls = [printable(line.rpartition(b" ")[2]) for line in file.read().split(b"\n") if line]
+        log.error("worker %d in the kernel: %s", worker.pid, " < ".join(calls))
     # faulthandler writes Python's stacks, if the process still runs at all; into a memfd of the worker's own, since the
     # log's lock may be what it hangs on.
     worker.signal(signal.SIGCONT)
     worker.signal(signal.SIGUSR1)
     stacks_fd = worker.facts["stacks"] if worker.facts else -1
-    with suppress(OSError), open(f"/proc/{worker.pid}/fd/{stacks_fd}", encoding="utf-8") as file:
+    with (
+        suppress(OSError),
+        open(f"/proc/{worker.pid}/fd/{stacks_fd}", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         end = time.monotonic() + DUMP
         while not (stacks := file.read()) and time.monotonic() < end:
             time.sleep(0.01)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.region import host
+from pkernfs.served import Served, still_mounted
 from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
-from pkernfs.server.device import umount_command
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
 from pkernfs.server.logs import log_attempt
@@ -38,6 +37,7 @@ from pkernfs.server.standby import Standby
 from pkernfs.server.state import STORED, Descriptors, State
 from pkernfs.server.stats import AWAITING, BUGS, map_stats, requests
 from pkernfs.server.systemd import service
+from pkernfs.server.umount import Unmounting
 from pkernfs.server.upgrade import Action, Decision, Upgrade
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class Keeper:
         self.life = Life(state.mountpoint, Phase.SERVING if worker is not None else Phase.STARTING)
         self.standby = Standby(self.wakeup.readable)
         self.upgrade: Upgrade | None = None  #: in UPGRADING, PROBATION, and a TAKING_OVER that goes back to the former
-        self.umount: subprocess.Popen[bytes] | None = None  #: in UNMOUNTING, and a TAKING_OVER that goes back there
+        self.umount: Unmounting | None = None  #: in UNMOUNTING, and a TAKING_OVER that goes back there
         self.stats = map_stats(fds.stats)
-        self.exporter = Exporter(state.mountpoint, state.options.metrics)
+        self.exporter = Exporter(state.region, state.options.metrics)
         self.unmounting = Attempt("umount")
         self.commands: Commands | None = None  #: once they can be answered
         self.answering = Attempt("commands", "cannot be answered")
@@ -218,23 +218,39 @@ class Keeper:
                 self._check_umount()
 
     def _check_umount(self) -> None:
-        """Start umount, if that is still to be done; when it has failed the mount is in use, and ends all the same."""
+        """Start to unmount, if that is still to be done, and see what has come of it.
+
+        When it is in use the mount ends all the same; where it is mounted in other mount namespaces it goes on.
+        """
         if self.phase is not Phase.UNMOUNTING:
             return
-        if self.umount is None:
+        umount = self.umount
+        if umount is None:
             if self.unmounting.due():
                 try:
-                    with asking("its process"):
-                        self.umount = reserve().ask(self._start_umount)
+                    with asking("its thread"):
+                        self.umount = Unmounting(self.state.device, self.state.region, self.wakeup.wake)
                 except ResourceError as error:
                     self.unmounting.refused(error)
-        elif self.umount.poll() not in (None, 0):
-            log.warning("%s is in use: what is open there fails from now on", self.state.mountpoint)
-            self.life.enter(Phase.ENDING)
-            self.serving.ask_to_end()
+        elif umount.refused is not None:
+            self.umount = None
+            self.unmounting.refused(umount.refused)
+        elif umount.problem:
+            self._end(umount.problem)
+        elif umount.settled() and not self.serving.has_ended():
+            self.unmounting.succeeded()
+            if umount.elsewhere:
+                log.warning("%s: %s: it goes on", self.state.region, still_mounted(umount.elsewhere))
+                self.umount = None
+                self.life.enter(Phase.SERVING)
+            else:
+                self._end("what is open there outlived its last mount")
 
-    def _start_umount(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(umount_command(self.state.mountpoint), stderr=subprocess.DEVNULL)
+    def _end(self, why: str) -> None:
+        """End a mount that is in use: the worker writes back what is dirty."""
+        log.warning("%s is in use: what is open there fails from now on: %s", self.state.mountpoint, why)
+        self.life.enter(Phase.ENDING)
+        self.serving.ask_to_end()
 
     # -- takeover -------------------------------------------------------------------------------------------------
 
@@ -281,7 +297,19 @@ class Keeper:
         """What handles each command; the status needs none, as nobody is to wait for it (commands.py)."""
         from pkernfs import api
 
-        return {api.Upgrade: self._begin_upgrade, api.HandOver: self._hand_over}
+        return {api.Upgrade: self._begin_upgrade, api.HandOver: self._hand_over, api.Share: self._share}
+
+    def _share(self, command: Command, _: api.Share) -> None:
+        """Let the mount be mounted once more: that takes the connection's descriptor.  Raises PkernfsError."""
+        from pkernfs import api
+
+        if self.serving.has_ended():
+            raise RegionError("the mount has ended")
+        options = self.state.options._asdict()
+        command.answer(
+            api.Shared(device=self.state.device, region=self.state.region, options=options), [self.serving.device.fd]
+        )
+        command.done.set()
 
     def _begin_upgrade(self, command: Command, request: api.Upgrade) -> None:
         """Start a worker of another program.  Raises PkernfsError."""
@@ -363,7 +391,10 @@ class Keeper:
     def status(self) -> api.Status:
         """What `pkernfs status` shows."""
         memory, host_free = host.memory_of(self.serving.fds.region)
+        served = Served(self.state.device, self.state.commands_path)
         return self.state.status(
+            mounts=served.here(),
+            elsewhere=served.elsewhere(),
             standby=self.standby.pid,
             requests=requests(self.stats),
             failed_requests=self.stats[BUGS],

@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import Final
 
-from pkernfs.errors import RegionError
+from pkernfs.errors import RegionError, printable
 from pkernfs.options import MountOptions
 from pkernfs.server.resources import Attempt, reserve
 
@@ -21,6 +21,14 @@ PATIENCE: Final = 0.5  #: seconds that the journal may take for a line
 
 #: Of this process.  It logs nothing of itself.
 log_attempt = Attempt("log", "cannot be written", quiet=True)
+
+
+class Lines(logging.Formatter):
+    """Lines in which nothing is left that a terminal, or the log's encoding, takes for something else."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Names of files and of processes may stand there, which anybody chooses."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class LogFile(logging.Handler):
@@ -116,13 +124,13 @@ def start_logging(options: MountOptions, *, strict: bool = True) -> None:
         except OSError as error:
             if strict:
                 raise RegionError(f"{path}: cannot write the log: {error.strerror}") from None
-        handler.setFormatter(logging.Formatter("%(asctime)s pkernfs[%(process)d]: %(levelname)s: %(message)s"))
+        handler.setFormatter(Lines("%(asctime)s pkernfs[%(process)d]: %(levelname)s: %(message)s"))
     elif os.path.exists("/dev/log") and not options.foreground:
         handler = _journal(strict)
-        handler.setFormatter(logging.Formatter("pkernfs[%(process)d]: %(levelname)s: %(message)s"))
+        handler.setFormatter(Lines("pkernfs[%(process)d]: %(levelname)s: %(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("pkernfs: %(levelname)s: %(message)s"))
+        handler.setFormatter(Lines("pkernfs: %(levelname)s: %(message)s"))
         if not options.foreground:
             # The terminal of a command that prints nothing when all is well, until that is let go of.
             handler.setLevel(logging.WARNING)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from contextlib import suppress
 
-from pkernfs.region.lock import shared_mappings
+from pkernfs.processes import NoProcError, shared_mappings
 
 # Numbers and constants of the mount API (asm-generic/unistd.h, linux/mount.h), the same on all machines that we know.
 FSOPEN, FSCONFIG, FSMOUNT = 430, 431, 432
@@ -46,10 +47,11 @@ def dirty_bytes(device: str) -> int | None:
             fd = os.open(f"bdi/{device}/stats", os.O_RDONLY | os.O_CLOEXEC, dir_fd=root)
         finally:
             os.close(root)
-        with open(fd, encoding="ascii") as lines:
-            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        with open(fd, "rb") as file:
+            text = file.read()
         # Not BdiDirtied: that counts what was ever dirtied (mm/backing-dev.c, bdi_debug_stats_show).
-        return sum(int(facts[name].split()[0]) for name in ("BdiReclaimable", "BdiWriteback")) * 1024
+        found = re.findall(rb"^(?:BdiReclaimable|BdiWriteback): +([0-9]+) kB$", text, re.MULTILINE)
+        return sum(map(int, found)) * 1024 if len(found) == 2 else None
     return None
 
 
@@ -60,7 +62,7 @@ def pinned_bytes(region_fd: int, worker: int) -> int | None:
     """
     try:
         ranges = sorted((first, end) for pid, first, end in shared_mappings(region_fd) if pid != worker)
-    except (OSError, MemoryError, ValueError):
+    except (NoProcError, OSError, MemoryError):
         return None
     total = reached = 0
     for first, end in ranges:

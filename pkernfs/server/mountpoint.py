@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
 import sys
 
 from pkernfs import client
-from pkernfs.errors import RegionBusyError, RegionError, file_type
+from pkernfs.errors import RegionBusyError, RegionError, file_type, printable
 from pkernfs.mountinfo import FSTYPE, mount_at
 from pkernfs.options import MountOptions
 from pkernfs.server.device import MS_FLAGS, mount2
+from pkernfs.server.umount import take_away
 
 MS_REMOUNT = 32
 
@@ -31,9 +31,15 @@ def check_mountpoint(path: str) -> str:
     except OSError as error:
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or mounted is None or mounted.fstype != FSTYPE:
             raise RegionError(f"{path}: cannot mount there: {error.strerror}", hint="mkdir makes it") from None
-        print(f"pkernfs: {path}: the server of an earlier mount is gone; taking that mount away", file=sys.stderr)
-        subprocess.run(["umount", "-i", "-l", real], check=False)
-        return check_mountpoint(path) if mount_at(real) != mounted else real
+        print(
+            f"pkernfs: {printable(path)}: the server of an earlier mount is gone; taking that mount away",
+            file=sys.stderr,
+        )
+        try:
+            take_away(mounted)
+        except OSError as failed:
+            raise RegionError(f"{path}: cannot take that mount away: {failed.strerror}") from None
+        return check_mountpoint(path)
     if not stat.S_ISDIR(mode):
         raise RegionError(f"{path}: expected a directory to mount on, found {file_type(mode)}")
     if mounted is not None and mounted.fstype == FSTYPE:

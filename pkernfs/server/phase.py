@@ -20,8 +20,9 @@ class Phase(enum.Enum):
                    TAKING_OVER: from these three and UNMOUNTING, when nobody serves any more
 
         UNMOUNTING --> ENDING --> ENDED      UNMOUNTING: from any but TAKING_OVER, at a signal; ENDING: the mount is
-                                             in use, or nobody serves; ENDED: also when others have unmounted,
-                                             from TAKING_OVER too
+              |                              in use, or nobody serves; ENDED: also when others have unmounted,
+              |                              from TAKING_OVER too
+              +-> SERVING                    when it lives on in other mount namespaces
         HANDED_OVER                          at a command, or at SIGTERM from systemd
     """
 
@@ -50,7 +51,7 @@ NEXT: dict[Phase, set[Phase]] = {
         *(Phase.SERVING, Phase.UPGRADING, Phase.UNMOUNTING),
         *(Phase.ENDING, Phase.ENDED, Phase.HANDED_OVER),
     },
-    Phase.UNMOUNTING: {Phase.TAKING_OVER, Phase.ENDING, Phase.ENDED},
+    Phase.UNMOUNTING: {Phase.SERVING, Phase.TAKING_OVER, Phase.ENDING, Phase.ENDED},
     Phase.ENDING: {Phase.ENDED},
     Phase.ENDED: set(),
     Phase.HANDED_OVER: set(),

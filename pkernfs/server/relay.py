@@ -10,6 +10,8 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
+from pkernfs.mountinfo import reached
+from pkernfs.processes import NoProcError
 from pkernfs.server.child import Child, Readable, WorkerGoneError, WorkerStuckError
 from pkernfs.server.device import BUFFER, REPLY, REQUEST, RESENT, WITHOUT_REPLY, Device, Request, patched_init
 from pkernfs.server.messages import Instruction
@@ -28,9 +30,9 @@ RequestSocket = tuple[socket.socket, socket.socket, int]  #: see request_socket
 PROVOKED = 5.0  #: seconds that a request of our own may take to come
 
 
-def _provoke(mountpoint: str) -> None:
-    with suppress(OSError):
-        os.statvfs(mountpoint)
+def _provoke(number: str) -> None:
+    with suppress(OSError, NoProcError), reached(number) as path:
+        os.statvfs(path)
 
 
 def _send(worker: Child, ours: socket.socket, raw: bytes) -> bool:
@@ -60,9 +62,9 @@ class Relay:
     costs two wake-ups for each request.
     """
 
-    def __init__(self, device: Device, mountpoint: str, init: bytes, patience: float, readable: Readable) -> None:
+    def __init__(self, device: Device, number: str, init: bytes, patience: float, readable: Readable) -> None:
         self.device = device
-        self.mountpoint = mountpoint
+        self.number = number  #: MAJOR:MINOR of the mount
         self.init = init
         self.patience = patience  #: seconds that a worker may take for a request
         self.readable = readable  #: how replies are waited for
@@ -98,7 +100,7 @@ class Relay:
         if not can_resend:
             # The number of any request tells which ones may be lost.
             with asking("a thread that provokes a request"):
-                threading.Thread(target=_provoke, args=[self.mountpoint], daemon=True).start()
+                threading.Thread(target=_provoke, args=[self.number], daemon=True).start()
         while device.readable(0 if can_resend else PROVOKED):
             raw = device.read()
             request = REQUEST.unpack(raw)

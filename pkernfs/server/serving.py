@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import socket
-import subprocess
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from pkernfs.errors import PkernfsError
 from pkernfs.mountinfo import mount_at
 from pkernfs.server.child import (
     START,
@@ -25,7 +25,7 @@ from pkernfs.server.child import (
     WorkerStuckError,
     request_socket,
 )
-from pkernfs.server.device import Device, mount_device, umount_command
+from pkernfs.server.device import Device, mount_device
 from pkernfs.server.messages import Instruction, Opened, Pulse, Ready
 from pkernfs.server.refusing import Refusing
 from pkernfs.server.relay import Relay, RequestSocket
@@ -33,7 +33,8 @@ from pkernfs.server.resources import REFUSALS, Attempt, ResourceError, asking, b
 from pkernfs.server.signals import EndWantedError
 from pkernfs.server.state import FD_NAMES, Descriptors, State
 from pkernfs.server.systemd import service
-from pkernfs.sockets import listen, remove, remove_stale, runtime_dir
+from pkernfs.server.umount import umount
+from pkernfs.sockets import KEEPER, WORKER, listen, region_key, remove, remove_stale, runtime_dir
 
 if TYPE_CHECKING:
     from pkernfs.server.commands import Command
@@ -72,7 +73,7 @@ class Serving:
 
     def _connect(self, device: Device) -> None:
         self.device = device
-        self._relay = Relay(device, self.state.mountpoint, self.state.init, self.state.options.hang, self._readable)
+        self._relay = Relay(device, self.state.device, self.state.init, self.state.options.hang, self._readable)
 
     # -- the first worker -----------------------------------------------------------------------------------------
 
@@ -84,9 +85,9 @@ class Serving:
         try:
             opened = self.open(worker, first=True)
             device = mount_device(state.region, state.mountpoint, state.options)
-            state.init = device.read()
             mounted = mount_at(state.mountpoint)
             state.device = mounted.device if mounted else ""
+            state.init = device.read()
             self._listen(device)
             self._connect(device)
             self._hand_over(worker, request_socket(), takeover=False)
@@ -104,8 +105,9 @@ class Serving:
         state = self.state
         folder = runtime_dir()
         remove_stale(folder)
-        name = os.path.join(folder, f"{state.device}-{os.urandom(4).hex()}")
-        state.control_path, state.commands_path = f"{name}.worker.sock", f"{name}.keeper.sock"
+        key = region_key(os.fstat(self.fds.region))
+        name = os.path.join(folder, f"{state.device}-{key}-{os.urandom(4).hex()}")
+        state.control_path, state.commands_path = name + WORKER, name + KEEPER
         control, commands = listen(state.control_path), listen(state.commands_path)
         self.fds = self.fds._replace(control=control.detach(), commands=commands.detach(), device=device.fd)
 
@@ -247,17 +249,17 @@ class Serving:
         return self.device.has_ended()
 
     def umount_lazily(self) -> None:
-        """Take the mount out of the tree, whoever uses it."""
+        """Take the mount out of the tree, whoever uses it; but not what others have mounted on it."""
         for failures in range(UMOUNT_TRIES):
             time.sleep(backoff(failures))
             try:
-                reserve().ask(self._umount_lazily)
-                return
+                reserve().ask(lambda: umount(self.state.device, self.state.region, lazy=True))
+                break
+            except PkernfsError as error:
+                log.warning("%s: the mount is left there, and nobody serves it: %s", self.state.mountpoint, error)
+                break
             except REFUSALS as error:
                 log.error("%s: cannot unmount: %s", self.state.mountpoint, error)
-
-    def _umount_lazily(self) -> None:
-        subprocess.run(umount_command(self.state.mountpoint, lazy=True), stderr=subprocess.DEVNULL, check=False)
 
     def remove_sockets(self) -> None:
         """Nobody finds the mount any more."""

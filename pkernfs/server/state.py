@@ -14,7 +14,11 @@ from pkernfs.server.messages import StateFacts
 from pkernfs.server.resources import Trouble
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pkernfs import api
+    from pkernfs.mountinfo import Mount
+    from pkernfs.processes import Holder
 
 
 class Descriptors(NamedTuple):
@@ -71,9 +75,15 @@ class State:
         facts["commands_path"] = facts.pop("orders_path")
         return cls(**facts)
 
+    def _place(self, mountpoints: list[str]) -> str:
+        """Where it is mounted: on the directory of the beginning, or where it was moved since."""
+        return self.mountpoint if self.mountpoint in mountpoints or not mountpoints else mountpoints[0]
+
     def status(
         self,
         *,
+        mounts: Sequence[Mount],
+        elsewhere: Sequence[Holder],
         standby: int,
         requests: dict[str, int],
         failed_requests: int,
@@ -90,7 +100,9 @@ class State:
 
         now = time.time()
         return api.Status(
-            mountpoint=self.mountpoint,
+            mountpoint=self._place([mount.mountpoint for mount in mounts if mount.root == "/"]),
+            mountpoints=[mount.mountpoint for mount in mounts],
+            elsewhere=[str(holder) for holder in elsewhere],
             region=self.region,
             device=self.device,
             readonly=self.options.readonly,

@@ -10,11 +10,14 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 
+from pkernfs.errors import PkernfsError
 from pkernfs.server.child import Child, receive
-from pkernfs.server.device import Device
+from pkernfs.server.device import Device, mount_again
 from pkernfs.server.keeper import Keeper
 from pkernfs.server.logs import start_logging
+from pkernfs.server.mountpoint import check_mountpoint
 from pkernfs.server.resources import reserve
 from pkernfs.server.state import FD_NAMES, STORED, Descriptors, State
 from pkernfs.server.systemd import service, stored
@@ -53,7 +56,7 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
     if set(FD_NAMES) <= fds.keys() and "state" in fds:
         with open(fds.pop("state"), encoding="utf-8") as file:
             state = State.from_json(json.load(file))
-    if state is None or Device(fds["device"]).has_ended() or (state.region, state.mountpoint) != (region, mountpoint):
+    if state is None or Device(fds["device"]).has_ended() or state.region != region:
         # Nothing is left of it: the region's lock for one must not be held any more, or mounting anew would fail.
         service().discard(STORED)
         for fd in fds.values():
@@ -63,6 +66,10 @@ def resumed(region: str, mountpoint: str) -> Keeper | None:
     if connection < 0:  # it has ended: systemd has closed the socket
         connection = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)[0].detach()
     start_logging(state.options, strict=False)
+    if state.mountpoint != mountpoint:  # the unit has another one by now; it may be in use where it is, and stays there
+        with suppress(PkernfsError, OSError):
+            mount_again(region, check_mountpoint(mountpoint), state.options, fds["device"])
+            state.mountpoint = mountpoint
     return adopt(state, [*(fds[name] for name in FD_NAMES), connection])
 
 

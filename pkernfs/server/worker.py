@@ -34,7 +34,9 @@ from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.lookups import Lookups
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.iommu.restore import restore
+from pkernfs.mountinfo import reached
 from pkernfs.options import MountOptions
+from pkernfs.processes import NoProcError
 from pkernfs.region import Region, copies_of, open_region, read_superblock
 from pkernfs.server import loop
 from pkernfs.server.bdi import tune
@@ -235,7 +237,7 @@ class Worker:
 
         def wait_and_tune() -> str:
             os.stat(state.mountpoint)  # waits for the kernel's INIT, which sets the limits that are tuned next
-            return tune(state.mountpoint) if state.options.tune else ""
+            return tune(state.device) if state.options.tune else ""
 
         await self.tell(Ready(ready=os.getpid(), warning=await in_thread(wait_and_tune)))
 
@@ -296,7 +298,7 @@ class Worker:
                 scope.cancel()
             case "end":
                 with suppress(OSError):  # what cannot be written back now will not be
-                    await in_thread(pyfuse3.syncfs, self.state.mountpoint)
+                    await in_thread(self.write_back)
                 pyfuse3.terminate()
 
     def count_awaiting(self, counters: memoryview) -> None:
@@ -306,6 +308,17 @@ class Worker:
             self.counted = sequence
             with suppress(PkernfsError):
                 counters[AWAITING] = self.fs.guard.kept_bytes()
+
+    def write_back(self) -> None:
+        """Let the kernel hand over what is dirty in its page cache; in a thread, as this process must take it."""
+        with suppress(OSError, NoProcError):
+            with reached(self.state.device) as path:
+                pyfuse3.syncfs(path)
+            return
+        # Other mounts hide all of it: inode by inode.  A page that is invalidated is written first.
+        for ino in self.fs.lookups.referenced(self.fds[1]):
+            with suppress(OSError):
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(ino))
 
     async def start_keeper(self) -> None:
         """Start another keeper, and give it the state of the mount and its descriptors.

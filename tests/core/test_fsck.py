@@ -251,7 +251,7 @@ def test_a_region_in_use(made: str, hold: Callable[..., subprocess.Popen[str]], 
         assert main([*options, made]) == 8
         out, err = capsys.readouterr()
         assert out == ""
-        assert f"the region is in use by process {process.pid} (" in err
+        assert f"the region is in use by process {process.pid}, " in err
         assert err.endswith(": unmount it, or look only with -n\n")
         assert err.count("\n") == 1
     assert main(["-n", made]) == 0

@@ -18,13 +18,13 @@ from pkernfs.format import BLOCK, MAGIC, PAGE, SUPERBLOCK, Superblock
 from pkernfs.fs.attributes import SetAttr
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu.guard import open_filesystem
+from pkernfs.processes import lock_holder
 from pkernfs.region import (
     DaxRegion,
     FileRegion,
     MemoryRegion,
     RecordingRegion,
     copies_of,
-    lock_holder,
     open_region,
     read_superblock,
     superblock,
@@ -77,7 +77,7 @@ def test_the_lock_names_its_holder(made: str, hold: Callable[..., subprocess.Pop
     assert (found.pid, found.command.split()[0]) == (holder.pid, os.path.basename(sys.executable))
     before = digest(made)
     for readonly in (False, True):
-        with pytest.raises(RegionBusyError, match=rf"in use by process {holder.pid} \(python") as caught:
+        with pytest.raises(RegionBusyError, match=rf"in use by process {holder.pid}, python") as caught:
             open_region(made, readonly=readonly)
         assert one_line(caught.value)
         assert caught.value.errno == errno.EBUSY

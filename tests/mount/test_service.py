@@ -174,3 +174,26 @@ def test_stop_while_in_use(systemd: Systemd) -> None:
     systemd.systemctl("start")
     assert (mnt / "f").read_bytes() == b"content"
     systemd.systemctl("stop")
+
+
+def test_a_unit_that_has_another_directory_by_now(systemd: Systemd) -> None:
+    """A restart keeps the mount where it is in use, and mounts it on the new directory too."""
+    site = systemd.site
+    systemd.systemctl("start")
+    mnt = Path(f"{systemd.root}{site.mnt}")
+    other = site.tmp / "other"
+    other.mkdir()
+    unit = systemd.root / "run/systemd/system/pkernfs.service"
+    with (mnt / "f").open("wb", buffering=0) as file:
+        before = systemd.status()
+        unit.write_text(re.sub(rf"(ExecStart=.*) {site.mnt} ", rf"\1 {other} ", unit.read_text()))
+        systemd.systemctl("daemon-reload")
+        systemd.systemctl("restart")
+        file.write(b"content")
+        after = systemd.status()
+    assert (after["worker"], after["mountpoints"]) == (before["worker"], [str(site.mnt), str(other)])
+    assert after["keeper"] != before["keeper"]
+    assert Path(f"{systemd.root}{other}/f").read_bytes() == b"content"
+    assert systemd.run("umount", other).returncode == 0
+    systemd.systemctl("stop")
+    assert not mnt.joinpath("f").exists()

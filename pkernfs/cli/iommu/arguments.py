@@ -44,10 +44,10 @@ def device(word: str) -> str:
 
 def existing(word: str, what: str, hint: str = "") -> str:
     """The real path that ``word`` names.  Raises UsageError outside a mount, PkernfsError when there is nothing."""
-    from pkernfs.client import mount_of
+    from pkernfs.client import device_of
 
     path = os.path.realpath(word)
-    if mount_of(path) is None:
+    if not device_of(path):
         raise UsageError(f"{word}: expected {what} in a pkernfs mount", hint="mount -t pkernfs REGION DIR makes one")
     try:
         os.stat(path)

@@ -7,7 +7,8 @@ import argparse
 from pkernfs.cli.iommu.arguments import add_domain, device, domain, existing
 from pkernfs.cli.iommu.replies import reminder
 from pkernfs.cli.parsers import Verb, add_json, add_mount
-from pkernfs.cli.text import printable, show
+from pkernfs.cli.text import show
+from pkernfs.errors import printable
 
 ATTACH = """\
 Let a device do DMA through a domain: its context entry (AMD: device table entry) points to the domain's tables.

@@ -8,8 +8,8 @@ import os
 from pkernfs.cli.iommu.arguments import DOMAIN, FORMATS, UNITS, add_domain, domain, existing
 from pkernfs.cli.iommu.replies import about, reminder
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import plural, printable, show
-from pkernfs.errors import UsageError
+from pkernfs.cli.text import plural, show
+from pkernfs.errors import UsageError, printable
 
 LEAVES = {"4K": 1, "2M": 2, "1G": 3}
 

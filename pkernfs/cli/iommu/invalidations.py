@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pkernfs.cli.iommu.arguments import UNITS, existing
 from pkernfs.cli.iommu.replies import INVALIDATIONS
 from pkernfs.cli.parsers import Verb, add_json, add_mount
-from pkernfs.cli.text import human, plural, printable, show, span
-from pkernfs.errors import quoted
+from pkernfs.cli.text import human, plural, show, span
+from pkernfs.errors import printable, quoted
 from pkernfs.format import PAGE
 from pkernfs.iommu import pci
 

@@ -9,8 +9,8 @@ import os
 from pkernfs.cli.iommu.arguments import UNITS, add_domain, address, domain
 from pkernfs.cli.iommu.replies import reminder
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, printable, show, span
-from pkernfs.errors import FsError, UsageError
+from pkernfs.cli.text import human, show, span
+from pkernfs.errors import FsError, UsageError, printable
 
 MAP = """\
 Let devices that are attached to the domain reach a file's memory at an IOVA.  While it is mapped, that memory does not

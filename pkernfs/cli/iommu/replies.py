@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pkernfs.cli.iommu.arguments import FORMATS
-from pkernfs.cli.text import human, printable
+from pkernfs.cli.text import human
+from pkernfs.errors import printable
 
 if TYPE_CHECKING:
     from pkernfs import api

@@ -10,7 +10,8 @@ from pkernfs.cli.iommu.arguments import FORMATS, MOUNT_OR_REGION, UNITS, segment
 from pkernfs.cli.iommu.replies import about, reminder
 from pkernfs.cli.iommu.source import file_name, source
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, plural, printable, show, table
+from pkernfs.cli.text import human, plural, show, table
+from pkernfs.errors import printable
 
 if TYPE_CHECKING:
     from pkernfs import api

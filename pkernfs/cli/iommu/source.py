@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pkernfs.cli.arguments import region_and_path
 from pkernfs.cli.iommu.arguments import existing
-from pkernfs.cli.text import printable
-from pkernfs.errors import UsageError
+from pkernfs.errors import UsageError, printable
 from pkernfs.format import Ino, Iova
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def source(word: str, *, domain: bool = False) -> Source:
     Raises UsageError, PkernfsError.
     """
     from pkernfs.client import mount_of
-    from pkernfs.mountinfo import mountpoints_of
+    from pkernfs.served import served
 
     what = "a domain" if domain else "a path"
     if mount_of(word) is not None:
@@ -127,12 +126,12 @@ def source(word: str, *, domain: bool = False) -> Source:
     region, path = region_and_path(word)
     if bool(path) != domain:
         raise UsageError(f"{word}: expected {'REGION:/iommu/NAME' if domain else 'MOUNT or REGION'}")
-    for mountpoint in reversed(mountpoints_of(os.path.realpath(region))):
-        try:
-            os.statvfs(mountpoint)  # not stat: the kernel may know the answer to that
-        except OSError:
-            continue  # its servers were killed: nobody changes the region
-        return source(os.path.join(mountpoint, path.lstrip("/")), domain=domain)
+    keeper = served(os.path.realpath(region))
+    for mount in keeper.here() if keeper else ():
+        if mount.root == "/":
+            return source(os.path.join(mount.mountpoint, path.lstrip("/")), domain=domain)
+    if keeper and not domain:
+        return Source(os.path.realpath(region))  # it is mounted in other mount namespaces only
     return Offline(region, path)
 
 

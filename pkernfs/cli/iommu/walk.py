@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from pkernfs.cli.iommu.arguments import UNITS, address, device
 from pkernfs.cli.iommu.source import file_name, source
 from pkernfs.cli.parsers import Verb, add_json
-from pkernfs.cli.text import human, printable, show, table
-from pkernfs.errors import UsageError
+from pkernfs.cli.text import human, show, table
+from pkernfs.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from pkernfs import api

@@ -14,7 +14,8 @@ from pkernfs.cli.iommu.picture.canvas import Canvas
 from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import GREY, Band, Block, Memory, Space, short
 from pkernfs.cli.iommu.replies import about
-from pkernfs.cli.text import human, plural, printable, span
+from pkernfs.cli.text import human, plural, span
+from pkernfs.errors import printable
 from pkernfs.format import PAGE
 
 WIDTH = 1180

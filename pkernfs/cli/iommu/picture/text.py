@@ -8,7 +8,8 @@ from typing import NamedTuple
 from pkernfs.cli.iommu.picture.merge import OTHERS
 from pkernfs.cli.iommu.picture.space import Block, Space, short
 from pkernfs.cli.iommu.replies import about
-from pkernfs.cli.text import human, plural, printable
+from pkernfs.cli.text import human, plural
+from pkernfs.errors import printable
 from pkernfs.format import PAGE, Ino
 
 WIDTH = 16  #: of a block, in characters
