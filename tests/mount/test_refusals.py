@@ -65,9 +65,7 @@ TABLE = (
     Row("keeper", "sendmsg,sendto", "ENOBUFS ENOMEM ETOOMANYREFS", "kill worker once", "worker: takeover failed"),
     Row("keeper", "recvmsg,recvfrom", "ENOMEM", "kill worker once"),
     Row("keeper", "openat", "EMFILE ENFILE ENOMEM", "kill worker"),
-    Row(
-        "keeper threads", "accept,accept4", "EMFILE ENFILE ENOMEM ENOBUFS EPERM", "ask once", "commands: cannot be ans"
-    ),
+    Row("keeper threads", "accept,accept4", "EMFILE ENFILE ENOMEM ENOBUFS EPERM", "ask once", "commands: cannot be "),
     Row("keeper threads", PROCESS, "EAGAIN", "ask", "commands: cannot be answered: a thread: "),
     Row("keeper threads", "openat,open,getdents64", "EMFILE ENFILE ENOMEM", "ask"),
     Row("worker", "accept,accept4", "EMFILE ENFILE ENOMEM ENOBUFS EPERM", "ask once", "socket: cannot be answered"),
