@@ -9,6 +9,7 @@ blocks, and of 4 KiB pages.
                             up to first_block
     first_block             blocks for everybody: data blocks, and slabs (blocks cut into 4 KiB pages)
     last page               with RO_COMPAT_FAR_COPY: one more copy of the superblock, in a slab that mkfs makes
+                            (the page is of kind PAGE_FAR_COPY)
 
 Block table.  The kind of block b is byte b % TABLE_FANOUT of table page b // TABLE_FANOUT (after the page header).
 

@@ -166,7 +166,7 @@ SUPERBLOCKS: dict[str, tuple[str, Callable[[Superblock], bytes]]] = {
     "checksum": ("superblock checksum: expected 0x[0-9a-f]{8}, found 0x00000005", as_it_is(checksum=5)),
     "any-bit": ("superblock checksum", lambda sb: SUPERBLOCK.pack(sb)[:100] + b"!" + SUPERBLOCK.pack(sb)[101:]),
     "incompatible-feature": ("unknown incompatible features 0x8", with_checksum(incompat=8)),
-    "read-only-feature": ("features 0x4 allow reading only", with_checksum(ro_compat=4)),
+    "read-only-feature": ("features 0x40 allow reading only", with_checksum(ro_compat=0x40)),
     "block-size": (
         "expected blocks/pages/inodes of 2097152/4096/256 bytes, found 4096/4096/256",
         with_checksum(block_size=4096),
@@ -196,7 +196,7 @@ def test_superblocks_that_are_refused(made: str, what: str, raw: Callable[[Super
 
 def test_a_read_only_feature_can_be_read(made: str) -> None:
     with open_region(made) as region:
-        region.store(0, with_checksum(ro_compat=4, compat=2)(read_superblock(region)))
+        region.store(0, with_checksum(ro_compat=0x40, compat=2)(read_superblock(region)))
     with open_region(made, readonly=True) as region:
         assert open_filesystem(region).resolve(b"f")
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from pkernfs import client
 from pkernfs.errors import FsError
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu.guard import open_filesystem
@@ -192,6 +193,27 @@ def test_a_copy_for_which_there_is_too_little(unmounted: Site) -> None:
         with (site.mnt / "zeros").open("r+b", buffering=0) as file:
             assert file.write(b"z" * MiB) == MiB
         assert site.region == region
+
+
+def test_memory_that_is_taken_away_below_a_mount(unmounted: Site) -> None:
+    """One worker dies of it (SIGBUS); the next one asks for each page, and the request that comes again is ENOSPC."""
+    site = unmounted
+    site.expected = re.compile("takes over|stores into files may fail with ENOSPC")
+    with small_host(site, "24M"):
+        site.mount()
+        path, host = site.mnt / "f", site.region.parent
+        path.write_bytes(b"f" * (4 * MiB))
+        (extent,) = client.file(str(path)).extents
+        with site.region.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory.madvise(mmap.MADV_REMOVE, extent.region_offset, 4 * MiB)
+        fill(host)
+        with path.open("r+b", buffering=0) as file:
+            for _ in range(5):
+                assert errno_of(os.pwrite, file.fileno(), b"z" * PAGE, MiB) == errno.ENOSPC
+        assert (site.status()["takeovers"], site.status()["last_reason"]) == (1, "signal SIGBUS")
+        (host / "filler").unlink()
+        path.write_bytes(b"z" * (4 * MiB))
+        assert site.status()["takeovers"] == 1
 
 
 # -- a region that cannot be used -------------------------------------------------------------------------------------

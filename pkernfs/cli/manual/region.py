@@ -16,6 +16,7 @@ from pkernfs.cli.manual.commands import tidy, written
 from pkernfs.layout import Layout
 
 NUMBERS = (
+    ("Features that allow reading only where they are not known", format.RO_COMPAT_NAMES),
     ("Kinds of blocks", format.BLOCK_KINDS),
     ("Kinds of pages", format.PAGE_KINDS),
     ("Flags of inodes", format.FLAG_NAMES),
