@@ -204,7 +204,7 @@ def test_memory_that_is_taken_away_below_a_mount(unmounted: Site) -> None:
         path, host = site.mnt / "f", site.region.parent
         path.write_bytes(b"f" * (4 * MiB))
         (extent,) = client.file(str(path)).extents
-        with site.region.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        with site.region.open("r+b", buffering=0) as file, mmap.mmap(file.fileno(), 0) as memory:
             memory.madvise(mmap.MADV_REMOVE, extent.region_offset, 4 * MiB)
         fill(host)
         with path.open("r+b", buffering=0) as file:
