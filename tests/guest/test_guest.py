@@ -8,6 +8,7 @@ import pytest
 from live_update import MODES, LiveUpdate, Report
 from mounted import Mounted
 
+from pkernfs import client
 from pkernfs.qemu.console import parse
 
 pytestmark = [pytest.mark.guest, pytest.mark.mount, pytest.mark.timeout(600)]
@@ -18,7 +19,9 @@ RESTARTS = 5
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting without fusermount3 needs root")
 @pytest.mark.parametrize("mode", MODES)
-def test_guest_goes_on_through_five_restarts(mode: str, images: Path, tmp_path: Path) -> None:
+def test_guest_goes_on_through_five_restarts(
+    mode: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     region = Path(f"/dev/shm/pkernfs-test-guest-{os.getpid()}-{mode}")
     mounted = Mounted(region, tmp_path / "mnt", tmp_path / "log")
     with contextlib.ExitStack() as stack:
@@ -28,8 +31,19 @@ def test_guest_goes_on_through_five_restarts(mode: str, images: Path, tmp_path: 
         update = LiveUpdate(mounted, mode, 256 * MIB, images, Report())
         stack.callback(update.close)
         update.boot()
+        quit_guest = update.guest.quit
+
+        def quit_and_try_to_remove() -> None:
+            """A saved guest, which nobody maps, is not removed by mistake."""
+            quit_guest()
+            for path in (update.ram, update.state):
+                with pytest.raises(PermissionError):
+                    path.unlink()
+
+        monkeypatch.setattr(update.guest, "quit", quit_and_try_to_remove)
         for _ in range(RESTARTS):
             update.restart()
+        assert [client.file(str(path)).held for path in (update.ram, update.state)] == [None, None]
 
         # restart() has checked each step; this is the guest's own account of all of it.
         beats = list(parse(update.guest.console.text()))

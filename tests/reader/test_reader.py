@@ -328,6 +328,23 @@ def test_the_trees_are_deep_enough_to_tell(tree: dict[bytes, Entry], reader: Rea
     assert [len(tree[b"/pieces-%d" % count].extents) for count in range(1, 7)] == list(range(1, 7))
 
 
+def test_held_files() -> None:
+    """Why and since when; the feature is that of the region, and the record is none of the file's attributes."""
+    twin = Twin(16 * MiB)
+    twin.add(b"/ram", content=noise(5000))
+    twin.setxattr(b"/ram", b"user.x", b"y")
+    before = Reader(twin.region.view)
+    assert (before.tree()[b"/ram"].held, before.ro_compat & 4) == (None, 0)
+    twin.fs.holds.hold(twin.files[b"/ram"].ino, "g1 is saved")
+    reader = Reader(twin.region.view)
+    found = reader.tree()
+    assert found[b"/ram"].held == (found[b"/ram"].ctime, "g1 is saved")
+    assert found[b"/ram"].xattrs == {b"user.x": b"y"}
+    assert [path for path, entry in found.items() if entry.held] == [b"/ram"]
+    twin.fs.holds.release(twin.files[b"/ram"].ino)
+    assert Reader(twin.region.view).tree()[b"/ram"].held is None
+
+
 def test_orphans(twin: Twin, reader: Reader) -> None:
     found = reader.orphans()
     assert found.keys() == twin.orphans.keys() == set(twin.fs.orphans.inos())
