@@ -155,6 +155,19 @@ def test_a_device_without_sysfs(host: Host, made: dict[str, Device]) -> None:
     )
 
 
+def test_a_device_whose_address_is_hidden(host: Host, made: dict[str, Device]) -> None:
+    """As from who is not root: said, since page tables that are made with 0 are wrong."""
+    path = made["soft"].path
+    address = f"/sys/bus/dax/devices/{path.removeprefix('/dev/')}/resource"
+    host.run("mount", "--bind", "/dev/null", address)
+    try:
+        result = host.try_run("mkfs.pkernfs", "--force", path)
+    finally:
+        host.run("umount", address)
+    assert result.returncode == 0
+    assert f"{path}: the kernel hides its physical address: 0 is taken" in result.line
+
+
 @pytest.fixture(scope="module")
 def mounted(host: Host, made: dict[str, Device]) -> Device:
     """The pmem device, mounted, with some files; its workers do what /tmp/strike says."""
