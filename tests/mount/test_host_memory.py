@@ -23,6 +23,7 @@ import pytest
 
 from pkernfs import client
 from pkernfs.errors import FsError
+from pkernfs.fs import memory as memory_module
 from pkernfs.fs.mkfs import mkfs
 from pkernfs.iommu.guard import open_filesystem
 from pkernfs.region import FileRegion, Region, open_region
@@ -395,6 +396,25 @@ def test_what_was_cut_is_an_error(host: Path) -> None:
                 call()
             assert caught.value.errno == errno.EIO
         assert path.stat().st_size == 10 * MiB
+
+
+@pytest.mark.parametrize("most", [0, MiB * 1024])
+def test_where_much_is_missing_pages_get_memory_one_by_one(
+    host: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Opening takes no longer for a guest that has given its memory back."""
+    path = region_with(host)
+    with open_region(str(path)) as region:
+        at = open_filesystem(region).content.extents(open_filesystem(region).resolve(b"f"))[0].page * PAGE
+        region.discard(at, 4 * MiB)
+    before = path.stat().st_blocks * 512
+    monkeypatch.setattr(memory_module, "MOST", most)
+    with open_region(str(path)) as region:
+        fs = open_filesystem(region)
+        assert region.whole == bool(most)
+        assert path.stat().st_blocks * 512 - before == (4 * MiB if most else 0)
+        fs.write(fs.resolve(b"f"), MiB, b"x")
+        assert path.stat().st_blocks * 512 - before >= PAGE
 
 
 def test_holes_on_a_full_host(host: Path) -> None:
