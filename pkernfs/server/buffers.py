@@ -13,10 +13,12 @@ from typing import Final
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  #: malloc.h
 RESIDENT: Final = 4 << 20  #: bytes: the largest request, for libfuse, once more for Python, and what else comes between
+#: Bytes in a keeper, which has no libfuse, and hands on one request at a time.
+RELAYED: Final = 2 << 20
 
 
-def keep_resident() -> None:
-    """Let the next RESIDENT bytes that malloc gives out be in memory, and keep what is freed for the next ones.
+def keep_resident(size: int = RESIDENT) -> None:
+    """Let the next ``size`` bytes that malloc gives out be in memory, and keep what is freed for the next ones.
 
     Where the allocator is not glibc's, nothing but a kill in that moment is worse.
     """
@@ -26,8 +28,8 @@ def keep_resident() -> None:
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.mallopt(M_MMAP_THRESHOLD, 2 * RESIDENT)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * RESIDENT)
-    if memory := libc.malloc(RESIDENT):
-        ctypes.memset(memory, 0, RESIDENT)
+    libc.mallopt(M_MMAP_THRESHOLD, 2 * size)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+    if memory := libc.malloc(size):
+        ctypes.memset(memory, 0, size)
         libc.free(memory)

@@ -15,16 +15,17 @@ from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from pkernfs.errors import PkernfsError
-from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse, Ready, Up
+from pkernfs.server.messages import Checked, Failure, Forked, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.server.resources import GONE, POLL_AGAIN, asking, readable, refusal, reserve
 from pkernfs.sockets import receive_fds
 
-Answer = TypeVar("Answer", Up, Checked, Opened, Ready, Pulse)
+Answer = TypeVar("Answer", Up, Forked, Checked, Opened, Ready, Pulse)
 
 PROTOCOL = 1  #: version of the messages between a keeper and its workers
 MESSAGE_MAX = 1 << 16
 FDS_MAX = 16
 START: Final = 60.0  #: seconds that a worker may take to import everything
+FORK: Final = 3.0  #: seconds that a worker may take to become two
 END: Final = 10.0  #: seconds that it may take to end when its socket is closed
 SO_SNDBUFFORCE = 32  #: asm-generic/socket.h; the socket module has no name for it
 
@@ -78,45 +79,75 @@ def receive(connection: socket.socket, *, wait: bool = True) -> tuple[Any, list[
     return json.loads(data) if data else None, fds
 
 
+class Process:
+    """What Child uses of Popen, of a process of ours that another one has made (sibling.py)."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def wait(self) -> int:
+        """Its exit code, as Popen has it."""
+        if self.returncode is None:
+            try:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            except ChildProcessError:
+                self.returncode = 255  # its maker had another parent than us
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it was waited for."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
 class Child:
     """A worker process: it imports everything, sends {"up": ...} and waits.
 
     Signals go through a pidfd: the process id of one that has ended may be another's by then, and a keeper that was
     handed the mount is not its parent.
 
-    ``command``: its program; or, of one that another keeper has started, ``connection`` and ``pid``.  ``readable``: how
-    its answers are waited for.  Raises ResourceError when the host refuses a process.
+    ``command``: its program; or ``template``: a worker that is up, from which it is forked; or, of one that another
+    keeper has started, ``connection`` and ``pid``.  ``prints``: where its maker prints; else nowhere, as its maker from
+    then on.  ``readable``: how its answers are waited for.  Raises ResourceError
+    when the host refuses a process, PkernfsError of the template.
     """
 
     def __init__(
         self,
         command: Sequence[str] = (),
         *,
+        template: Child | None = None,
+        prints: bool = False,
         connection: socket.socket | None = None,
         pid: int = 0,
         readable: Readable = readable,
     ) -> None:
         self.facts: Up | None = None  #: what it said of itself; None: nothing yet
         self.told = False  #: whether it was told something: it is as good as new otherwise
-        self.command = command
+        self.command: Sequence[str] = template.command if template is not None else command
         self.started = time.monotonic()
         self.readable = readable  #: how its answers are waited for
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Process | None = None
         self._pidfd = -1
         self._ended = False
         if connection is not None:
             self.socket, self.pid = connection, pid
         else:
             with asking("a process for a worker"):
-                self.socket, self._process = reserve().ask(self._start)
+                self.socket, self._process = reserve().ask(lambda: self._start(template, prints))
             self.pid = self._process.pid
         self._open_pidfd()
 
-    def _start(self) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        """Start the program.  Raises what resources.REFUSALS has."""
+    def _start(self, template: Child | None, prints: bool) -> tuple[socket.socket, subprocess.Popen[bytes] | Process]:
+        """Start the program, or let the template fork.  Raises what resources.REFUSALS has, PkernfsError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
+                if template is not None:
+                    template.send({"verb": "fork", "prints": prints}, [theirs.fileno()])
+                    return ours, Process(template.receive(Forked, FORK)["forked"])
                 return ours, subprocess.Popen(
                     [*self.command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/"
                 )

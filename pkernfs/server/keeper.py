@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pkernfs.errors import PkernfsError, RegionError
 from pkernfs.region import host
 from pkernfs.served import Served, still_mounted
-from pkernfs.server.buffers import keep_resident
+from pkernfs.server.buffers import RELAYED, keep_resident
 from pkernfs.server.child import Child, WorkerError, WorkerGoneError, WorkerStuckError
 from pkernfs.server.exporter import Exporter
 from pkernfs.server.heartbeat import BEAT, Heartbeat, kill_stuck
@@ -61,7 +61,7 @@ class Keeper:
             worker.readable = self.wakeup.readable
         self.serving = Serving(state, fds, worker, self.wakeup.readable)
         self.life = Life(state.mountpoint, Phase.SERVING if worker is not None else Phase.STARTING)
-        self.standby = Standby(self.wakeup.readable)
+        self.standby = Standby(self.wakeup.readable, foreground=state.options.foreground)
         self.upgrade: Upgrade | None = None  #: in UPGRADING, PROBATION, and a TAKING_OVER that goes back to the former
         self.umount: Unmounting | None = None  #: in UNMOUNTING, and a TAKING_OVER that goes back there
         self.stats = map_stats(fds.stats)
@@ -80,8 +80,9 @@ class Keeper:
     def start(self) -> Started:
         """Mount; what the first worker tells when the mount is usable.  Raises PkernfsError."""
         try:
-            started = self.serving.start()
+            started = self.serving.start(self.standby.first(self.state.command))
         except BaseException:
+            self.standby.kill()
             self.life.enter(Phase.ENDED)
             raise
         self.life.enter(Phase.SERVING)
@@ -92,7 +93,7 @@ class Keeper:
 
     def keep(self) -> None:
         """See to it that somebody serves, until the mount ends, or another keeper has taken over."""
-        keep_resident()
+        keep_resident(RELAYED)
         self._ensure_commands()
         self.serving.publish_state()
         with self._enduring():

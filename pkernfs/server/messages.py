@@ -1,6 +1,7 @@
 """What a keeper and its workers tell each other: each message is one JSON object, with descriptors.
 
     up        from the worker, when it has imported everything
+    fork      with the other's socket: become two, of which one serves the other socket    forked
     check     with the region: can this version read it?                                    {"checked": true}
     open      with the region, the references, the counters                                 opened
     serve     with /dev/fuse, the socket that stands in for it, and the listening sockets
@@ -32,15 +33,23 @@ class Up(TypedDict):
     version: str
     protocol: int
     stacks: int  #: a descriptor of its own, to which it writes its stacks when asked for them
+    forks: NotRequired[bool]  #: it knows the message; not before 0.3.0
 
 
 class Instruction(TypedDict):
     """What a worker is told."""
 
-    verb: Literal["check", "open", "serve", "know", "beat", "drain", "end"]
+    verb: Literal["fork", "check", "open", "serve", "know", "beat", "drain", "end"]
+    prints: NotRequired[bool]  #: with fork: where the other can print, which nobody of the two can else
     state: NotRequired[StateFacts]  #: with check, open, serve, know
     first: NotRequired[bool]  #: with open: nobody has served the mount before
     revive: NotRequired[bool]  #: with serve: start another keeper when this one is gone
+
+
+class Forked(TypedDict):
+    """The answer to fork."""
+
+    forked: int  #: process id
 
 
 class Checked(TypedDict):

@@ -77,10 +77,9 @@ class Serving:
 
     # -- the first worker -----------------------------------------------------------------------------------------
 
-    def start(self) -> Started:
+    def start(self, worker: Child) -> Started:
         """Open, mount, let the first worker serve.  Raises PkernfsError, and nothing is left of the mount then."""
         state = self.state
-        worker = Child(state.command, readable=self._readable)
         device: Device | None = None
         try:
             opened = self.open(worker, first=True)

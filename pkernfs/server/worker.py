@@ -44,10 +44,11 @@ from pkernfs.server.buffers import keep_resident
 from pkernfs.server.child import PROTOCOL, python_command, receive, send
 from pkernfs.server.daemon import let_go_of_terminal
 from pkernfs.server.logs import start_logging
-from pkernfs.server.messages import Checked, Failure, Instruction, Opened, Pulse, Ready, Up
+from pkernfs.server.messages import Checked, Failure, Forked, Instruction, Opened, Pulse, Ready, Up
 from pkernfs.server.operations import Operations
 from pkernfs.server.requests import Requests
 from pkernfs.server.resources import GONE, Attempt, ResourceError, asking, backoff, readable, refusal, reserve
+from pkernfs.server.sibling import fork_sibling
 from pkernfs.server.state import State
 from pkernfs.server.stats import AWAITING, map_stats
 from pkernfs.server.threads import enduring, in_thread
@@ -128,23 +129,24 @@ class Worker:
         self.counted = -1  #: transactions, when it was counted what awaits an invalidation
         self.fds: list[int] = []  #: what another keeper needs
         self.stacks = -1  #: a file for where it stands; -1: the host had none
+        self.loaded = False  #: what it may need later
+        self.resident = False  #: memory for requests
 
     def run(self) -> None:
         """All messages, to the end of the mount."""
-        with suppress(OSError):
-            self.stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
-            faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
-        keep_resident()
-        up: Up = {"pid": os.getpid(), "version": pkernfs.__version__, "protocol": PROTOCOL, "stacks": self.stacks}
-        send(self.keeper, up)
-        if not readable(self.keeper.fileno(), IDLE):
-            with suppress(ResourceError):  # said where the verbs are to be answered: it can do all else
-                load()  # a standby: a takeover is to find everything there
+        self.introduce()
         while True:
+            if not self.loaded and not readable(self.keeper.fileno(), IDLE):
+                self.load()  # a standby: a takeover is to find everything there
             try:
                 message, fds = receive(self.keeper)
                 if message is None:
                     return None
+                if message["verb"] == "fork":
+                    if not message["prints"]:
+                        let_go_of_terminal()
+                    self.fork(*fds)
+                    continue
                 self.state = State.from_json(message["state"])
                 if message["verb"] == "serve":
                     return self.serve(message, *fds)
@@ -158,6 +160,53 @@ class Worker:
                 reply = Failure(error=str(refused), exit_code=refused.exit_code, errno=refused.errno)
             send(self.keeper, reply)
 
+    def introduce(self) -> None:
+        """Say that this process is up."""
+        with suppress(OSError):
+            if self.stacks >= 0:  # of the process that it was forked from
+                os.close(self.stacks)
+                self.stacks = -1
+            self.stacks = os.memfd_create("pkernfs-stacks", os.MFD_CLOEXEC)
+            faulthandler.register(signal.SIGUSR1, self.stacks, all_threads=True)
+        up: Up = {
+            "pid": os.getpid(),
+            "version": pkernfs.__version__,
+            "protocol": PROTOCOL,
+            "stacks": self.stacks,
+            "forks": True,
+        }
+        send(self.keeper, up)
+
+    def load(self) -> None:
+        """Import what this process, and those that are forked from it, may need when the installation is gone."""
+        if not self.loaded:
+            self.loaded = True
+            with suppress(ResourceError):  # said where the verbs are to be answered: it can do all else
+                load()
+
+    def keep_resident(self) -> None:
+        """Have memory for requests; not in a process that only others are made of."""
+        if not self.resident:
+            keep_resident()
+            self.resident = True
+
+    def fork(self, socket_fd: int) -> None:
+        """Become two: the other one is up, and waits, at another socket.  Raises OSError."""
+        self.load()
+        try:
+            pid = fork_sibling()
+        except OSError:
+            os.close(socket_fd)
+            raise
+        if pid:
+            os.close(socket_fd)
+            send(self.keeper, Forked(forked=pid))
+        else:
+            self.keeper.close()
+            self.keeper = socket.socket(fileno=socket_fd)
+            self.introduce()
+            self.keep_resident()
+
     def check(self, region_fd: int) -> Checked:
         """Whether this version can read the region.  Raises FormatError."""
         with open_region(self.state.region, readonly=True, fd=region_fd) as region:
@@ -166,6 +215,7 @@ class Worker:
 
     def open(self, message: Instruction, region_fd: int, references_fd: int, stats_fd: int) -> Opened:
         """Open and recover the region, and apply the options that change its root.  Raises PkernfsError."""
+        self.keep_resident()
         options = self.state.options
         self.first = message["first"]
         self.fds = [region_fd, references_fd, stats_fd]
