@@ -38,7 +38,7 @@ def settle(system: Pkernfs) -> dict[str, int]:
     """Wait until all processes of a mount have loaded everything; their ids."""
     wait_for_standby(system)
     facts = status(system)
-    pids = {who: int(facts[who]) for who in WHO if who in facts}
+    pids: dict[str, int] = {who: int(facts[who]) for who in WHO if who in facts}
     children = map(int, Path(f"/proc/{pids['keeper']}/task/{pids['keeper']}/children").read_text().split())
     pids["template"] = next(pid for pid in children if pid not in pids.values())
     time.sleep(SETTLED)
