@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 
 from pkernfs.errors import PkernfsError
 from pkernfs.server.messages import Checked, Failure, Forked, Instruction, Opened, Pulse, Ready, Up
-from pkernfs.server.resources import GONE, POLL_AGAIN, asking, readable, refusal, reserve
+from pkernfs.server.resources import GONE, POLL_AGAIN, ResourceError, asking, readable, refusal, reserve
 from pkernfs.sockets import receive_fds
 
 Answer = TypeVar("Answer", Up, Forked, Checked, Opened, Ready, Pulse)
@@ -26,6 +27,7 @@ MESSAGE_MAX = 1 << 16
 FDS_MAX = 16
 START: Final = 60.0  #: seconds that a worker may take to import everything
 FORK: Final = 3.0  #: seconds that a worker may take to become two
+MISSING: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES)  #: of a program that is not there
 END: Final = 10.0  #: seconds that it may take to end when its socket is closed
 SO_SNDBUFFORCE = 32  #: asm-generic/socket.h; the socket module has no name for it
 
@@ -135,8 +137,13 @@ class Child:
         if connection is not None:
             self.socket, self.pid = connection, pid
         else:
-            with asking("a process for a worker"):
-                self.socket, self._process = reserve().ask(lambda: self._start(template, prints))
+            try:
+                with asking("a process for a worker"):
+                    self.socket, self._process = reserve().ask(lambda: self._start(template, prints))
+            except ResourceError as error:
+                if error.errno in MISSING:
+                    error.hint = "install pkernfs there again, or pkernfs upgrade MOUNT from where it is"
+                raise
             self.pid = self._process.pid
         self._open_pidfd()
 

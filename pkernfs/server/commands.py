@@ -142,7 +142,7 @@ class Commands:
             connection.sendall(encode_error(request))
         elif isinstance(request, GetStatus):
             try:
-                reply = encode_result(self.status())
+                reply = encode_result(reserve().ask(self.status))
             except Exception as error:
                 reply = encode_error(error, request)
             connection.sendall(reply)

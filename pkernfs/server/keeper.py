@@ -172,6 +172,7 @@ class Keeper:
             self.service.notify_watchdog,
             self._check_probation,
             self.serving.ensure_published,
+            self._try_log,
             reserve().refill,
         )
 
@@ -187,6 +188,12 @@ class Keeper:
                 self.answering.refused(f"{type(error).__name__}: {error}")
                 return
             self.commands = Commands(self.serving.fds.commands, self.status, self.wakeup.wake, self.answering)
+
+    @staticmethod
+    def _try_log() -> None:
+        """Write something when nothing could be written: what is logged next may come in a month."""
+        if log_attempt.failures and log_attempt.due():
+            log.info("the log is tried again")
 
     def _ensure_standby(self) -> None:
         self.standby.ensure(self.state.command)

@@ -11,6 +11,7 @@ import codecs
 import errno
 import logging
 import os
+import resource
 import select
 import subprocess
 import time
@@ -179,13 +180,16 @@ class Reserve:
     COUNT = 10  #: a start of a process takes seven: two sockets, Popen's pipe, /dev/null, the pidfd, and one of libc's
 
     def __init__(self) -> None:
+        # Not so many that a process with few descriptors has none for what it must open.
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.count = self.COUNT if limit == resource.RLIM_INFINITY else min(self.COUNT, limit // 8)
         self._fds: list[int] = []
         self.refill()
 
     def refill(self) -> None:
         """Take what is missing, as far as it can be had."""
         try:
-            while len(self._fds) < self.COUNT:
+            while len(self._fds) < self.count:
                 self._fds.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             pass

@@ -250,7 +250,6 @@ class Worker:
                 nursery.start_soon(self.handle_messages, operations.requests, nursery.cancel_scope)
                 nursery.start_soon(enduring, "control socket", partial(self.answer_verbs, operations, control))
                 nursery.start_soon(operations.housekeeping.run)
-                reserve()  # after what must be open: it takes what there is
                 try:
                     await pyfuse3.main()
                 finally:
@@ -405,6 +404,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the keeper
     open_standard_descriptors()
     raise_limits(ours=False)  # as they are now, and not as they were when the keeper was started
+    reserve()
     Worker(socket.socket(fileno=int(sys.argv[1]))).run()
 
 
