@@ -6,6 +6,7 @@ the keeper.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import logging
 import os
@@ -65,13 +66,13 @@ class Commands:
         self.connections = 0
         self.attempt = attempt or Attempt("commands", "cannot be answered")
         self._lock = threading.Lock()  #: of connections
-        self._thread: threading.Thread | None = None
+        self._listens = False
         self.ensure()
 
     def ensure(self) -> None:
         """Start the thread that listens, if it could not be started before."""
-        if (self._thread is None or not self._thread.is_alive()) and self.attempt.due():
-            self._thread = self._start(self._listen)
+        if not self._listens and self.attempt.due():
+            self._listens = self._start(self._listen)
 
     def next(self) -> Command | None:
         """The next command, if there is one."""
@@ -79,16 +80,18 @@ class Commands:
             return self.waiting.get_nowait()
         return None
 
-    def _start(self, target: Callable[..., None], *arguments: Any) -> threading.Thread | None:
-        """A thread for something; None: the host refuses one."""
-        thread = threading.Thread(target=target, args=arguments, daemon=True)
+    def _start(self, target: Callable[..., None], *arguments: Any) -> bool:
+        """A thread for something; False: the host refuses one.
+
+        Not threading.Thread: its start waits for ever for a thread that finds no memory for its first step.
+        """
         try:
             with asking("a thread"):
-                thread.start()
+                _thread.start_new_thread(target, arguments)
         except ResourceError as error:
             self.attempt.refused(error)
-            return None
-        return thread
+            return False
+        return True
 
     def _listen(self) -> None:
         listener: socket.socket | None = None
@@ -99,11 +102,12 @@ class Commands:
                 connection, _ = reserve().ask(listener.accept)
             except OSError as error:  # nothing is lost: whoever wants to connect waits in the socket's queue
                 if error.errno == errno.EINVAL:  # it was shut down
+                    self._listens = False
                     return
                 self.attempt.refused(refusal("a connection", error))
                 time.sleep(backoff(self.attempt.failures))
             else:
-                if self._start(self._connection, connection) is not None:
+                if self._start(self._connection, connection):
                     self.attempt.succeeded()
                 else:
                     self._connection(connection)

@@ -207,7 +207,7 @@ def test_limits(used: tuple[Site, SmallLoad], limit: str, trouble: str) -> None:
     site, load = used
     wait_for(lambda: whole(site), "a mount that has everything", 90.0)
     before = site.status()
-    with limited(before["keeper"], limit, "4096:unlimited"):
+    with limited(before["keeper"], limit, "1:"):
         kill(before["standby"])
         wait_for(lambda: trouble in "\n".join(troubles(site)), trouble)
         load.goes_on()
