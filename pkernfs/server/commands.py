@@ -103,7 +103,7 @@ class Commands:
             except OSError as error:  # nothing is lost: whoever wants to connect waits in the socket's queue
                 if error.errno == errno.EINVAL:  # it was shut down
                     self._listens = False
-                    return
+                    return listener.close() if listener is not None else None
                 self.attempt.refused(refusal("a connection", error))
                 time.sleep(backoff(self.attempt.failures))
             else:

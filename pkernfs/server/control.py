@@ -41,22 +41,26 @@ class ControlSocket:
         """Accept connections until cancelled."""
         attempt = Attempt("control socket", "cannot be answered")
         self.listener.setblocking(False)
-        async with trio.open_nursery() as nursery:
-            while True:
-                # Not trio.serve_listeners: where there is no descriptor it logs a traceback ten times a second, and of
-                # other errors the worker would end.
-                try:
-                    await trio.lowlevel.wait_readable(self.listener)
-                    connection, _ = reserve().ask(self.listener.accept)
-                    stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
-                except BlockingIOError:
-                    continue
-                except (OSError, MemoryError) as error:
-                    attempt.refused(refusal("a connection", error))
-                    await trio.sleep(backoff(attempt.failures))
-                else:
-                    attempt.succeeded()
-                    nursery.start_soon(self._connection, stream)
+        with self.listener:
+            async with trio.open_nursery() as nursery:
+                await self._accept(nursery, attempt)
+
+    async def _accept(self, nursery: trio.Nursery, attempt: Attempt) -> None:
+        while True:
+            # Not trio.serve_listeners: where there is no descriptor it logs a traceback ten times a second, and of
+            # other errors the worker would end.
+            try:
+                await trio.lowlevel.wait_readable(self.listener)
+                connection, _ = reserve().ask(self.listener.accept)
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+            except BlockingIOError:
+                continue
+            except (OSError, MemoryError) as error:
+                attempt.refused(refusal("a connection", error))
+                await trio.sleep(backoff(attempt.failures))
+            else:
+                attempt.succeeded()
+                nursery.start_soon(self._connection, stream)
 
     async def _connection(self, stream: trio.SocketStream) -> None:
         self.connections += 1

@@ -363,6 +363,7 @@ def kept(tmp_path: Path) -> Iterator[str]:
     Commands(listener.fileno(), status, lambda: None)
     yield path
     listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
 
 
 def connected(path: str) -> socket.socket:
