@@ -105,10 +105,24 @@ def troubles(site: Site) -> list[str]:
     return [f"{one['what']}: {one['why']}" for one in site.status()["troubles"]]
 
 
+def template(status: dict[str, Any]) -> int:
+    """The process that workers are forked from: the keeper's child that neither serves nor is the standby; 0: none."""
+    keeper = status["keeper"]
+    children = map(int, Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split())
+    return next((pid for pid in children if pid not in (status["worker"], status["standby"])), 0)
+
+
 def whole(site: Site) -> bool:
     """Whether a mount has all that it should, and nothing to say."""
     status = site.status()
-    return bool(status["standby"]) and not status["troubles"]
+    return bool(status["standby"]) and not status["troubles"] and bool(template(status))
+
+
+def kill_spare(site: Site) -> None:
+    """Kill the standby and what it was forked from: the next one must be a process of the installation."""
+    status = site.status()
+    kill(template(status))
+    kill(status["standby"])
 
 
 def kill(pid: int) -> None:
@@ -127,6 +141,9 @@ ASK = "import sys; from pkernfs import client; client.set_direct(sys.argv[1], Fa
 def acting(site: Site, row: Row, status: dict[str, Any]) -> Iterator[None]:
     """Do what the line says; what was begun meanwhile must succeed in the end."""
     match row.act.split():
+        case ["kill", "standby"]:
+            kill_spare(site)
+            yield
         case ["kill", name, *_]:
             kill(status[name])
             yield
@@ -216,7 +233,7 @@ def test_limits(used: tuple[Site, SmallLoad], limit: str, trouble: str) -> None:
         return trouble in (site.server_log.read_text()[begin:] if limit == "as" else "\n".join(troubles(site)))
 
     with limited(before["keeper"], limit, "1:"):
-        kill(before["standby"])
+        kill_spare(site)
         wait_for(said, trouble)
         load.goes_on()
     wait_for(lambda: whole(site), "a mount that is whole again", 90.0)
@@ -335,6 +352,7 @@ def test_the_installation_is_gone(unmounted: Site, gone: str) -> None:
     with host.load(site) as load:
         wait_for(lambda: standby_is_ready(site), "a standby that has loaded everything")
         moved.rename(away)
+        kill(template(first))
         kill(first["worker"])
         load.goes_on()
         second = site.status()
@@ -375,7 +393,7 @@ def test_another_installation_helps(unmounted: Site) -> None:
     here.run("main_mount", site.region, site.mnt, "-o", f"log={site.server_log}")
     wait_for(lambda: whole(site) and standby_is_ready(site), "a standby that has loaded everything")
     here.folder.rename(site.tmp / "away")
-    kill(site.status()["standby"])
+    kill_spare(site)
     wait_for(lambda: troubles(site), "a trouble")
     assert run("pkernfs", "upgrade", "--probation", "0.1", site.mnt).returncode == 0
     wait_for(lambda: whole(site), "a standby", 90.0)
@@ -396,7 +414,7 @@ def test_a_mount_that_ends_while_nobody_serves(unmounted: Site) -> None:
     wait_for(lambda: whole(site), "a standby")
     status = site.status()
     flag.touch()
-    kill(status["standby"])
+    kill_spare(site)
     kill(status["worker"])
     wait_for(lambda: "worker: takeover failed, nobody serves: " in "\n".join(troubles(site)), "the trouble")
     assert run("umount", "-l", site.mnt).returncode == 0
