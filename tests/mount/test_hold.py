@@ -195,6 +195,7 @@ def test_create_ram(site: Site) -> None:
     assert status.st_blocks * 512 >= 9 * MiB
     assert not any(path.read_bytes())
     assert json.loads(site.run_ok("pkernfs", "info", "--json", path))["contiguous"]
+    site.run_ok("pkernfs", "direct", path, "on")
     site.run_ok("pkernfs", "qemu-args", path, "--direct")
     assert run("pkernfs", "create-ram", path, "2M").returncode == 1
     assert path.stat().st_size == 9 * MiB

@@ -6,6 +6,7 @@ from typing import NamedTuple
 PAGE, BLOCK = 4096, 2 << 20
 FREE, META, DATA, SLAB = range(4)  #: kinds of blocks
 P_FREE, P_HEADER, P_INODES, P_NODE, P_DATA, P_XATTR = range(6)  #: kinds of pages in a slab
+CONTENT_AWAITS = 2  #: the ro_compat feature: content awaits invalidations
 FAR_COPY = 1  #: the ro_compat feature: the last page of the region is a copy of the superblock
 STORE, DISCARD, WORDS = range(3)  #: kinds of journal records
 ROOT, ORPHANS, IOMMU, ROOT_TABLES, FIRST_SLOT = 1, 2, 3, 4, 16

@@ -20,6 +20,7 @@ from tests.reader.on_region import (
     ATTACHMENT,
     AWAITING,
     BLOCK,
+    CONTENT_AWAITS,
     DATA,
     DIRENT,
     DOMAIN,
@@ -258,7 +259,7 @@ class Reader(Space):
                 expect(f"inode {ino}: what awaits", count > 0 and (start + count) * PAGE <= 1 << 48, True)
                 found.append((ino, number, start * PAGE, count * PAGE))
         expect("ids of what is pending", {number for _, number, _, _ in found} <= pending, True)
-        expect("feature of content that awaits", bool(found) and not self.ro_compat & 2, False)
+        expect("feature of content that awaits", bool(found) and not self.ro_compat & CONTENT_AWAITS, False)
         return found
 
     def pinned(self) -> dict[int, int]:

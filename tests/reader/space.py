@@ -5,10 +5,12 @@ import struct
 
 from tests.reader.on_region import (
     BLOCK,
+    CONTENT_AWAITS,
     DISCARD,
     FAR_COPY,
     FIRST_SLOT,
     FREE,
+    HELD_FILES,
     INODE,
     JOURNAL_HEADER,
     META,
@@ -74,7 +76,7 @@ class Space:
         first = bytes(self.image[:192])
         values = SUPERBLOCK.unpack(first)
         expect("superblock: magic and version", values[:2], (0x706B65726E6673, 1))
-        expect("superblock: ro_compat", values[4] & ~FAR_COPY, 0)
+        expect("superblock: ro_compat", values[4] & ~(FAR_COPY | CONTENT_AWAITS | HELD_FILES), 0)
         expect("superblock: incompat, block_size, page_size, inode_size", values[5:9], (0, BLOCK, PAGE, 256))
         expect("superblock: checksum", crc32c(first[:12] + bytes(4) + first[16:]), values[2])
         self.ro_compat = values[4]
