@@ -227,7 +227,10 @@ def test_the_only_mount(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     here = [mount for mount in mountinfo.mounts() if mount.mountpoint == str(site.mnt)]
     monkeypatch.setattr(mountinfo, "mounts", lambda: iter(here))
     assert walk.only_mount() == str(site.mnt)
-    for wrong in ([], [*here, here[0]._replace(mountpoint="/other")]):
+    twice = [here[0]._replace(mountpoint="/other"), *here]
+    monkeypatch.setattr(mountinfo, "mounts", lambda: iter(twice))
+    assert walk.only_mount() == str(site.mnt)
+    for wrong in ([], [*here, here[0]._replace(mountpoint="/other", device="0:0")]):
         monkeypatch.setattr(mountinfo, "mounts", lambda wrong=wrong: iter(wrong))
         with pytest.raises(UsageError, match="expected MOUNT DEVICE IOVA"):
             walk.only_mount()

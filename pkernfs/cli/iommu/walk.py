@@ -71,7 +71,8 @@ def only_mount() -> str:
     """The mountpoint of the one pkernfs that is mounted.  Raises UsageError."""
     from pkernfs.mountinfo import FSTYPE, mounts
 
-    found = sorted({mount.mountpoint for mount in mounts() if mount.fstype == FSTYPE})
+    places = {mount.device: mount.mountpoint for mount in mounts() if mount.fstype == FSTYPE and mount.root == "/"}
+    found = sorted(places.values())
     if len(found) != 1:
         some = f"{len(found)} are: {', '.join(map(printable, found[:5]))}" if found else "none is"
         raise UsageError(f"expected MOUNT DEVICE IOVA where not exactly one pkernfs is mounted, and {some}")
