@@ -146,7 +146,8 @@ def reached(device: str) -> Iterator[str]:
 def elsewhere(device: str) -> list[Holder]:
     """A process of each other mount namespace in which the pkernfs with this number is mounted.
 
-    Of its processes, one that has a guest, or else one that does not serve mounts.  Raises NoProcError.
+    Of its processes, one that has a guest, or else one that does not serve mounts; those with a guest first.  Raises
+    NoProcError, OSError.
     """
     ours = ""
     with suppress(OSError):
@@ -161,7 +162,8 @@ def elsewhere(device: str) -> list[Holder]:
             if has_it[namespace]:
                 found.setdefault(namespace, []).append(pid)
     holders = [[holder(pid) for pid in sorted(one)[:NAMED]] for one in found.values() if one]
-    return [min(one, key=lambda each: (not each.guest, is_server(each.pid))) for one in holders]
+    named = [min(one, key=lambda each: (not each.guest, is_server(each.pid))) for one in holders]
+    return sorted(named, key=lambda one: (not one.guest, one.pid))  # services that systemd isolates have it, too
 
 
 def mount_at(mountpoint: str) -> Mount | None:

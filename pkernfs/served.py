@@ -15,6 +15,8 @@ from pkernfs.mountinfo import FSTYPE, Mount, elsewhere, mounts, mounts_of
 from pkernfs.processes import Holder, NoProcError
 from pkernfs.sockets import KEEPER, WORKER, device_of, find, is_alive, region_key
 
+SHOWN = 3  #: holders in a line
+
 
 class Served(NamedTuple):
     """Who serves a region.  ``keeper``: the keeper's socket."""
@@ -65,5 +67,9 @@ def served(region: str) -> Served | None:
 
 def still_mounted(holders: list[Holder]) -> str:
     """Where a mount lives on that is not to be seen here."""
-    names = "; ".join(map(str, holders[:3])) + (f" and {len(holders) - 3} more" if len(holders) > 3 else "")
-    return f"still mounted in the mount namespace of {names}"
+    return f"still mounted in the mount namespace of {some(list(map(str, holders)))}"
+
+
+def some(names: list[str]) -> str:
+    """The first of some names, and how many there are more."""
+    return "; ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pkernfs.cli.arguments import seconds
 from pkernfs.cli.parsers import Verb, add_json, add_mount
 from pkernfs.cli.text import as_json, duration, human, memory_line, printable, show
+from pkernfs.served import some
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -107,7 +108,7 @@ def lines(status: api.Status) -> list[str]:
         "mount": f"{printable(status.mountpoint)}, region {printable(status.region)}",
         **({"also": ", ".join(map(printable, others))} if others else {}),
         **(
-            {"elsewhere": f"in the mount namespace of {'; '.join(map(printable, status.elsewhere))}"}
+            {"elsewhere": f"in the mount namespace of {some(list(map(printable, status.elsewhere)))}"}
             if status.elsewhere
             else {}
         ),
