@@ -118,9 +118,8 @@ def whole(site: Site) -> bool:
     return bool(status["standby"]) and not status["troubles"] and bool(template(status))
 
 
-def kill_spare(site: Site) -> None:
+def kill_spare(status: dict[str, Any]) -> None:
     """Kill the standby and what it was forked from: the next one must be a process of the installation."""
-    status = site.status()
     kill(template(status))
     kill(status["standby"])
 
@@ -142,7 +141,7 @@ def acting(site: Site, row: Row, status: dict[str, Any]) -> Iterator[None]:
     """Do what the line says; what was begun meanwhile must succeed in the end."""
     match row.act.split():
         case ["kill", "standby"]:
-            kill_spare(site)
+            kill_spare(status)
             yield
         case ["kill", name, *_]:
             kill(status[name])
@@ -233,7 +232,7 @@ def test_limits(used: tuple[Site, SmallLoad], limit: str, trouble: str) -> None:
         return trouble in (site.server_log.read_text()[begin:] if limit == "as" else "\n".join(troubles(site)))
 
     with limited(before["keeper"], limit, "1:"):
-        kill_spare(site)
+        kill_spare(before)
         wait_for(said, trouble)
         load.goes_on()
     wait_for(lambda: whole(site), "a mount that is whole again", 90.0)
@@ -393,7 +392,7 @@ def test_another_installation_helps(unmounted: Site) -> None:
     here.run("main_mount", site.region, site.mnt, "-o", f"log={site.server_log}")
     wait_for(lambda: whole(site) and standby_is_ready(site), "a standby that has loaded everything")
     here.folder.rename(site.tmp / "away")
-    kill_spare(site)
+    kill_spare(site.status())
     wait_for(lambda: troubles(site), "a trouble")
     assert run("pkernfs", "upgrade", "--probation", "0.1", site.mnt).returncode == 0
     wait_for(lambda: whole(site), "a standby", 90.0)
@@ -414,7 +413,7 @@ def test_a_mount_that_ends_while_nobody_serves(unmounted: Site) -> None:
     wait_for(lambda: whole(site), "a standby")
     status = site.status()
     flag.touch()
-    kill_spare(site)
+    kill_spare(status)
     kill(status["worker"])
     wait_for(lambda: "worker: takeover failed, nobody serves: " in "\n".join(troubles(site)), "the trouble")
     assert run("umount", "-l", site.mnt).returncode == 0
