@@ -66,7 +66,8 @@ class Making:
                 pending.append(store)
                 continue
             all_but_one = [pending[:at] + pending[at + 1 :] for at in range(len(pending))]
-            for pieces in [*chosen_of(pending, rng, 4), *all_but_one] if pending else ():
+            alone = [[one] for one in pending]
+            for pieces in [*chosen_of(pending, rng, 4), *alone, *all_but_one] if pending else ():
                 self.judge(pieces, f"the power is cut ahead of flush {n}")
             self.region.apply(pending)
             pending = []
