@@ -105,6 +105,13 @@ def check_direct(file: str, facts: api.FileInfo) -> None:
             f"{file}: expected a file that is marked as region-mapped, found none",
             hint=f"pkernfs direct {shlex.quote(file)} on",
         )
+    offset, align = facts.extents[0].region_offset, alignment(facts.region)
+    if align and (offset % align or facts.size % align):
+        raise UsageError(
+            f"{file}: expected size and offset to be multiples of {align}, as the device maps, "
+            f"found {facts.size} and {offset}",
+            hint="make it anew with such a size, or use --path",
+        )
     if why := qemu_is_too_old():
         raise PkernfsError(f"{file}: {why}", hint=f"pkernfs direct {shlex.quote(file)} off, for the path map")
 
@@ -156,8 +163,11 @@ def qemu_is_too_old() -> str:
 
 
 def alignment(region: str) -> int | None:
-    """What mappings of a device-DAX region must be aligned to; None: of any other."""
-    return 2 << 20 if stat.S_ISCHR(os.stat(region).st_mode) else None
+    """What mappings of a device-DAX region must be aligned to; None: of any other.  Raises RegionError."""
+    from pkernfs.region import find_device
+
+    status = os.stat(region)
+    return find_device(status.st_rdev, region).align if stat.S_ISCHR(status.st_mode) else None
 
 
 def neighbours(path: str, region: str) -> str:

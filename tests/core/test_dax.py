@@ -142,6 +142,19 @@ def test_recovery_of_every_cut_in_memory(device: str) -> None:
     assert replayed
 
 
+@pytest.mark.parametrize(
+    ("size", "align", "usable"),
+    [
+        pytest.param(190 * MiB, 2 * MiB, 190 * MiB, id="whole"),
+        pytest.param(191 * MiB, 4096, 190 * MiB, id="small-alignment"),
+        pytest.param(3074 * MiB, 1024 * MiB, 3072 * MiB, id="large-alignment"),
+        pytest.param(MiB, 2 * MiB, 0, id="too-small"),
+    ],
+)
+def test_what_a_region_can_have_of_a_device(size: int, align: int, usable: int) -> None:
+    assert Device(size, align, 0).usable == usable
+
+
 def test_devices_of_another_kind() -> None:
     with pytest.raises(RegionError, match="/dev/zero: expected a device-DAX device, found one of the subsystem mem"):
         open_region("/dev/zero")

@@ -120,6 +120,26 @@ def test_a_region_is_not_overwritten(host: Host, made: dict[str, Device]) -> Non
     assert checksum(host, made["soft"]) == before
 
 
+def test_a_device_that_a_guest_maps(host: Host, made: dict[str, Device]) -> None:
+    """By another node of it, as libvirt gives each QEMU a /dev of its own; refused though it is not mounted."""
+    device = made["soft"]
+    mapper = "import mmap, os, time; kept = mmap.mmap(os.open('/dev/dax9.0', os.O_RDWR), 4 << 20)\n"
+    mapper += "os.rename('/tmp/mapper.py', '/tmp/mapped'); time.sleep(1000)"
+    host.run("tee", "/tmp/mapper.py", stdin=mapper)
+    pid = host.sh(f"""
+        numbers=$(stat -c '0x%t 0x%T' {device.path})
+        unshare -m --propagation private bash -euc "
+            mount -t tmpfs none /dev
+            mknod /dev/dax9.0 c $numbers
+            exec /usr/bin/python3 -IS /tmp/mapper.py" &
+        until [ -e /tmp/mapped ]; do kill -0 $!; sleep 0.1; done
+        echo $!
+    """).strip()
+    refused = host.try_run("mkfs.pkernfs", "-f", device.path)
+    host.sh(f"kill {pid}")
+    assert (refused.returncode, f"is mapped by process {pid}, " in refused.line) == (1, True)
+
+
 def test_a_device_without_sysfs(host: Host, made: dict[str, Device]) -> None:
     """Of which nothing is known, in a container for one."""
     host.run("mount", "-t", "tmpfs", "none", "/sys")
@@ -133,6 +153,19 @@ def test_a_device_without_sysfs(host: Host, made: dict[str, Device]) -> None:
         "found No such file or directory",
         refused.line,
     )
+
+
+def test_a_device_whose_address_is_hidden(host: Host, made: dict[str, Device]) -> None:
+    """As from who is not root: said, since page tables that are made with 0 are wrong."""
+    path = made["soft"].path
+    address = f"/sys/bus/dax/devices/{path.removeprefix('/dev/')}/resource"
+    host.run("mount", "--bind", "/dev/null", address)
+    try:
+        result = host.try_run("mkfs.pkernfs", "--force", path)
+    finally:
+        host.run("umount", address)
+    assert result.returncode == 0
+    assert f"{path}: the kernel hides its physical address: 0 is taken" in result.line
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +215,26 @@ def test_looking_at_a_device_in_use(host: Host, mounted: Device) -> None:
     assert "ram" in host.run(
         "pkernfs", "explain", mounted.path, hex(info(host, f"{MNT}/ram")["extents"][0]["physical"])
     )
+
+
+def test_guest_memory_on_a_device(host: Host, mounted: Device) -> None:
+    """QEMU takes what qemu-args prints; while it maps the file nobody cuts it, or gives it to another one."""
+    host.run("pkernfs", "direct", f"{MNT}/ram", "on")
+    words = host.run("pkernfs", "qemu-args", f"{MNT}/ram").split()
+    assert words[0] == "-object"
+    assert f"mem-path={mounted.path},offset=" in words[1]
+    assert ",align=2097152," in words[1]
+    pid = host.sh(f"""
+        qemu-system-x86_64 -M q35,memory-backend=pc.ram -m 16M -object {words[1]} -nodefaults -display none -S \\
+            -daemonize -pidfile /tmp/qemu.pid
+        cat /tmp/qemu.pid
+    """).strip()
+    cut = host.try_run("truncate", "-s", "1M", f"{MNT}/ram")
+    second = host.try_run("pkernfs", "qemu-args", f"{MNT}/ram")
+    host.sh(f"kill {pid}; while kill -0 {pid} 2>/dev/null; do sleep 0.1; done")
+    assert "Device or resource busy" in cut.stderr
+    assert second.returncode == 1
+    assert re.search(rf"/ram: mapped directly by process {pid}, qemu-system-x86", second.line)
 
 
 @pytest.mark.usefixtures("mounted")
