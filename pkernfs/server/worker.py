@@ -138,6 +138,11 @@ class Worker:
         while True:
             if not self.loaded and not readable(self.keeper.fileno(), IDLE):
                 self.load()  # a standby: a takeover is to find everything there
+            if self.resident and not readable(self.keeper.fileno(), IDLE):
+                # What a takeover writes to of what it shares with its template is copied, page by page, while others
+                # wait: half of those 950 pages now, for 2 MB.
+                with suppress(Exception):
+                    trio.run(trio.lowlevel.checkpoint)
             try:
                 message, fds = receive(self.keeper)
                 if message is None:
