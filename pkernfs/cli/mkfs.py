@@ -47,8 +47,8 @@ def parser() -> Parser:
     made.add_argument(
         "--sparse",
         action="store_true",
-        help="make it though the host has less memory (or room on its disk) than the region: what it cannot give later "
-        "is ENOSPC",
+        help="make it though the host can never have as much memory (or room on its disk), and say nothing where it has"
+        " not now: what it cannot give later is ENOSPC",
     )
     made.add_argument("-L", "--label", default="", help="a name for people, up to 64 bytes")
     made.add_argument("-U", "--uuid", type=_uuid, help="its UUID (default: a random one)")
@@ -122,7 +122,7 @@ def run(argv: Sequence[str] | None) -> int:
             size = os.fstat(fd).st_size if wanted is None else wanted
             check_parameters(size, arguments.label, phys_base)
             if not arguments.sparse:
-                _check_host(fd, path, size)
+                _check_host(fd, path, size, quiet=arguments.quiet)
         if made is None and not arguments.even_if_mapped:
             warning = check_unmapped(fd, path)
             if warning and not arguments.quiet:
@@ -194,16 +194,23 @@ def _flush_name(path: str) -> None:
         os.close(fd)
 
 
-def _check_host(fd: int, path: str, size: int) -> None:
-    """Refuse a region that is larger than what the host has for it.  Raises RegionError."""
-    from pkernfs.region.host import free_for, kind_of_file, what_it_has
+def _check_host(fd: int, path: str, size: int, *, quiet: bool) -> None:
+    """Refuse a region for which the host can never have the memory; say so when it has not at the moment.
+
+    Raises RegionError.  Not refused is what a remount, or the end of another program, mends: a tmpfs that is too small
+    yet is found in many a script.
+    """
+    from pkernfs.region.host import free_for, kind_of_file, most_for, what_it_has
 
     kind = kind_of_file(fd)
-    found = what_it_has(fd, size) + free_for(fd, kind, thorough=True)
-    if found < size:
-        what = {"tmpfs": "memory", "hugetlbfs": "free huge pages"}.get(kind, "room on its disk")
-        text = f"{path}: expected {human(size)} of {what} for the region, the host has {human(found)}"
-        raise RegionError(text, hint="--sparse makes it all the same")
+    what = {"tmpfs": "memory", "hugetlbfs": "huge pages"}.get(kind, "room on its disk")
+    most, found = most_for(fd, kind), what_it_has(fd, size) + free_for(fd, kind, thorough=True)
+    text = f"{path}: expected {human(size)} of {what} for the region, the host has "
+    if most < size:
+        raise RegionError(f"{text}{human(most)} in all", hint="--sparse makes it all the same")
+    if found < size and not quiet:
+        warning = f"{text}{human(found)} now: what it cannot give later is ENOSPC (--sparse: known)"
+        print(f"mkfs.pkernfs: warning: {printable(warning)}", file=sys.stderr)
 
 
 def _check_overwrite(fd: int, path: str) -> None:

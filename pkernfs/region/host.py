@@ -53,6 +53,22 @@ def free_for(fd: int, kind: str, *, thorough: bool = False) -> int:
     return min(limits, default=1 << 62)
 
 
+def most_for(fd: int, kind: str) -> int:
+    """How many bytes a file of a region's ``kind`` can ever get: all RAM and swap, all huge pages, all of its disk.
+
+    The size of a tmpfs is no limit to that: remounting changes it.
+    """
+    filesystem = os.fstatvfs(fd)
+    if kind == "tmpfs":
+        memory = _numbers("/proc/meminfo")
+        return (memory["MemTotal"] + memory.get("SwapTotal", 0)) * KiB if "MemTotal" in memory else 1 << 62
+    if kind == "hugetlbfs":
+        folder = _huge_page_folder(filesystem.f_bsize)
+        names = ("nr_hugepages", "nr_overcommit_hugepages")
+        return sum(_number(f"{folder}/{name}") or 0 for name in names) * filesystem.f_bsize
+    return filesystem.f_blocks * filesystem.f_frsize
+
+
 def memory_of(fd: int) -> tuple[int | None, int | None]:
     """What the region in a file has, and how much more it can get, bytes; None of a device."""
     status = os.fstat(fd)
@@ -86,8 +102,12 @@ def _ram() -> list[int]:
     return [(memory["MemAvailable"] + memory.get("SwapFree", 0)) * KiB]
 
 
+def _huge_page_folder(size: int) -> str:
+    return f"/sys/kernel/mm/hugepages/hugepages-{size // KiB}kB"
+
+
 def _huge_pages(size: int, *, set_aside: bool) -> int:
-    folder = f"/sys/kernel/mm/hugepages/hugepages-{size // KiB}kB"
+    folder = _huge_page_folder(size)
     names = ("free_hugepages", "resv_hugepages", "nr_overcommit_hugepages", "surplus_hugepages")
     free, reserved, more, surplus = (_number(f"{folder}/{name}") or 0 for name in names)
     return max(0, free - reserved * (not set_aside) + more - surplus) * size

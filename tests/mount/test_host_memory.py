@@ -57,12 +57,15 @@ def fill(host: Path) -> None:
 
 
 def test_mkfs_says_that_the_host_has_less(host: Path) -> None:
-    """And makes nothing, unless it is told to; what a file has already counts, and what is there stays."""
+    """It makes nothing that the host can never have, unless it is told to; of what it has not now there is a warning.
+
+    What a file has already counts, and what is there stays.
+    """
     path = host / "region"
     result = run("mkfs.pkernfs", "--size", "1T", path)
     assert result.returncode == 1
     assert re.fullmatch(
-        rf"mkfs.pkernfs: {path}: expected 1 TiB of memory for the region, the host has [\d.]+ MiB: "
+        rf"mkfs.pkernfs: {path}: expected 1 TiB of memory for the region, the host has [\d.]+ GiB in all: "
         "--sparse makes it all the same",
         result.line,
     )
@@ -73,13 +76,18 @@ def test_mkfs_says_that_the_host_has_less(host: Path) -> None:
     fill(host)
     assert run("mkfs.pkernfs", "-q", "-f", path).returncode == 0
     before = path.read_bytes()
-    for size in ([], ["--size", "1T"]):
-        if not size:
-            os.truncate(path, 64 * MiB)
-        result = run("mkfs.pkernfs", "-f", *size, path)
+    for size in ("1T", None):
+        if size is None:
+            os.truncate(path, 1 << 40)
+        result = run("mkfs.pkernfs", "-f", *(["--size", size] if size else []), path)
         assert (result.returncode, "the host has" in result.line) == (1, True)
         os.truncate(path, 22 * MiB)
         assert path.read_bytes() == before
+    os.truncate(path, 64 * MiB)
+    for options, warned in (([], True), (["-q"], False), (["--sparse"], False)):
+        result = run("mkfs.pkernfs", "-f", *options, path)
+        assert (result.returncode, "the host has 22" in result.stderr) == (0, warned)
+    os.truncate(path, 22 * MiB)
     os.unlink(host / "filler")
     assert run("mkfs.pkernfs", "-q", "-f", "--sparse", "--size", "1T", path).returncode == 0
     assert path.stat().st_size == 1 << 40
