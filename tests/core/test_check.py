@@ -25,7 +25,7 @@ from pkernfs.fsck.findings import MAX_FINDINGS
 from pkernfs.fsck.problems import PROBLEMS, Code, Stage
 from pkernfs.fsck.repair.stages import STAGES, STEPS
 from pkernfs.iommu.guard import PageTableGuard
-from pkernfs.region import MemoryRegion
+from pkernfs.region import MemoryRegion, copies_of
 from tests.core.faults import DOUBLE, FAULTS, flip, inode_of, orphan_files
 from tests.core.images import CowRegion, cast
 from tests.core.support import ME, ROOT, MiB, mkdir, mkfile, new_fs, patch_inode
@@ -139,9 +139,9 @@ def test_a_check_of_a_live_volume_looks_at_the_region(victim: Filesystem) -> Non
     assert {problem.code for problem in check(victim.volume)} == {"inode-checksum"}
 
 
-def test_both_superblocks_damaged(victim: Filesystem) -> None:
-    flip(victim, 60)
-    flip(victim, victim.volume.sb.journal_offset + 60)
+def test_all_superblocks_damaged(victim: Filesystem) -> None:
+    for at in (0, *copies_of(victim.volume.sb)):
+        flip(victim, at + 60)
     with pytest.raises(FormatError, match="superblock checksum"):
         check_region(victim.region)
 

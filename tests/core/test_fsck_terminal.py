@@ -17,7 +17,7 @@ from pkernfs.cli.fsck import main
 from pkernfs.fs.volume import Volume
 from pkernfs.fsck.check import check
 from pkernfs.fsck.check.passes import PASSES
-from pkernfs.region import MemoryRegion, Region
+from pkernfs.region import FileRegion, MemoryRegion
 from tests.core.faults import FAULTS
 from tests.core.images import cast
 from tests.core.support import digest, new_fs
@@ -225,8 +225,8 @@ def test_cancelled_within_a_repair(
         with Path(path).open("r+b") as file:
             file.write(image)
         with monkeypatch.context() as patch:
-            patch.setattr(Region, "store", counted(Region.store))
-            patch.setattr(Region, "store_word", counted(Region.store_word))
+            patch.setattr(FileRegion, "store", counted(FileRegion.store))
+            patch.setattr(FileRegion, "store_word", counted(FileRegion.store_word))
             status = main(["-y", path])
         if status != 32:
             break

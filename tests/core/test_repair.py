@@ -22,7 +22,7 @@ from pkernfs.fsck.problems import PROBLEMS
 from pkernfs.fsck.repair import Outcome
 from pkernfs.iommu.guard import PageTableGuard, open_filesystem
 from pkernfs.iommu.records import Records
-from pkernfs.region import MemoryRegion, RecordingRegion, Region
+from pkernfs.region import MemoryRegion, RecordingRegion, Region, copies_of
 from tests.core.faults import (
     CHECKSUMS,
     DOUBLE,
@@ -512,8 +512,8 @@ def test_names_in_lost_found_are_not_taken_twice(victim: Filesystem) -> None:
 
 
 def test_no_superblock_at_all(victim: Filesystem) -> None:
-    flip(victim, 60)
-    flip(victim, victim.volume.sb.journal_offset + 60)
+    for at in (0, *copies_of(victim.volume.sb)):
+        flip(victim, at + 60)
     image = bytes(victim.region.view)
     with pytest.raises(FormatError, match="no copy of the superblock"):
         repair_region(victim.region)

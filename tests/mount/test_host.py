@@ -69,7 +69,7 @@ def test_a_mapped_file_of_any_name_disturbs_nobody(site: Site, name: str) -> Non
     for file in ("ram", "other"):
         (site.mnt / file).touch()
         os.truncate(site.mnt / file, 4 * MiB)
-        site.run_ok("pkernfs", "qemu-args", "--direct", site.mnt / file)
+        site.run_ok("pkernfs", "direct", site.mnt / file, "on")
     with mapped(str(site.tmp / name)):
         answers(site)
         os.truncate(site.mnt / "other", 0)

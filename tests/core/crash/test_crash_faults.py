@@ -28,6 +28,8 @@ Step = tuple[str, Any, Any]  #: a method of the region, and what it is called wi
 class Steps:
     """Stands for a region while a transaction is committed, and notes what would be done to it."""
 
+    whole = True  #: no page must be asked for
+
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
