@@ -13,7 +13,8 @@ from tests.namespace import enter_mount_namespace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of tests/mount/test_kills.py."""
+    """Options of tests/mount/test_kills.py, and a sample of all tests."""
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run one test of N, the same ones each time (1)")
     group = parser.getgroup("kills", "kills of the server")
     group.addoption("--kills", type=int, default=30, metavar="N", help="rounds of the long form (30)")
     group.addoption("--kill-seed", type=int, default=1000, metavar="SEED", help="seed of the first of them (1000)")
@@ -24,6 +25,15 @@ def pytest_configure() -> None:
     if os.geteuid() == 0:
         with suppress(PermissionError):  # root of a container that may not mount: what needs no mount is tested
             enter_mount_namespace()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the sample: behind the choice by marks, so that it is one of those."""
+    kept = items[:: config.getoption("--every")]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for at, item in enumerate(items) if at % config.getoption("--every")])
+        items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)

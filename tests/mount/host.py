@@ -102,25 +102,41 @@ def tracer(pid: int, thread: int) -> int:
     return int(found[1])
 
 
+def _attach(pid: int, calls: str, error: str, *, below: bool, every: bool) -> subprocess.Popen[bytes] | None:
+    """A strace(1) that has attached to a process; None: one of its threads has ended meanwhile."""
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")] if every else [pid]
+    which = [word for thread in threads for word in ("-p", str(thread))]
+    inject = f"inject={calls}:error={error}"
+    command = ["strace", "-qq", "-o", "/dev/null", *["-f"] * below, *which, "-e", f"trace={calls}", "-e", inject]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    traced = {process.pid, -1}
+    wait_for(lambda: traced.issuperset(tracer(pid, one) for one in threads) or process.poll() is not None, "strace")
+    if process.poll() is None:
+        return process
+    said = process.communicate()[1]
+    assert b"No such process" in said, said
+    return None
+
+
 @contextmanager
 def refused(pid: int, calls: str, error: str, *, below: bool = False, every: bool = False) -> Iterator[None]:
     """Let system calls of the main thread of a process fail: ``calls`` as strace(1) names them, with commas.
 
     ``below``: in what it starts, too; ``every``: in all of its threads.
     """
-    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")] if every else [pid]
-    which = [word for thread in threads for word in ("-p", str(thread))]
-    inject = f"inject={calls}:error={error}"
-    command = ["strace", "-qq", "-o", "/dev/null", *["-f"] * below, *which, "-e", f"trace={calls}", "-e", inject]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    attached: list[subprocess.Popen[bytes]] = []
+
+    def attach() -> bool:
+        process = _attach(pid, calls, error, below=below, every=every)
+        attached.extend([process] if process else [])
+        return process is not None
+
+    wait_for(attach, "strace")
     try:
-        traced = {process.pid, -1}
-        wait_for(lambda: traced.issuperset(tracer(pid, one) for one in threads) or process.poll() is not None, "strace")
-        assert process.poll() is None, process.communicate()[1]
         yield
     finally:
-        process.send_signal(signal.SIGINT)  # it lets go of what it has attached to
-        process.communicate(timeout=PATIENCE)
+        attached[0].send_signal(signal.SIGINT)  # it lets go of what it has attached to
+        attached[0].communicate(timeout=PATIENCE)
 
 
 @contextmanager
