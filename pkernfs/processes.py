@@ -120,6 +120,21 @@ def parse_maps(text: bytes) -> Iterator[Mapping]:
             yield Mapping(addresses, shared == b"s", write == b"w", first, first + size, *where)
 
 
+def _as_in_maps(device: int) -> str:
+    """The number of a filesystem as maps has it: MAJOR:MINOR in hexadecimal."""
+    return f"{os.major(device):02x}:{os.minor(device):02x}"
+
+
+def shared_by(pid: int, device: int, ino: int) -> list[Mapping]:
+    """A process's shared mappings of inode ``ino`` of the filesystem ``device``, as st_dev has it.  Raises OSError."""
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        text = file.read()
+    if b" %d " % ino not in text:  # nearly all: most are read for nothing
+        return []
+    wanted = True, _as_in_maps(device), ino
+    return [one for one in parse_maps(text) if (one.shared, one.device, one.inode) == wanted]
+
+
 def parse_locks(text: bytes) -> Iterator[int]:
     """The inodes of whole files that the lock lines of a /proc/PID/fdinfo/FD show as locked by flock(2)."""
     yield from map(int, re.findall(rb"^lock:\t[^\n]* FLOCK [^\n]*:([0-9]+) 0 EOF$", text, re.MULTILINE))
@@ -132,7 +147,7 @@ def shared_mappings(fd: int, *, private: bool = False) -> Iterator[tuple[int, in
     a character device by its number, too: libvirt gives each QEMU a /dev with nodes of its own.  Raises NoProcError.
     """
     status = os.fstat(fd)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    device = _as_in_maps(status.st_dev)
     wanted = b" /dev/" if stat.S_ISCHR(status.st_mode) else b" %d" % status.st_ino
     for pid in pids():
         with suppress(OSError):

@@ -19,6 +19,13 @@ def size(word: str) -> int:
     return int(match[1], 0 if match[1][:2].lower() == "0x" else 10) * UNITS[(match[2] or "").upper()]
 
 
+def mounted_file(name: str, hint: str = "") -> str:
+    """The real path of a regular file, which is to be in a mount.  Raises UsageError."""
+    if not os.path.isfile(name):
+        raise UsageError(f"{name}: expected a regular file in a pkernfs mount", hint=hint)
+    return os.path.realpath(name)
+
+
 def seconds(word: str) -> float:
     """A length of time.  For argparse."""
     try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING
 
+from pkernfs.cli.arguments import mounted_file
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import show
-from pkernfs.errors import UsageError, printable
+from pkernfs.errors import printable
 
 if TYPE_CHECKING:
     from pkernfs import api
@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pkernfs import client
     from pkernfs.api import to_builtins
 
-    path = os.path.realpath(arguments.file)
-    if not os.path.isfile(path):
-        raise UsageError(f"{arguments.file}: expected a regular file in a pkernfs mount")
+    path = mounted_file(arguments.file)
     facts = client.file(path) if arguments.action == "show" else client.set_direct(path, arguments.action == "on")
     found = {"direct": facts.direct, "mapped_by": to_builtins(facts.mapped_by)}
     show(arguments, found, [f"{printable(path)}: {text}" for text in lines(facts)])

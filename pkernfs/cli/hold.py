@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from pkernfs.cli.arguments import mounted_file
 from pkernfs.cli.parsers import Verb, add_json
 from pkernfs.cli.text import printable, show
 from pkernfs.errors import PkernfsError, UsageError
@@ -74,9 +75,7 @@ def _each(arguments: argparse.Namespace, change: Callable[[str], api.FileInfo]) 
     status = 0
     for name in arguments.files:
         try:
-            if not os.path.isfile(name):
-                raise UsageError(f"{name}: expected a regular file in a pkernfs mount")
-            found = change(os.path.realpath(name))
+            found = change(mounted_file(name))
         except PkernfsError as error:
             print(f"pkernfs: {printable(str(error))}", file=sys.stderr)
             status = error.exit_code

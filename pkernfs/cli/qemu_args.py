@@ -11,6 +11,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
+from pkernfs.cli.arguments import mounted_file
 from pkernfs.cli.parsers import Verb
 from pkernfs.errors import PkernfsError, UsageError, printable
 
@@ -54,9 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pkernfs import client
     from pkernfs.qemu.cmdline import backend_option
 
-    path = os.path.realpath(arguments.file)
-    if not os.path.isfile(path):
-        raise UsageError(f"{arguments.file}: expected a regular file in a pkernfs mount", hint="truncate -s makes one")
+    path = mounted_file(arguments.file, hint="truncate -s makes one")
     facts = client.file(path)
     if not facts.size or facts.size % 4096:
         raise UsageError(

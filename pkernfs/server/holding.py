@@ -13,20 +13,18 @@ import trio
 from pkernfs import api
 from pkernfs.errors import FsError, PkernfsError
 from pkernfs.format import ROOT_PGTABLES_INO, Ino
-from pkernfs.fs.ahead import UnreadyError
 from pkernfs.fs.facts import file_facts, held_facts
 from pkernfs.fs.filesystem import Filesystem
 from pkernfs.fs.names import Caller
 from pkernfs.fs.paths import search
 from pkernfs.fs.ram import create_ram
 from pkernfs.fs.transaction import Transaction
-from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.iommu.records import Records
 from pkernfs.iommu.replies import record_reply, replayed
 from pkernfs.processes import NoProcError
 from pkernfs.server.control import Handler, inode_of
 from pkernfs.server.iommu import file_name
-from pkernfs.server.space import wait_for_space
+from pkernfs.server.space import may_wait, wait_for_space
 from pkernfs.server.threads import in_thread
 from pkernfs.server.writers import writer_of
 
@@ -111,7 +109,7 @@ def holding_verbs(
         try:
             ino = make()
         except PkernfsError as error:
-            if error.errno not in OUT_OF_SPACE and not isinstance(error, UnreadyError):
+            if not may_wait(error):
                 raise
             ino = await wait_for_space(fs, error, make, lambda: None)
         name = file_name(request.name)

@@ -6,13 +6,14 @@ it is looked at in a thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 
 from pkernfs import api
 from pkernfs.format import PAGE, Ino
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.processes import holder, parse_maps, pids
+from pkernfs.processes import holder, pids, shared_by
 from pkernfs.server.threads import in_thread
 
 
@@ -30,11 +31,8 @@ async def mappers(fs: Filesystem, device: str, ino: Ino) -> list[api.Mapper]:
 def through_mount(device: str, ino: int) -> Iterator[int]:
     """The processes with a shared mapping of a file of the mount.  Raises NoProcError."""
     major, _, minor = device.partition(":")
-    wanted = f"{int(major or 0):02x}:{int(minor or 0):02x}"
+    number = os.makedev(int(major or 0), int(minor or 0))
     for pid in pids():
-        with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
-            text = file.read()
-            if b" %d " % ino in text and any(
-                one.shared and one.inode == ino and one.device == wanted for one in parse_maps(text)
-            ):
+        with suppress(OSError):
+            if shared_by(pid, number, ino):
                 yield pid

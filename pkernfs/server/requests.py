@@ -12,13 +12,11 @@ import trio
 from pyfuse3 import FUSEError
 
 from pkernfs.errors import CorruptError, MappedError, PkernfsError, quoted
-from pkernfs.fs.ahead import UnreadyError
 from pkernfs.fs.filesystem import Filesystem
-from pkernfs.fs.volume import OUT_OF_SPACE
 from pkernfs.server.handles import INO
 from pkernfs.server.housekeeping import Housekeeping
 from pkernfs.server.replay import COUNTING, KEYED, Replay
-from pkernfs.server.space import wait_for_space
+from pkernfs.server.space import may_wait, wait_for_space
 from pkernfs.server.stats import BUGS, INDEX, SIZE
 
 log = logging.getLogger("pkernfs")
@@ -105,7 +103,7 @@ def handler(function: Callable[..., R]) -> Callable[..., Coroutine[Any, Any, R]]
             try:
                 return function(self, *args, **kwargs)
             except PkernfsError as error:
-                if error.errno not in OUT_OF_SPACE and not isinstance(error, UnreadyError):
+                if not may_wait(error):
                     raise
                 refused = error
             with requests.waiting() as progress:

@@ -85,6 +85,11 @@ class ShortWrites:
         self.ends.pop(ino, None)
 
 
+def may_wait(error: PkernfsError) -> bool:
+    """Whether ``wait_for_space`` is for this: nothing has been changed, and there may be space later."""
+    return error.errno in OUT_OF_SPACE or isinstance(error, UnreadyError)
+
+
 async def wait_for_space(fs: Filesystem, error: PkernfsError, call: Callable[[], R], progress: Callable[[], None]) -> R:
     """Run ``call`` again, which has raised ``error``, out of space, and changed nothing; as often as that makes sense.
 
@@ -112,7 +117,7 @@ async def wait_for_space(fs: Filesystem, error: PkernfsError, call: Callable[[],
                 ahead.hurry = steps > STEPS
                 return call()
             except PkernfsError as once_more:
-                if once_more.errno not in OUT_OF_SPACE and not isinstance(once_more, UnreadyError):
+                if not may_wait(once_more):
                     raise
                 error = once_more
             finally:

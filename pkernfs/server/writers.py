@@ -10,7 +10,7 @@ import os
 import re
 from contextlib import suppress
 
-from pkernfs.processes import Holder, holder, parse_maps, pids
+from pkernfs.processes import Holder, holder, pids, shared_by
 
 FLAGS = re.compile(rb"^flags:\s*([0-7]+)$", re.MULTILINE)
 INO = re.compile(rb"^ino:\s*([0-9]+)$", re.MULTILINE)  #: from Linux 5.14 on
@@ -23,7 +23,8 @@ def writer_of(device: int, ino: int) -> Holder | None:
     """
     for pid in pids():
         with suppress(OSError):
-            if _has_open(pid, device, ino) or _has_mapped(pid, device, ino):
+            # A mapping can be there without a descriptor.
+            if _has_open(pid, device, ino) or any(one.writable for one in shared_by(pid, device, ino)):
                 return holder(pid)
     return None
 
@@ -40,13 +41,3 @@ def _has_open(pid: int, device: int, ino: int) -> bool:
                 if (status.st_dev, status.st_ino) == (device, ino):
                     return True
     return False
-
-
-def _has_mapped(pid: int, device: int, ino: int) -> bool:
-    """A mapping can be there without a descriptor."""
-    where = f"{os.major(device):02x}:{os.minor(device):02x}"
-    with open(f"/proc/{pid}/maps", "rb") as file:
-        text = file.read()
-    return b" %d " % ino in text and any(
-        one.shared and one.writable and (one.device, one.inode) == (where, ino) for one in parse_maps(text)
-    )
